@@ -1,0 +1,263 @@
+// The native module `fastcnn._native`: the only place that knows Python. Each function takes tensors through
+// python_tensor.h, checks what memory safety needs, releases the GIL and calls the kernel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "python_tensor.h"
+
+namespace py = pybind11;
+using namespace fastcnn;          // NOLINT
+using namespace fastcnn::python;  // NOLINT
+
+namespace {
+
+void require_cpu_dtype(const TensorView& view) {
+  if (view.dtype == DType::f16) throw py::type_error("input must be float32 or bfloat16 for the CPU kernels");
+}
+
+void require_threads(int threads) {
+  if (threads < 1) throw py::value_error("threads must be positive, is " + std::to_string(threads));
+}
+
+std::shared_ptr<cpu::PackedConv2dWeight> pack_conv2d_weight(py::handle weight, int64_t groups) {
+  const Imported t(weight, "weight", kDLCPU);
+  t.require_dimensions(4);
+  const DType dtype = t.dtype();
+  if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
+  for (int i = 0; i < 4; ++i) {
+    if (t.size(i) < 1) throw py::value_error("weight must not be empty, has shape " + describe(t.tensor.shape, 4));
+  }
+  if (groups < 1 || t.size(0) % groups != 0) {
+    throw py::value_error("groups must divide weight's " + std::to_string(t.size(0)) + " output channels, is " +
+                          std::to_string(groups));
+  }
+  py::gil_scoped_release release;
+  return std::make_shared<cpu::PackedConv2dWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, groups);
+}
+
+void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight& weight, py::handle scale,
+                py::handle bias, py::handle residual, py::handle input_scale, py::handle input_shift, bool input_relu,
+                bool relu, Pair stride, Pair padding, Pair dilation, int threads) {
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_cpu_dtype(x);
+  require_threads(threads);
+  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
+  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
+  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Conv2dGeometry geometry =
+      conv2d_geometry(weight.filter_h, weight.filter_w, weight.groups, stride, padding, dilation);
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
+}
+
+// The two views of a pooling, of one dtype, batch and channel count.
+struct Pooled {
+  TensorView x, y;
+
+  Pooled(py::handle out, py::handle input, int threads)
+      : x(activation(input, "input", kDLCPU)), y(activation(out, "out", kDLCPU, x.dtype)) {
+    require_cpu_dtype(x);
+    require_threads(threads);
+    require_shape(y, "out", x.n, x.c, y.h, y.w);
+  }
+
+  bool empty() const { return y.pixels() == 0 || y.c == 0; }
+};
+
+void cpu_max_pool2d(py::handle out, py::handle input, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                    int threads) {
+  const Pooled p(out, input, threads);
+  const Pool2dGeometry geometry = pool2d_geometry(kernel, stride, padding, dilation);
+  if (p.empty()) return;
+  py::gil_scoped_release release;
+  cpu::max_pool2d(p.y, p.x, geometry, threads);
+}
+
+void cpu_avg_pool2d(py::handle out, py::handle input, Pair kernel, Pair stride, Pair padding, Pair padding_end,
+                    bool count_include_pad, int64_t divisor, int threads) {
+  const Pooled p(out, input, threads);
+  const Pool2dGeometry geometry = pool2d_geometry(kernel, stride, padding, {1, 1});
+  pool2d_geometry(kernel, stride, padding_end, {1, 1});
+  if (p.empty()) return;
+  py::gil_scoped_release release;
+  cpu::avg_pool2d(p.y, p.x, geometry, padding_end[0], padding_end[1], count_include_pad, divisor, threads);
+}
+
+void cpu_adaptive_avg_pool2d(py::handle out, py::handle input, int threads) {
+  const Pooled p(out, input, threads);
+  if (p.empty()) return;
+  py::gil_scoped_release release;
+  cpu::adaptive_avg_pool2d(p.y, p.x, threads);
+}
+
+void cpu_local_response_norm(py::handle out, py::handle input, int64_t size, float alpha, float beta, float k,
+                             int threads) {
+  const Pooled p(out, input, threads);
+  require_shape(p.y, "out", p.x.n, p.x.c, p.x.h, p.x.w);
+  if (size < 1) throw py::value_error("size must be positive, is " + std::to_string(size));
+  if (p.empty()) return;
+  py::gil_scoped_release release;
+  cpu::local_response_norm(p.y, p.x, size, alpha, beta, k, threads);
+}
+
+void cpu_linear(py::handle out, py::handle input, py::handle weight, py::handle bias, bool relu, int threads) {
+  const TensorView x = matrix(input, "input", kDLCPU), w = matrix(weight, "weight", kDLCPU),
+                   y = matrix(out, "out", kDLCPU);
+  require_cpu_dtype(x);
+  require_threads(threads);
+  if (x.dtype != w.dtype || x.dtype != y.dtype) throw py::type_error("input, weight and out must have one dtype");
+  require_shape(y, "out", x.n, w.n, 1, 1);
+  require_shape(w, "weight", w.n, x.c, 1, 1);
+  if (x.c < 1) throw py::value_error("input must have at least one column");
+  const float* b = python::vector(bias, "bias", kDLCPU, w.n);
+  if (y.n == 0 || y.c == 0) return;
+  py::gil_scoped_release release;
+  cpu::linear(y, x, w, b, activation_of(relu), threads);
+}
+
+void cpu_channel_affine(py::handle out, py::handle input, py::handle scale, py::handle shift, py::handle residual,
+                        bool relu, float factor, int threads) {
+  const TensorView x = activation(input, "input", kDLCPU), y = activation(out, "out", kDLCPU, x.dtype);
+  require_cpu_dtype(x);
+  require_threads(threads);
+  require_shape(x, "input", y.n, y.c, y.h, y.w);
+  const float* s = python::vector(scale, "scale", kDLCPU, y.c);
+  const float* t = python::vector(shift, "shift", kDLCPU, y.c);
+  const TensorView r = residual_of(residual, y, kDLCPU);
+  if (y.pixels() == 0 || y.c == 0) return;
+  py::gil_scoped_release release;
+  cpu::channel_affine(y, x, s, t, r, activation_of(relu), factor, threads);
+}
+
+void cpu_batch_statistics(py::handle mean, py::handle var, py::handle input, int threads) {
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_cpu_dtype(x);
+  require_threads(threads);
+  float* m = python::vector(mean, "mean", kDLCPU, x.c);
+  float* v = python::vector(var, "var", kDLCPU, x.c);
+  if (m == nullptr || v == nullptr) throw py::type_error("mean and var must be tensors");
+  if (x.pixels() == 0 || x.c == 0) throw py::value_error("input must not be empty");
+  py::gil_scoped_release release;
+  cpu::batch_statistics(m, v, x, threads);
+}
+
+uint64_t hashed(uint64_t hash, uint64_t value) {
+  return (hash ^ value) * 1099511628211u;
+}
+
+// The hash of `bytes` bytes; four sums side by side, so that one multiplication does not wait for the other.
+uint64_t hash_of_memory(const char* data, int64_t bytes) {
+  uint64_t lanes[4] = {14695981039346656037u, 1, 2, 3}, words[4];
+  for (; bytes >= 32; data += 32, bytes -= 32) {
+    std::memcpy(words, data, 32);
+    for (int i = 0; i < 4; ++i) lanes[i] = hashed(lanes[i], words[i]);
+  }
+  for (int64_t i = 0; i < bytes; ++i) lanes[0] = hashed(lanes[0], static_cast<unsigned char>(data[i]));
+  return hashed(hashed(hashed(lanes[0], lanes[1] >> 7), lanes[2] >> 13), lanes[3] >> 21);
+}
+
+// A hash of a CPU tensor's values: notices a weight that was rewritten behind autograd's back. All values of a small
+// tensor, and of any when `complete`; of a large one 64 spread evenly, and a diagonal that meets every index of every
+// dimension (a filter or an input channel set to zero).
+uint64_t cpu_fingerprint(py::handle tensor, bool complete) {
+  const Imported t(tensor, "tensor", kDLCPU);
+  const int dimensions = t.tensor.ndim;
+  const int64_t item = t.tensor.dtype.bits * t.tensor.dtype.lanes / 8;
+  int64_t count = 1, extent = 1, longest = 1;
+  for (int i = 0; i < dimensions; ++i) {
+    count *= t.size(i);
+    extent += (t.size(i) - 1) * t.stride(i);
+    longest = std::max(longest, t.size(i));
+  }
+  if (count == 0) return 0;
+  const char* data = static_cast<const char*>(t.data());
+  constexpr int64_t kSmall = 4096, kSpread = 64;
+  const bool whole = complete || count <= kSmall;
+  if (whole && extent == count) return hash_of_memory(data, count * item);
+  uint64_t hash = 14695981039346656037u;
+  const auto add = [&](int64_t offset) {
+    uint64_t value = 0;
+    std::memcpy(&value, data + offset * item, std::min<int64_t>(item, 8));
+    hash = hashed(hash, value);
+  };
+  const int64_t samples = whole ? count : kSpread;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    int64_t index = whole ? sample : sample * (count - 1) / (samples - 1), offset = 0;
+    for (int i = dimensions - 1; i >= 0; --i) {
+      offset += index % t.size(i) * t.stride(i);
+      index /= t.size(i);
+    }
+    add(offset);
+  }
+  if (whole) return hash;
+  std::vector<int64_t> index(dimensions, 0);
+  int64_t offset = 0;
+  for (int64_t sample = 0; sample < longest; ++sample) {
+    add(offset);
+    for (int i = 0; i < dimensions; ++i) {
+      offset += t.stride(i);
+      if (++index[i] == t.size(i)) {
+        index[i] = 0;
+        offset -= t.size(i) * t.stride(i);
+      }
+    }
+  }
+  return hash;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTCNN_VERSION;
+  info["compiler"] = FASTCNN_COMPILER;
+  info["openmp"] = FASTCNN_OPENMP != 0;
+  info["cuda"] = FASTCNN_CUDA != 0;
+  info["cuda_reason"] = FASTCNN_CUDA_REASON;
+  info["cuda_architectures"] = FASTCNN_CUDA_ARCHS;
+  info["cuda_toolkit"] = FASTCNN_CUDA_TOOLKIT;
+  return info;
+}
+
+}  // namespace
+
+#if FASTCNN_CUDA
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+#endif
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fastcnn's compiled kernels. Use fastcnn.ops; these functions check memory safety only.";
+  m.def("build_info", &build_info);
+  m.def("cpu_fingerprint", &cpu_fingerprint, py::arg("tensor"), py::arg("complete") = false);
+  m.def("cpu_instruction_set", &cpu::instruction_set);
+  m.def("cpu_instruction_sets", &cpu::instruction_sets);
+  py::class_<cpu::PackedConv2dWeight, std::shared_ptr<cpu::PackedConv2dWeight>>(m, "PackedConv2dWeight")
+      .def(py::init(&pack_conv2d_weight), py::arg("weight"), py::arg("groups"))
+      .def_property_readonly("bytes", &cpu::PackedConv2dWeight::bytes);
+  m.def("cpu_conv2d", &cpu_conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
+        py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"),
+        py::arg("relu"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads"));
+  m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("threads"));
+  m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
+        py::arg("padding"), py::arg("padding_end"), py::arg("count_include_pad"), py::arg("divisor"),
+        py::arg("threads"));
+  m.def("cpu_adaptive_avg_pool2d", &cpu_adaptive_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("threads"));
+  m.def("cpu_local_response_norm", &cpu_local_response_norm, py::arg("out"), py::arg("input"), py::arg("size"),
+        py::arg("alpha"), py::arg("beta"), py::arg("k"), py::arg("threads"));
+  m.def("cpu_linear", &cpu_linear, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+        py::arg("relu"), py::arg("threads"));
+  m.def("cpu_channel_affine", &cpu_channel_affine, py::arg("out"), py::arg("input"), py::arg("scale"), py::arg("shift"),
+        py::arg("residual"), py::arg("relu"), py::arg("factor"), py::arg("threads"));
+  m.def("cpu_batch_statistics", &cpu_batch_statistics, py::arg("mean"), py::arg("var"), py::arg("input"),
+        py::arg("threads"));
+#if FASTCNN_CUDA
+  bind_cuda(m);
+#endif
+}

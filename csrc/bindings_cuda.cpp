@@ -1,0 +1,209 @@
+// The CUDA half of the native module; built only with the CUDA kernels. Same duties as bindings.cpp: check what memory
+// safety needs, take the caller's stream and device, release the GIL, launch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/kernels.h"
+#include "python_tensor.h"
+
+namespace py = pybind11;
+using namespace fastcnn;          // NOLINT
+using namespace fastcnn::python;  // NOLINT
+
+namespace {
+
+// The GPU of `out` and the stream that torch launches on there; every other tensor must be on the same GPU.
+struct Launch {
+  int device;
+  Place place;
+  void* stream = nullptr;
+
+  explicit Launch(py::handle out) : device(device_of(out)), place(kDLCUDA, device) {
+    if (exchange_api_of(out, "out")->current_work_stream(kDLCUDA, device, &stream) != 0) throw py::error_already_set();
+  }
+
+  static int device_of(py::handle tensor) {
+    DLTensor t;
+    if (exchange_api_of(tensor, "out")->dltensor_from_py_object_no_sync(tensor.ptr(), &t) != 0) {
+      throw py::error_already_set();
+    }
+    if (t.device.device_type != kDLCUDA) throw py::value_error("out must be on a GPU");
+    return t.device.device_id;
+  }
+};
+
+void require_same_shape(const TensorView& input, const TensorView& out) {
+  require_shape(input, "input", out.n, out.c, out.h, out.w);
+}
+
+void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias, py::handle residual,
+            py::handle input_scale, py::handle input_shift, bool input_relu, bool relu, Pair stride, Pair padding,
+            Pair dilation, int64_t groups, bool allow_tf32) {
+  const Launch launch(out);
+  const TensorView x = activation(input, "input", launch.place);
+  const TensorView y = activation(out, "out", launch.place, x.dtype);
+  const Imported w(weight, "weight", launch.place);
+  w.require_dimensions(4);
+  w.dtype(x.dtype);
+  const int64_t k = w.size(0), c = w.size(1), r = w.size(2), s = w.size(3);
+  const bool packed = (c == 1 || w.stride(1) == 1) && (s == 1 || w.stride(3) == c) &&
+                      (r == 1 || w.stride(2) == s * c) && (k == 1 || w.stride(0) == r * s * c);
+  if (!packed) throw py::value_error("weight must be contiguous in channels-last order (K, R, S, C/groups)");
+  if (groups < 1 || k < 1 || c < 1 || r < 1 || s < 1 || k % groups != 0) {
+    throw py::value_error("groups must divide weight's output channels, none of its sizes may be 0");
+  }
+  require_shape(x, "input", y.n, c * groups, x.h, x.w);
+  require_shape(y, "out", x.n, k, y.h, y.w);
+  const Prologue prologue = prologue_of(x, launch.place, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, launch.place, scale, bias, residual, relu);
+  const Conv2dGeometry geometry = conv2d_geometry(r, s, groups, stride, padding, dilation);
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::conv2d(y, x, w.data(), prologue, epilogue, geometry, allow_tf32, launch.device, launch.stream);
+}
+
+void linear(py::handle out, py::handle input, py::handle weight, py::handle bias, bool relu, bool allow_tf32) {
+  const Launch launch(out);
+  const TensorView x = matrix(input, "input", launch.place), w = matrix(weight, "weight", launch.place),
+                   y = matrix(out, "out", launch.place);
+  if (x.dtype != w.dtype || x.dtype != y.dtype) throw py::type_error("input, weight and out must have one dtype");
+  require_shape(y, "out", x.n, w.n, 1, 1);
+  require_shape(w, "weight", w.n, x.c, 1, 1);
+  const float* b = python::vector(bias, "bias", launch.place, w.n);
+  if (y.n == 0 || y.c == 0) return;
+  py::gil_scoped_release release;
+  cuda::linear(y, x, w, b, activation_of(relu), allow_tf32, launch.device, launch.stream);
+}
+
+void channel_affine(py::handle out, py::handle input, py::handle scale, py::handle shift, py::handle residual,
+                    bool relu) {
+  const Launch launch(out);
+  const TensorView x = activation(input, "input", launch.place), y = activation(out, "out", launch.place, x.dtype);
+  require_same_shape(x, y);
+  const float* s = python::vector(scale, "scale", launch.place, y.c);
+  const float* t = python::vector(shift, "shift", launch.place, y.c);
+  const TensorView r = residual_of(residual, y, launch.place);
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::channel_affine(y, x, s, t, r, activation_of(relu), launch.device, launch.stream);
+}
+
+void residual_add(py::handle out, py::handle input, py::handle residual, float scale, bool relu) {
+  const Launch launch(out);
+  const TensorView x = activation(input, "input", launch.place), y = activation(out, "out", launch.place, x.dtype);
+  require_same_shape(x, y);
+  if (residual.is_none()) throw py::type_error("residual must be a torch.Tensor, not NoneType");
+  const TensorView r = residual_of(residual, y, launch.place);
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::residual_add(y, x, r, scale, activation_of(relu), launch.device, launch.stream);
+}
+
+// Bytes of fp32 workspace that batch_statistics needs for this input.
+int64_t batch_statistics_workspace(py::handle input) {
+  return static_cast<int64_t>(cuda::batch_statistics_workspace_bytes(activation(input, "input", Launch(input).place)));
+}
+
+void batch_statistics(py::handle mean, py::handle var, py::handle input, py::handle workspace) {
+  const Launch launch(input);
+  const TensorView x = activation(input, "input", launch.place);
+  if (x.pixels() == 0) throw py::value_error("input must not be empty");
+  float* m = python::vector(mean, "mean", launch.place, x.c);
+  float* v = python::vector(var, "var", launch.place, x.c);
+  const auto floats = static_cast<int64_t>((cuda::batch_statistics_workspace_bytes(x) + 3) / 4);
+  float* w = python::vector(workspace, "workspace", launch.place, floats);
+  if (m == nullptr || v == nullptr || (floats > 0 && w == nullptr))
+    throw py::type_error("mean, var and workspace must be tensors");
+  py::gil_scoped_release release;
+  cuda::batch_statistics(m, v, x, w, launch.device, launch.stream);
+}
+
+struct Pooled {
+  Launch launch;
+  TensorView x, y;
+  Pooled(py::handle out, py::handle input)
+      : launch(out), x(activation(input, "input", launch.place)), y(activation(out, "out", launch.place, x.dtype)) {
+    require_shape(y, "out", x.n, x.c, y.h, y.w);
+  }
+};
+
+void max_pool2d(py::handle out, py::handle input, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  const Pooled p(out, input);
+  const Pool2dGeometry geometry = pool2d_geometry(kernel, stride, padding, dilation);
+  if (p.y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::max_pool2d(p.y, p.x, geometry, p.launch.device, p.launch.stream);
+}
+
+void avg_pool2d(py::handle out, py::handle input, Pair kernel, Pair stride, Pair padding, Pair padding_end,
+                bool count_include_pad, int64_t divisor) {
+  const Pooled p(out, input);
+  const Pool2dGeometry geometry = pool2d_geometry(kernel, stride, padding, {1, 1});
+  if (p.y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::avg_pool2d(p.y, p.x, geometry, padding_end[0], padding_end[1], count_include_pad, divisor, p.launch.device,
+                   p.launch.stream);
+}
+
+void adaptive_avg_pool2d(py::handle out, py::handle input) {
+  const Pooled p(out, input);
+  if (p.y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::adaptive_avg_pool2d(p.y, p.x, p.launch.device, p.launch.stream);
+}
+
+void local_response_norm(py::handle out, py::handle input, int64_t size, float alpha, float beta, float k) {
+  const Pooled p(out, input);
+  require_same_shape(p.x, p.y);
+  if (size < 1) throw py::value_error("size must be positive, is " + std::to_string(size));
+  if (p.y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::local_response_norm(p.y, p.x, size, alpha, beta, k, p.launch.device, p.launch.stream);
+}
+
+// Which kernel conv2d would launch, for reports and tests.
+std::string conv2d_kernel(py::handle out, py::handle input, py::handle weight, bool has_prologue, Pair stride,
+                          Pair padding, Pair dilation, int64_t groups, bool allow_tf32) {
+  const Launch launch(out);
+  const TensorView x = activation(input, "input", launch.place), y = activation(out, "out", launch.place, x.dtype);
+  const Imported w(weight, "weight", launch.place);
+  w.require_dimensions(4);
+  Prologue prologue;
+  prologue.relu = has_prologue;
+  return cuda::conv2d_kernel_name(y, x, w.data(), prologue, Epilogue{},
+                                  conv2d_geometry(w.size(2), w.size(3), groups, stride, padding, dilation), allow_tf32,
+                                  launch.device);
+}
+
+py::dict device_info(int device) {
+  const cuda::DeviceInfo info = cuda::device_info(device);
+  py::dict d;
+  d["name"] = info.name;
+  d["compute_capability"] = py::make_tuple(info.compute_major, info.compute_minor);
+  d["multiprocessors"] = info.multiprocessors;
+  d["memory_bytes"] = info.memory_bytes;
+  d["l2_bytes"] = info.l2_bytes;
+  d["supported"] = info.supported;
+  return d;
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.def("cuda_device_count", &cuda::device_count);
+  m.def("cuda_device_info", &device_info, py::arg("device"));
+  m.def("cuda_architectures", &cuda::compiled_architectures);
+  m.def("cuda_runtime_version", &cuda::runtime_version);
+  m.def("cuda_driver_version", &cuda::driver_version);
+  m.def("cuda_conv2d", &conv2d);
+  m.def("cuda_conv2d_kernel", &conv2d_kernel);
+  m.def("cuda_linear", &linear);
+  m.def("cuda_channel_affine", &channel_affine);
+  m.def("cuda_residual_add", &residual_add);
+  m.def("cuda_batch_statistics_workspace", &batch_statistics_workspace);
+  m.def("cuda_batch_statistics", &batch_statistics);
+  m.def("cuda_max_pool2d", &max_pool2d);
+  m.def("cuda_avg_pool2d", &avg_pool2d);
+  m.def("cuda_adaptive_avg_pool2d", &adaptive_avg_pool2d);
+  m.def("cuda_local_response_norm", &local_response_norm);
+}

@@ -1,0 +1,132 @@
+// Convolution on the CPU: weight packing and the cut into tasks. The arithmetic is in isa/conv2d.cpp.
+#include <algorithm>
+#include <cstring>
+
+#include "isa/table.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastcnn::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+float read_as_float(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
+  const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+}  // namespace
+
+PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4],
+                                       const int64_t strides[4], int64_t groups)
+    : out_channels(shape[0]),
+      in_channels(shape[1] * groups),
+      filter_h(shape[2]),
+      filter_w(shape[3]),
+      groups(groups),
+      group_in(shape[1]),
+      group_out(shape[0] / groups),
+      data_(nullptr, std::free) {
+  const KernelTable& table = kernels();
+  const bool power_of_two = (group_in & (group_in - 1)) == 0;
+  spans_groups = groups > 1 && group_in == group_out && power_of_two && group_in <= table.vector_width;
+  // Where the element (k, tap, c) goes: see the two kernels.
+  const int64_t block = spans_groups ? table.vector_width : table.column_block;
+  const int64_t taps = filter_h * filter_w;
+  const int64_t reduction = taps * group_in;
+  column_blocks = ceil_div(spans_groups ? out_channels : group_out, block);
+  bytes_ = (spans_groups ? 1 : groups) * column_blocks * reduction * block * 4;
+  data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
+  std::memset(data_.get(), 0, static_cast<size_t>(bytes_));
+  for (int64_t k = 0; k < out_channels; ++k) {
+    const int64_t group = spans_groups ? 0 : k / group_out;
+    const int64_t column = spans_groups ? k : k % group_out;
+    float* to = data_.get() + (group * column_blocks + column / block) * reduction * block + column % block;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t from = k * strides[0] + tap / filter_w * strides[2] + tap % filter_w * strides[3];
+      for (int64_t c = 0; c < group_in; ++c) {
+        to[(tap * group_in + c) * block] = read_as_float(weight, dtype, from + c * strides[1]);
+      }
+    }
+  }
+}
+
+namespace {
+
+// Chunks of the reduction of equal length, in whole vectors; tasks of a few micro-tiles of pixels, so that a block of
+// weights is used several times from L2, and of as many column blocks as leave every thread some tasks to balance with.
+int64_t cut_dense(Conv2dProblem& problem, int threads) {
+  const KernelTable& table = kernels();
+  const int64_t groups = problem.geometry.groups;
+  const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
+  const int64_t chunks = ceil_div(reduction, table.max_chunk);
+  problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
+  constexpr int64_t kMicroTilesPerTask = 4, kTasksPerThread = 6;
+  const int64_t wanted_tasks = threads > 1 ? kTasksPerThread * threads : 1;
+  const int64_t pixels = problem.out.pixels();
+  const int64_t row_tasks = ceil_div(ceil_div(pixels, table.micro_rows), kMicroTilesPerTask);
+  problem.tile_rows = ceil_div(pixels, row_tasks);
+  const int64_t splits = std::clamp<int64_t>(ceil_div(wanted_tasks, row_tasks * groups), 1, problem.column_blocks);
+  problem.blocks_per_task = ceil_div(problem.column_blocks, splits);
+  return ceil_div(pixels, problem.tile_rows) * ceil_div(problem.column_blocks, problem.blocks_per_task) * groups;
+}
+
+// One output row and enough channel blocks to be worth a task.
+int64_t cut_grouped(Conv2dProblem& problem) {
+  problem.blocks_per_task = std::min<int64_t>(8, problem.column_blocks);
+  return problem.out.n * problem.out.h * ceil_div(problem.column_blocks, problem.blocks_per_task);
+}
+
+}  // namespace
+
+void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
+            const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
+  const KernelTable& table = kernels();
+  // Epilogue vectors, padded to whole column blocks of each group so that the kernel reads them without a test.
+  const int64_t groups = weight.spans_groups ? 1 : weight.groups;
+  const int64_t group_out = weight.out_channels / groups;
+  const int64_t padded = weight.column_blocks * (weight.spans_groups ? table.vector_width : table.column_block);
+  std::unique_ptr<float, void (*)(void*)> vectors(static_cast<float*>(allocate_aligned(2 * groups * padded * 4)),
+                                                  std::free);
+  float* scale = vectors.get();
+  float* bias = scale + groups * padded;
+  std::fill(scale, bias, 1.0f);
+  std::fill(bias, bias + groups * padded, 0.0f);
+  for (int64_t g = 0; g < groups; ++g) {
+    if (epilogue.scale != nullptr) std::copy_n(epilogue.scale + g * group_out, group_out, scale + g * padded);
+    if (epilogue.bias != nullptr) std::copy_n(epilogue.bias + g * group_out, group_out, bias + g * padded);
+  }
+
+  Conv2dProblem problem;
+  problem.out = out;
+  problem.input = input;
+  problem.geometry = geometry;
+  problem.packed_weight = weight.data();
+  problem.group_in = weight.group_in;
+  problem.group_out = weight.group_out;
+  problem.column_blocks = weight.column_blocks;
+  problem.input_scale = prologue.scale;
+  problem.input_shift = prologue.shift;
+  problem.input_relu = prologue.relu;
+  problem.scale = scale;
+  problem.bias = bias;
+  problem.residual = epilogue.residual;
+  problem.relu = epilogue.activation == Activation::relu;
+
+  if (weight.spans_groups) {
+    parallel_tasks(cut_grouped(problem), threads, 0,
+                   [&](int64_t task, void*) { table.conv2d_grouped_task(problem, task); });
+  } else {
+    const int64_t tasks = cut_dense(problem, threads);
+    parallel_tasks(tasks, threads, table.conv2d_scratch_bytes(problem),
+                   [&](int64_t task, void* scratch) { table.conv2d_task(problem, task, scratch); });
+  }
+}
+
+}  // namespace fastcnn::cpu

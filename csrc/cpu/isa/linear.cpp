@@ -1,0 +1,291 @@
+// A fully connected layer on the CPU. The weights are read as the user left them: nothing of them is packed or kept.
+//
+//   y[m, k] = act(sum_c x[m, c] * w[k, c] + bias[k])
+//
+// Shapes: x (M, C), w (K, C), y (M, K), rows at any stride. Two ways, by the number of input rows:
+//
+// Few rows (at most kLinearFewRows): dot products. Both operands are contiguous along the reduction, so a vector holds
+// consecutive c of one row, an accumulator the partial sums of one (m, k) pair, and lanes are added only at the end. A
+// task owns all M input rows x `columns_per_task` weight rows. Registers: a tile's accumulators (up to 6 x 4), 4 weight
+// vectors, one input. Floor: K*C weights from memory, each read once.
+//
+// Many rows: a matrix product, with input rows across the lanes. The input is first transposed into panels
+// [panel][c][kColumnBlock rows]. A task owns `panels_per_task` panels x `columns_per_task` weight rows and goes over
+// the reduction in chunks: kMicroRows weight rows of a chunk are copied (and widened) to a padded panel in L1, since
+// rows a power of two apart would share a cache set, and their values are broadcast against the input's vectors.
+// Registers: kMicroRows x 2 accumulators. L2: a chunk of the task's input panels. Floor: 2*M*K*C FLOPs.
+
+#include "variant.h"
+#include "vector.h"
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 2;
+#endif
+constexpr int kTileColumns = 4;
+constexpr int64_t kChunk = kLinearChunk;
+constexpr int64_t kPanelStride = kChunk + 16;  // not a multiple of 1 KiB: rows spread over the cache's sets
+
+// ---- few rows: dot products
+// ------------------------------------------------------------------------------------------
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTCNN_HAS_SHUFFLE 1
+#endif
+#endif
+
+static inline float add_lanes(Vector v) {
+#if FASTCNN_HAS_SHUFFLE && defined(__AVX512F__)
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+  return v[0] + v[1];
+#elif FASTCNN_HAS_SHUFFLE && defined(__AVX2__)
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1);
+  return v[0] + v[1];
+#else
+  float lanes[kVectorWidth];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int width = kVectorWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+#endif
+}
+
+// A tile of dot products over `count` values, each left as a vector of partial sums.
+template <int Rows, int Columns, typename T>
+static void dot_products(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t count, float* sums) {
+  Vector sum[Rows][Columns];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Columns; ++j) sum[i][j] = Vector{};
+  }
+  int64_t c = 0;
+  for (; c + kVectorWidth <= count; c += kVectorWidth) {
+    Vector weight[Columns];
+#pragma GCC unroll 8
+    for (int j = 0; j < Columns; ++j) weight[j] = load(w + j * w_stride + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vector value = load(x + i * x_stride + c);
+#pragma GCC unroll 8
+      for (int j = 0; j < Columns; ++j) sum[i][j] += value * weight[j];
+    }
+  }
+  if (c < count) {
+    for (int i = 0; i < Rows; ++i) {
+      const Vector value = load_some(x + i * x_stride + c, count - c);
+      for (int j = 0; j < Columns; ++j) sum[i][j] += value * load_some(w + j * w_stride + c, count - c);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Columns; ++j) store(sums + (i * Columns + j) * kVectorWidth, sum[i][j]);
+  }
+}
+
+template <typename T>
+using DotProducts = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*);
+
+// By the number of input rows; full tiles of columns, and single columns for what is left over.
+template <typename T, int Columns>
+struct DotKernels {
+  DotProducts<T> by_rows[kTileRows + 1] = {};
+  constexpr DotKernels() { fill<kTileRows>(); }
+  template <int Rows>
+  constexpr void fill() {
+    by_rows[Rows] = dot_products<Rows, Columns, T>;
+    if constexpr (Rows > 1) fill<Rows - 1>();
+  }
+};
+
+template <typename T>
+struct Dot {
+  static constexpr DotKernels<T, kTileColumns> full{};
+  static constexpr DotKernels<T, 1> single{};
+};
+
+template <typename T>
+static void run_few_rows(const LinearProblem& problem, int64_t index) {
+  const int64_t first = index * problem.columns_per_task;
+  const int64_t last =
+      first + problem.columns_per_task < problem.columns ? first + problem.columns_per_task : problem.columns;
+  const T* x = static_cast<const T*>(problem.input);
+  const T* w = static_cast<const T*>(problem.weight);
+  T* out = static_cast<T*>(problem.out);
+  const int64_t tiles = (problem.rows + kTileRows - 1) / kTileRows;
+  alignas(64) float sums[kTileRows * kTileColumns * kVectorWidth];
+  for (int64_t k = first; k < last;) {
+    const int64_t width = last - k >= kTileColumns ? kTileColumns : 1;
+    int64_t m = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t height = (problem.rows - m + tiles - tile - 1) / (tiles - tile);  // nearly equal tiles
+      (width == 1 ? Dot<T>::single.by_rows : Dot<T>::full.by_rows)[height](
+          x + m * problem.input_stride, problem.input_stride, w + k * problem.weight_stride, problem.weight_stride,
+          problem.depth, sums);
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < width; ++j) {
+          float value = add_lanes(load(sums + (i * width + j) * kVectorWidth));
+          if (problem.bias != nullptr) value += problem.bias[k + j];
+          store_one(out + (m + i) * problem.out_stride + k + j, problem.relu ? relu(value) : value);
+        }
+      }
+      m += height;
+    }
+    k += width;
+  }
+}
+
+// ---- many rows: a matrix product
+// ---------------------------------------------------------------------------------------
+
+// Values [begin, end) of one panel's input rows, transposed. Rows beyond the last become zeros.
+template <typename T>
+static void pack_panel(const LinearProblem& problem, int64_t panel, int64_t begin, int64_t end) {
+  float* to = problem.packed_input + panel * problem.depth * kColumnBlock;
+  const int64_t first = panel * kColumnBlock;
+  for (int64_t c = begin; c < end; c += kVectorWidth) {
+    const int64_t count = end - c < kVectorWidth ? end - c : kVectorWidth;
+    for (int64_t m = 0; m < kColumnBlock; ++m) {
+      const T* from = static_cast<const T*>(problem.input) + (first + m) * problem.input_stride + c;
+      const bool inside = first + m < problem.rows;
+      for (int64_t i = 0; i < count; ++i) to[(c + i) * kColumnBlock + m] = inside ? load_one(from + i) : 0.0f;
+    }
+  }
+}
+
+// `Rows` weight rows against one panel, over a chunk: sums[row][kColumnBlock].
+template <int Rows, int Vectors>
+static void multiply(const float* weights, const float* inputs, int64_t depth, float* sums, bool resume) {
+  Vector sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = resume ? load(sums + i * kColumnBlock + j * kVectorWidth) : Vector{};
+  }
+  for (int64_t c = 0; c < depth; ++c) {
+    Vector x[Vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) x[j] = load(inputs + c * kColumnBlock + j * kVectorWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vector w = broadcast(weights[i * kPanelStride + c]);
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) sum[i][j] += w * x[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) store(sums + i * kColumnBlock + j * kVectorWidth, sum[i][j]);
+  }
+}
+
+using Multiply = void (*)(const float*, const float*, int64_t, float*, bool);
+
+template <int Vectors>
+struct MultiplyKernels {
+  Multiply by_rows[kMicroRows + 1] = {};
+  constexpr MultiplyKernels() { fill<kMicroRows>(); }
+  template <int Rows>
+  constexpr void fill() {
+    by_rows[Rows] = multiply<Rows, Vectors>;
+    if constexpr (Rows > 1) fill<Rows - 1>();
+  }
+};
+
+constexpr MultiplyKernels<1> kOneVector;
+constexpr MultiplyKernels<2> kTwoVectors;
+
+template <typename T>
+static void run_many_rows(const LinearProblem& problem, int64_t index, float* scratch) {
+  const int64_t panels_total = (problem.rows + kColumnBlock - 1) / kColumnBlock;
+  const int64_t column_tasks = (problem.columns + problem.columns_per_task - 1) / problem.columns_per_task;
+  // Columns vary fastest: a group of input panels stays in the cache while weights pass.
+  const int64_t panel0 = index / column_tasks * problem.panels_per_task;
+  const int64_t panels =
+      panels_total - panel0 < problem.panels_per_task ? panels_total - panel0 : problem.panels_per_task;
+  const int64_t k0 = index % column_tasks * problem.columns_per_task;
+  const int64_t columns =
+      problem.columns - k0 < problem.columns_per_task ? problem.columns - k0 : problem.columns_per_task;
+  const T* w = static_cast<const T*>(problem.weight) + k0 * problem.weight_stride;
+  float* weights = scratch;                           // [kMicroRows][kPanelStride]
+  float* sums = scratch + kMicroRows * kPanelStride;  // [column][panel][kColumnBlock], in blocks of kMicroRows columns
+
+  for (int64_t begin = 0; begin < problem.depth; begin += kChunk) {
+    const int64_t depth = problem.depth - begin < kChunk ? problem.depth - begin : kChunk;
+    for (int64_t k = 0; k < columns; k += kMicroRows) {
+      const int64_t height = columns - k < kMicroRows ? columns - k : kMicroRows;
+      for (int64_t i = 0; i < height; ++i) {
+        const T* from = w + (k + i) * problem.weight_stride + begin;
+        float* to = weights + i * kPanelStride;
+        int64_t c = 0;
+        for (; c + kVectorWidth <= depth; c += kVectorWidth) store(to + c, load(from + c));
+        for (; c < depth; ++c) to[c] = load_one(from + c);
+      }
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t rows = problem.rows - (panel0 + p) * kColumnBlock;
+        const float* inputs = problem.packed_input + ((panel0 + p) * problem.depth + begin) * kColumnBlock;
+        (rows <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows)[height](
+            weights, inputs, depth, sums + (k * panels + p * height) * kColumnBlock, begin > 0);
+      }
+    }
+  }
+
+  for (int64_t k = 0; k < columns; k += kMicroRows) {
+    const int64_t height = columns - k < kMicroRows ? columns - k : kMicroRows;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t m0 = (panel0 + p) * kColumnBlock;
+      const int64_t rows = problem.rows - m0 < kColumnBlock ? problem.rows - m0 : kColumnBlock;
+      const float* from = sums + (k * panels + p * height) * kColumnBlock;
+      for (int64_t m = 0; m < rows; ++m) {
+        T* out = static_cast<T*>(problem.out) + (m0 + m) * problem.out_stride + k0 + k;
+        for (int64_t i = 0; i < height; ++i) {
+          float value = from[i * kColumnBlock + m];
+          if (problem.bias != nullptr) value += problem.bias[k0 + k + i];
+          store_one(out + i, problem.relu ? relu(value) : value);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t linear_scratch_bytes(const LinearProblem& problem) {
+  if (problem.packed_input == nullptr) return 0;
+  return (kMicroRows * kPanelStride + problem.columns_per_task * problem.panels_per_task * kColumnBlock) * 4;
+}
+
+void linear_pack_task(const LinearProblem& problem, int64_t index) {
+  const int64_t chunks = (problem.depth + kChunk - 1) / kChunk;
+  const int64_t begin = index % chunks * kChunk;
+  const int64_t end = begin + kChunk < problem.depth ? begin + kChunk : problem.depth;
+  if (problem.dtype == DType::f32) {
+    pack_panel<float>(problem, index / chunks, begin, end);
+  } else {
+    pack_panel<uint16_t>(problem, index / chunks, begin, end);
+  }
+}
+
+void linear_task(const LinearProblem& problem, int64_t index, void* scratch) {
+  const bool few = problem.packed_input == nullptr;
+  if (problem.dtype == DType::f32) {
+    few ? run_few_rows<float>(problem, index) : run_many_rows<float>(problem, index, static_cast<float*>(scratch));
+  } else {
+    few ? run_few_rows<uint16_t>(problem, index)
+        : run_many_rows<uint16_t>(problem, index, static_cast<float*>(scratch));
+  }
+}
+
+}  // namespace fastcnn::cpu::FASTCNN_ISA

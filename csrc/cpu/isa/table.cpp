@@ -1,0 +1,34 @@
+// The table of one instruction-set variant.
+#include "table.h"
+
+#include "variant.h"
+#include "vector.h"
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+
+#define FASTCNN_STRING(x) #x
+#define FASTCNN_NAME(x) FASTCNN_STRING(x)
+
+const KernelTable& kernel_table() {
+  static constexpr KernelTable table = {
+      FASTCNN_NAME(FASTCNN_ISA),
+      kVectorWidth,
+      kMicroRows,
+      kColumnBlock,
+      kConv2dMaxChunk,
+      conv2d_scratch_bytes,
+      conv2d_task,
+      conv2d_grouped_task,
+      pool2d_task,
+      local_response_norm_scratch_bytes,
+      local_response_norm_task,
+      linear_scratch_bytes,
+      linear_pack_task,
+      linear_task,
+      channel_affine_task,
+      batch_statistics_task,
+  };
+  return table;
+}
+
+}  // namespace fastcnn::cpu::FASTCNN_ISA

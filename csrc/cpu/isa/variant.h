@@ -1,0 +1,21 @@
+// The functions that every instruction-set variant defines, in its own namespace; table.cpp gathers them.
+#pragma once
+
+#include "table.h"
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+
+constexpr int kConv2dMaxChunk = 384;
+int64_t conv2d_scratch_bytes(const Conv2dProblem& problem);
+void conv2d_task(const Conv2dProblem& problem, int64_t index, void* scratch);
+void conv2d_grouped_task(const Conv2dProblem& problem, int64_t index);
+void pool2d_task(const Pool2dProblem& problem, int64_t index);
+int64_t local_response_norm_scratch_bytes(const LocalResponseNormProblem& problem);
+void local_response_norm_task(const LocalResponseNormProblem& problem, int64_t index, void* scratch);
+int64_t linear_scratch_bytes(const LinearProblem& problem);
+void linear_pack_task(const LinearProblem& problem, int64_t index);
+void linear_task(const LinearProblem& problem, int64_t index, void* scratch);
+void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
+void batch_statistics_task(const BatchStatisticsProblem& problem, int64_t index);
+
+}  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -1,0 +1,166 @@
+// The vector type of the instruction set this file is compiled for, by the compiler's own vector extension: one source
+// serves AVX-512, AVX2 and whatever the plain target has (SSE2, NEON). Products are contracted into FMA by the
+// compiler.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../../common/types.h"
+
+#ifndef FASTCNN_ISA
+#error "compile isa/ files with FASTCNN_ISA set to portable, avx2 or avx512"
+#endif
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorWidth = 16;
+constexpr int kMicroRows = 14;  // 14 x 2 accumulators + 2 weights + 1 broadcast of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorWidth = 8;
+constexpr int kMicroRows = 6;  // 6 x 2 accumulators + 2 weights + 1 broadcast of 16 registers
+#elif defined(__aarch64__)
+constexpr int kVectorWidth = 4;
+constexpr int kMicroRows = 12;
+#else
+constexpr int kVectorWidth = 4;
+constexpr int kMicroRows = 6;
+#endif
+constexpr int kMicroVectors = 2;
+constexpr int kColumnBlock = kMicroVectors * kVectorWidth;
+
+typedef float Vector __attribute__((vector_size(kVectorWidth * 4)));
+typedef float UnalignedVector __attribute__((vector_size(kVectorWidth * 4), aligned(4), may_alias));
+
+static inline Vector load(const float* p) {
+  return *reinterpret_cast<const UnalignedVector*>(p);
+}
+static inline void store(float* p, Vector v) {
+  *reinterpret_cast<UnalignedVector*>(p) = v;
+}
+static inline Vector broadcast(float x) {
+  return x - Vector{};
+}
+
+// max(x, 0) that lets NaN through, as torch.relu does.
+static inline Vector relu(Vector x) {
+  return x < Vector{} ? Vector{} : x;
+}
+static inline float relu(float x) {
+  return x < 0.0f ? 0.0f : x;
+}
+
+static inline float bf16_to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+// Round to nearest even; NaN stays NaN.
+static inline uint16_t float_to_bf16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  return (word & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : static_cast<uint16_t>(rounded);
+}
+
+// ---- bf16 in memory, fp32 in registers ---------------------------------------------------------------------------
+
+typedef uint32_t Words __attribute__((vector_size(kVectorWidth * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorWidth * 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(kVectorWidth * 2), aligned(2), may_alias));
+
+static inline Vector load(const uint16_t* p) {
+  const Halves bits = *reinterpret_cast<const UnalignedHalves*>(p);
+  return reinterpret_cast<Vector>(__builtin_convertvector(bits, Words) << 16);
+}
+
+// The bf16 nearest to each value (ties to even, NaN stays NaN) in the upper half of its word, zeros below.
+static inline Words bf16_bits_high(Vector v) {
+  const Words word = reinterpret_cast<Words>(v);
+  const Words rounded = word + 0x7fffu + ((word >> 16) & 1u);
+  return (v == v ? rounded : Words{} + 0x7fc00000u) & 0xffff0000u;
+}
+
+static inline void store(uint16_t* p, Vector v) {
+  *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(bf16_bits_high(v) >> 16, Halves);
+}
+
+// Two vectors of adjacent bf16 values, even ones in `even`, odd ones in `odd` (little-endian): half the work of two
+// loads.
+typedef uint32_t UnalignedWords __attribute__((vector_size(kVectorWidth * 4), aligned(2), may_alias));
+
+static inline void load_pair(const uint16_t* p, Vector& even, Vector& odd) {
+  const Words bits = *reinterpret_cast<const UnalignedWords*>(p);
+  even = reinterpret_cast<Vector>(bits << 16);
+  odd = reinterpret_cast<Vector>(bits & 0xffff0000u);
+}
+
+static inline void store_pair(uint16_t* p, Vector even, Vector odd) {
+  *reinterpret_cast<UnalignedWords*>(p) = (bf16_bits_high(even) >> 16) | bf16_bits_high(odd);
+}
+
+static inline float load_one(const float* p) {
+  return *p;
+}
+static inline float load_one(const uint16_t* p) {
+  return bf16_to_float(*p);
+}
+static inline void store_one(float* p, float v) {
+  *p = v;
+}
+static inline void store_one(uint16_t* p, float v) {
+  *p = float_to_bf16(v);
+}
+
+// The first `count` < kVectorWidth lanes; the others read as zero and are not written.
+template <typename T>
+static inline Vector load_some(const T* p, int64_t count) {
+  Vector v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = load_one(p + i);
+  return v;
+}
+
+template <typename T>
+static inline void store_some(T* p, Vector v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store_one(p + i, v[i]);
+}
+
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << count) - 1);
+}
+
+static inline Vector load_some(const float* p, int64_t count) {
+  return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(first_lanes(count), p));
+}
+
+static inline void store_some(float* p, Vector v, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), reinterpret_cast<__m512>(v));
+}
+
+static inline Vector load_some(const uint16_t* p, int64_t count) {
+  const Halves bits = reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return reinterpret_cast<Vector>(__builtin_convertvector(bits, Words) << 16);
+}
+#elif defined(__AVX2__)
+static inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+static inline Vector load_some(const float* p, int64_t count) {
+  return reinterpret_cast<Vector>(_mm256_maskload_ps(p, first_lanes(count)));
+}
+
+static inline void store_some(float* p, Vector v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), reinterpret_cast<__m256>(v));
+}
+#endif
+
+}  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -1,0 +1,67 @@
+// The CPU backend's entry points, called by bindings.cpp. Arguments are already checked; pointers are host memory.
+// `threads` is the caller's torch.get_num_threads().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../common/types.h"
+
+namespace fastcnn::cpu {
+
+// Weights of a convolution rearranged for the micro-kernel of one instruction set (layouts: isa/conv2d.cpp,
+// isa/conv2d_grouped.cpp).
+class PackedConv2dWeight {
+ public:
+  // weight: (K, C/groups, R, S) with the given element strides, any of the three dtypes.
+  PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4], int64_t groups);
+
+  int64_t out_channels, in_channels;  // K and C, over all groups
+  int64_t filter_h, filter_w, groups;
+  int64_t group_in, group_out;  // channels of one group
+  // Narrow groups, as wide out as in: packed for isa/conv2d_grouped.cpp by vectors that span several groups.
+  bool spans_groups;
+  int64_t column_blocks;  // blocks of output channels in a group, or vectors of channels over all where spans_groups
+  const float* data() const { return data_.get(); }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::unique_ptr<float, void (*)(void*)> data_;
+  int64_t bytes_;
+};
+
+void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
+            const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+
+// Pooling; what each computes, and the windows: isa/pool2d.cpp. Output sizes come with `out`.
+void max_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
+void avg_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int64_t pad_bottom,
+                int64_t pad_right, bool count_include_pad, int64_t divisor,
+                int threads);  // divisor 0: the window's size
+void adaptive_avg_pool2d(const TensorView& out, const TensorView& input, int threads);
+
+void local_response_norm(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta, float k,
+                         int threads);
+
+// out = act(input @ weight.T + bias). A matrix is a view with n rows, h = w = 1, c columns and pixel_stride as its row
+// stride: out (M, K), input (M, C), weight (K, C).
+void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
+            Activation activation, int threads);
+
+// out = act(input * scale[c] + shift[c] + residual), with vectors or null; without both, act(input * factor +
+// residual). residual may be an empty view. out may be exactly input or residual.
+void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
+                    const TensorView& residual, Activation activation, float factor, int threads);
+
+// Per-channel mean and biased variance over N, H, W. The same bits for every number of threads.
+void batch_statistics(float* mean, float* var, const TensorView& input, int threads);
+
+// The instruction set in use: "avx512", "avx2" or "portable". Chosen once from what the processor has; the environment
+// variable FASTCNN_CPU_ISA asks for a lower one.
+std::string instruction_set();
+std::vector<std::string> instruction_sets();  // those that this build holds and this processor can run, best first
+
+}  // namespace fastcnn::cpu

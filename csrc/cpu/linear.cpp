@@ -1,0 +1,60 @@
+// A fully connected layer on the CPU: the cut into tasks. The arithmetic is in isa/linear.cpp.
+#include <algorithm>
+#include <memory>
+
+#include "isa/table.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastcnn::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace
+
+void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
+            Activation activation, int threads) {
+  const KernelTable& table = kernels();
+  LinearProblem problem;
+  problem.out = out.data, problem.out_stride = out.pixel_stride;
+  problem.input = input.data, problem.input_stride = input.pixel_stride;
+  problem.weight = weight.data, problem.weight_stride = weight.pixel_stride;
+  problem.dtype = input.dtype;
+  problem.rows = input.n, problem.columns = weight.n, problem.depth = input.c;
+  problem.bias = bias;
+  problem.relu = activation == Activation::relu;
+
+  constexpr int64_t kSerialWork = 1 << 15;  // multiplications not worth waking a thread for
+  constexpr int64_t kTasksPerThread = 4;
+  if (problem.rows * problem.columns * problem.depth <= kSerialWork) threads = 1;
+  const int64_t wanted = kTasksPerThread * threads;
+
+  if (problem.rows <= kLinearFewRows) {
+    problem.packed_input = nullptr;
+    problem.columns_per_task = std::clamp<int64_t>(problem.columns / wanted / 4 * 4, 4, 32);
+    parallel_tasks(ceil_div(problem.columns, problem.columns_per_task), threads, 0,
+                   [&](int64_t task, void*) { table.linear_task(problem, task, nullptr); });
+    return;
+  }
+
+  const int64_t panels = ceil_div(problem.rows, table.column_block);
+  std::unique_ptr<float, void (*)(void*)> packed(
+      static_cast<float*>(allocate_aligned(panels * problem.depth * table.column_block * 4)), std::free);
+  problem.packed_input = packed.get();
+  parallel_tasks(panels * ceil_div(problem.depth, kLinearChunk), threads, 0,
+                 [&](int64_t task, void*) { table.linear_pack_task(problem, task); });
+  // At most 8 panels, whose chunk fits into L2, and 4 blocks of weight rows, which share it; fewer to give every thread
+  // some tasks.
+  problem.panels_per_task = ceil_div(panels, ceil_div(panels, 8));
+  const int64_t blocks = ceil_div(problem.columns, table.micro_rows);
+  const int64_t panel_tasks = ceil_div(panels, problem.panels_per_task);
+  problem.columns_per_task = std::clamp<int64_t>(blocks * panel_tasks / wanted, 1, 4) * table.micro_rows;
+  const int64_t tasks = panel_tasks * ceil_div(problem.columns, problem.columns_per_task);
+  parallel_tasks(tasks, threads, table.linear_scratch_bytes(problem),
+                 [&](int64_t task, void* scratch) { table.linear_task(problem, task, scratch); });
+}
+
+}  // namespace fastcnn::cpu

@@ -1,0 +1,71 @@
+// What every convolution kernel receives, and the launchers that conv2d.cu chooses from.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/types.h"
+#include "device/conv_index.h"
+
+namespace fastcnn::cuda {
+
+// Passed by value as the kernel's only parameter. Strides are in elements; vectors index the whole layer, a group's
+// part starts at group * channels (input side) or group * filters (output side).
+struct ConvProblem {
+  ConvShape shape;
+  const void* input = nullptr;
+  const void* weight = nullptr;  // groups * filters rows of `reduction` values
+  int64_t weight_row_stride = 0;
+  const float* input_scale = nullptr;
+  const float* input_shift = nullptr;
+  bool input_relu = false;
+  bool relu = false;
+  bool vector_output = false;  // 16-byte accesses to out and residual are aligned
+  const float* scale = nullptr;
+  const float* bias = nullptr;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  int32_t groups = 1;
+  FastDivisor by_column_tiles;  // tiles along the filters; set by the launcher
+
+  bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
+};
+
+// How a kernel fetches its operands.
+enum class LoadPath {
+  async_vectors,    // cp.async, 16 bytes: aligned, no prologue
+  staged_vectors,   // 16 bytes through registers: aligned, prologue applied on the way
+  staged_elements,  // single elements through registers: any channel count, any alignment, prologue if present
+};
+
+struct LaunchTarget {
+  int device;
+  void* stream;
+};
+
+// Chooses a kernel for the problem and launches it. Rows must be below kRowLimit.
+void launch_conv2d(const ConvProblem& problem, DType dtype, bool allow_tf32, const LaunchTarget& target);
+
+// mma.sync tensor-core kernels (bf16, fp16, and fp32 as tf32). Tile sizes served: see conv2d_mma.cuh.
+template <typename T>
+void launch_conv2d_mma(const ConvProblem& problem, LoadPath path, int tile_rows, int tile_columns,
+                       const LaunchTarget& target);
+
+// wgmma tensor-core kernels (sm_90a; bf16, fp16; vectors only; groups = 1). tile_columns is 64, 128, or without a
+// prologue 256.
+template <typename T>
+void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_columns, const LaunchTarget& target);
+
+// Exact fp32 on CUDA cores.
+void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);
+
+// Few channels per group, on CUDA cores.
+template <typename T>
+void launch_conv2d_grouped(const ConvProblem& problem, const LaunchTarget& target);
+template <typename T>
+bool depthwise_fits(const ConvProblem& problem);
+template <typename T>
+void launch_conv2d_depthwise(const ConvProblem& problem, const LaunchTarget& target);
+
+}  // namespace fastcnn::cuda

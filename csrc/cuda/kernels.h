@@ -1,0 +1,83 @@
+// Entry points of the CUDA kernels: one function per operator of the kernel contract (docs/internals.md).
+//
+// This header needs no CUDA header. Every pointer inside a TensorView, Prologue or Epilogue, and every `weight`, is a
+// device pointer on device `device`; `stream` is a cudaStream_t. Functions only enqueue work: no allocation, no
+// synchronisation, so each may be captured in a CUDA graph. Arguments are checked by the caller (shapes, dtypes,
+// devices); what the kernels themselves cannot serve throws std::invalid_argument, a failing CUDA call throws
+// std::runtime_error with the kernel's name and the CUDA error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../common/types.h"
+
+namespace fastcnn::cuda {
+
+// out = act(conv(pro(input), weight) * scale[k] + bias[k] + residual).
+// weight is (K, R, S, C/groups), contiguous, in the input's dtype. fp32 inputs are multiplied exactly unless
+// allow_tf32.
+void conv2d(const TensorView& out, const TensorView& input, const void* weight_krsc, const Prologue& prologue,
+            const Epilogue& epilogue, const Conv2dGeometry& geometry, bool allow_tf32, int device, void* stream);
+
+// The kernel that conv2d would launch, e.g. "wgmma 128x128": for reports and tests. Launches nothing.
+std::string conv2d_kernel_name(const TensorView& out, const TensorView& input, const void* weight_krsc,
+                               const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
+                               bool allow_tf32, int device);
+
+// out = act(input @ weight.T + bias). A matrix is a view with n rows, h = w = 1, c columns and pixel_stride as its row
+// stride: out (M, K), input (M, C), weight (K, C). bias (K,) fp32 or null.
+void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
+            Activation activation, bool allow_tf32, int device, void* stream);
+
+// out = act(input * scale[c] + shift[c] + residual). scale, shift (C,) fp32 or null; residual may be an empty view.
+// out may be exactly input or residual.
+void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
+                    const TensorView& residual, Activation activation, int device, void* stream);
+
+// out = act(input * scale + residual). out may be exactly input or residual.
+void residual_add(const TensorView& out, const TensorView& input, const TensorView& residual, float scale,
+                  Activation activation, int device, void* stream);
+
+// Per-channel mean and biased variance over N, H, W. `workspace` is device memory of the size given below; its contents
+// before and after mean nothing. The result does not depend on the device and repeats bit for bit.
+size_t batch_statistics_workspace_bytes(const TensorView& input);
+void batch_statistics(float* mean, float* variance, const TensorView& input, float* workspace, int device,
+                      void* stream);
+
+void max_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int device,
+                void* stream);
+
+// divisor 0: the window's size, counted with or without padding. pad_bottom, pad_right bound the counted window.
+void avg_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int64_t pad_bottom,
+                int64_t pad_right, bool count_include_pad, int64_t divisor, int device, void* stream);
+
+// Window i of P over H: floor(i*H/P) .. ceil((i+1)*H/P).
+void adaptive_avg_pool2d(const TensorView& out, const TensorView& input, int device, void* stream);
+
+// out = input / (k + alpha / size * sum of squares over `size` channels centred on c) ** beta.
+void local_response_norm(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta, float k,
+                         int device, void* stream);
+
+// GPUs the driver reports; 0 when there is no driver or no GPU. Never throws.
+int device_count();
+
+struct DeviceInfo {
+  std::string name;
+  int compute_major = 0, compute_minor = 0;
+  int multiprocessors = 0;
+  int64_t memory_bytes = 0, l2_bytes = 0, shared_bytes_per_block = 0;
+  bool supported = false;  // this build holds machine code that the device can run
+};
+DeviceInfo device_info(int device);
+
+// The architectures this build was compiled for, e.g. {"80", "90a"}.
+std::vector<std::string> compiled_architectures();
+
+// cudart's version as major * 1000 + minor * 10, and the driver's (0 when there is none).
+int runtime_version();
+int driver_version();
+
+}  // namespace fastcnn::cuda

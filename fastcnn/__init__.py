@@ -1,0 +1,34 @@
+"""fastcnn: fused CUDA, Triton and C++ kernels for the classic convolutional networks in PyTorch."""
+
+# torch comes first: the native module must find torch's OpenMP runtime already loaded and share it.
+import torch  # noqa: F401
+
+try:
+    from fastcnn import _native  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fastcnn's native module cannot be loaded ({error}). In a source checkout: 'pip install .' and run from "
+        "another folder, or 'pip install -e .'"
+    ) from error
+
+from fastcnn import models, nn, ops
+from fastcnn.analysis import summary
+from fastcnn.backends import fallbacks, reset_fallbacks, use_backend
+from fastcnn.models import create_model, list_models
+from fastcnn.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "create_model",
+    "fallbacks",
+    "list_models",
+    "models",
+    "nn",
+    "ops",
+    "reset_fallbacks",
+    "summary",
+    "use_backend",
+    "verify",
+]

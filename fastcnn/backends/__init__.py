@@ -1,0 +1,219 @@
+"""Which kernels serve an operator: the choice of backend, and the record of every case that none covered.
+
+A backend is a module of this package that provides the functions of the kernel contract (docs/internals.md). The
+native module is imported after torch, so that both share one OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+# What serves a device when nobody chose: the first that covers the case. `reference` is always there at the end.
+DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+
+logger = logging.getLogger("fastcnn")
+
+
+class UnsupportedError(RuntimeError):
+    """A case that the chosen backend does not cover, under ``strict=True``."""
+
+
+class Fallback(NamedTuple):
+    """A kind of call that took the reference path because a backend did not cover it."""
+
+    operator: str
+    backend: str
+    reason: str
+
+
+class Call(NamedTuple):
+    """One operator call of the kernel contract, as an interceptor sees it: ``args`` are the contract function's."""
+
+    operator: str
+    device: torch.device
+    dtype: torch.dtype
+    args: tuple[object, ...]
+    facts: dict[str, object]
+    backend: str  # what serves it
+    refused: Fallback | None  # why it is "reference" although another backend was to serve it
+
+    def run(self) -> None:
+        getattr(backend_module(self.backend), self.operator)(*self.args)
+
+
+class _Choice(NamedTuple):
+    backend: str | None
+    strict: bool
+
+
+def _choice_from_environment() -> _Choice:
+    name = os.environ.get("FASTCNN_BACKEND") or None
+    if name is not None:
+        _require_known(name, "FASTCNN_BACKEND")
+    return _Choice(name, False)
+
+
+def _require_known(name: str, argument: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, is {name!r}")
+
+
+_choice: ContextVar[_Choice | None] = ContextVar("fastcnn_backend", default=None)
+_environment_choice = _choice_from_environment()
+_fallbacks: Counter[Fallback] = Counter()
+_interceptor: ContextVar[Callable[[Call], None] | None] = ContextVar("fastcnn_interceptor", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None, *, strict: bool = False) -> Iterator[None]:
+    """Make fastcnn's operators run on one backend inside a ``with`` block, in this thread.
+
+    Args:
+        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"reference"``, or None for the default choice by device.
+        strict: raise :class:`UnsupportedError` for a case that the backend does not cover, where it would otherwise
+            take the reference path and be counted in :func:`fallbacks`.
+
+    Raises:
+        ValueError: the name is not a backend's.
+        RuntimeError: the backend cannot be used on this machine; the message says why.
+    """
+    if name is not None:
+        _require_known(name, "name")
+        reason = unavailable(name)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
+    token = _choice.set(_Choice(name, strict))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@contextlib.contextmanager
+def intercept(interceptor: Callable[[Call], None]) -> Iterator[None]:
+    """Hand every operator call in this thread to ``interceptor``, which must run it (``call.run()`` or its equal).
+
+    This is how verification and tuning see the operators of a network. Calls it makes itself are not intercepted.
+    """
+    token = _interceptor.set(interceptor)
+    try:
+        yield
+    finally:
+        _interceptor.reset(token)
+
+
+@functools.cache
+def backend_module(name: str) -> ModuleType:
+    """The backend's functions. ``"backend:variant"`` names one of the configurations that the tuner may choose."""
+    if ":" in name:
+        from fastcnn.backends.variants import variant
+
+        return variant(name)
+    return importlib.import_module(f"fastcnn.backends.{name}")
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot be used on this machine at all, or None when it can."""
+    return backend_module(name).unavailable()
+
+
+def current_choice() -> tuple[str | None, bool]:
+    """The backend that was asked for (None: by device) and whether fallbacks raise."""
+    return _choice.get() or _environment_choice
+
+
+def fallbacks() -> dict[Fallback, int]:
+    """How often each kind of call took the reference path because a kernel did not cover it, since the last reset."""
+    return dict(_fallbacks)
+
+
+def reset_fallbacks() -> None:
+    _fallbacks.clear()
+
+
+def _note_fallback(fallback: Fallback, strict: bool) -> None:
+    message = f"{fallback.operator}: backend {fallback.backend!r} does not cover this case ({fallback.reason})"
+    if strict:
+        raise UnsupportedError(message)
+    if fallback not in _fallbacks:
+        logger.warning("%s; using PyTorch's own operator", message)
+    _fallbacks[fallback] += 1
+
+
+def note_reference(operator: str, device: torch.device, reason: str) -> None:
+    """Count a call that an operator hands to PyTorch before any backend is asked; raises under ``strict=True``."""
+    name, strict = current_choice()
+    backend = name or next(iter(DEFAULT_ORDER.get(device.type, ())), "reference")
+    if backend != "reference" and not torch.compiler.is_compiling():
+        _note_fallback(Fallback(operator, backend, reason), strict)
+
+
+def not_implemented(operator: str, dtype: torch.dtype, error: Exception) -> TypeError:
+    """The error for a dtype that neither a kernel nor PyTorch's own operator covers."""
+    return TypeError(f"{operator}: input is {dtype}, which neither fastcnn's kernels nor PyTorch cover here ({error})")
+
+
+def run(operator: str, device: torch.device, dtype: torch.dtype, *args: object, **facts: object) -> None:
+    """Run one operator of the kernel contract on the backend that serves it.
+
+    ``facts`` are what a backend may need to know to decide (groups, filter size, ...); ``args`` go to its function.
+    """
+    name, strict = current_choice()
+    if name == "reference":
+        order: tuple[str, ...] = ("reference",)
+    elif name is not None:
+        order = (name,)
+    else:
+        order = _preferred(operator, device, dtype, args)
+    served_by = "reference"
+    refused: Fallback | None = None
+    for candidate in order:
+        reason = backend_module(candidate).unsupported(operator, device, dtype, **facts)
+        if reason is None:
+            served_by, refused = candidate, None
+            break
+        refused = refused or Fallback(operator, candidate, reason)
+    if not order:
+        refused = Fallback(operator, "none", f"no kernels for {device.type} on this machine")
+    if refused is not None:
+        _note_fallback(refused, strict)
+    interceptor = _interceptor.get()
+    if interceptor is None:
+        try:
+            getattr(backend_module(served_by), operator)(*args)
+        except NotImplementedError as error:  # PyTorch's "not implemented for 'Byte'"
+            raise not_implemented(operator, dtype, error) from error
+        return
+    token = _interceptor.set(None)
+    try:
+        interceptor(Call(operator, device, dtype, args, facts, served_by, refused))
+    finally:
+        _interceptor.reset(token)
+
+
+def _preferred(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> tuple[str, ...]:
+    order = _available_order(device.type)
+    chosen = tuned_backend(operator, device, dtype, args)
+    return order if chosen is None else (chosen, *order)
+
+
+@functools.cache
+def _available_order(device_type: str) -> tuple[str, ...]:
+    return tuple(name for name in DEFAULT_ORDER.get(device_type, ()) if unavailable(name) is None)
+
+
+# Last, because the tuner's table knows nothing of backends but is consulted on every call.
+from fastcnn.tuning import tuned_backend  # noqa: E402

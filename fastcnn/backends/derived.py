@@ -1,0 +1,121 @@
+"""Values computed from weight tensors (packed, transposed, folded) and kept while those tensors live unchanged.
+
+An entry is dropped when its owner dies, and replaced when one of its tensors is written in place (autograd's version
+counter) or gets new storage (``.data = ...``, ``.to()``). Writes that bypass the version counter
+(``weight.data.mul_(2)``) are noticed on the CPU by a fingerprint: of all values up to 4096 of them, and of some from
+every filter and every input channel of a larger tensor. A write through ``.data`` to a few single elements of a large
+tensor can escape it, and on a GPU any such write does: call :func:`forget` or :func:`clear` after one. PyTorch's fused
+optimizers write so; their steps are watched.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastcnn import _native
+
+T = TypeVar("T")
+
+_MODE_KEYS = torch._C._TorchDispatchModeKey
+_REPLACING_MODES = (_MODE_KEYS.FAKE, _MODE_KEYS.PROXY, _MODE_KEYS.FUNCTIONAL)
+
+
+class _Entry(NamedTuple):
+    owner: weakref.ref[Tensor]
+    identities: frozenset[int]  # of the owner and the others
+    states: list[tuple[object, ...] | None]
+    # Keeps the storages alive: an address seen again is then the same storage, never a recycled one.
+    storages: list[torch.UntypedStorage]
+    value: object
+
+
+_entries: dict[int, dict[Hashable, _Entry]] = {}
+
+
+def _state_of(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """What must be unchanged for an entry to be valid: version, address, dtype, geometry and sampled values."""
+    if tensor is None:
+        return None
+    try:
+        version = tensor._version
+    except RuntimeError:  # an inference tensor has no version: only its values tell
+        version = None
+    values = _native.cpu_fingerprint(tensor, version is None) if tensor.is_cpu else tensor.stride()
+    return (version, tensor.data_ptr(), tensor.shape, tensor.dtype, values)
+
+
+def operations_are_replaced() -> bool:
+    """Whether PyTorch's operations give something else than values here: under tracers, torch.func and fake tensors.
+
+    What is computed then (a fake tensor, a wrapper, a node of a graph) must not be kept, and nothing kept may take its
+    place.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(mode) is not None for mode in _REPLACING_MODES)
+        )
+    )
+
+
+def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tensor | None) -> T:
+    """``make(tensor, *others)``, computed once for each state of these tensors. ``key`` names the kind of value.
+
+    ``tensor`` owns the entry. Temporaries (an activation, a cast made by autocast) may be passed too: their entries
+    die with them. On a GPU an inference tensor, whose writes cannot be seen, is never cached.
+    """
+    tensors = (tensor, *others)
+    states = [_state_of(t) for t in tensors]
+    identity = id(tensor)
+    of_owner = _entries.get(identity)
+    if of_owner is not None:
+        found = of_owner.get(key)
+        if found is not None and found.states == states and found.owner() is tensor:
+            return found.value  # type: ignore[return-value]
+    value = make(*tensors)
+    if any(t is not None and not t.is_cpu and t.is_inference() for t in tensors):
+        return value
+
+    def drop(reference: weakref.ref[Tensor]) -> None:
+        current = _entries.get(identity)
+        if current is not None and all(entry.owner() is None for entry in list(current.values())):
+            _entries.pop(identity, None)
+
+    if of_owner is None or any(entry.owner() is not tensor for entry in list(of_owner.values())):
+        of_owner = _entries[identity] = {}
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    identities = frozenset(id(t) for t in tensors if t is not None)
+    of_owner[key] = _Entry(weakref.ref(tensor, drop), identities, states, storages, value)
+    return value
+
+
+def forget(tensor: Tensor) -> None:
+    """Forget what was derived with this tensor as the owner."""
+    _entries.pop(id(tensor), None)
+
+
+def _forget_after_step(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    """Forget what was derived from an optimizer's parameters: fused ones write them without counting a version."""
+    if torch.compiler.is_compiling() or not _entries:
+        return
+    written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for identity, of_owner in list(_entries.items()):
+        if any(not written.isdisjoint(entry.identities) for entry in list(of_owner.values())):
+            _entries.pop(identity, None)
+
+
+register_optimizer_step_post_hook(_forget_after_step)
+
+
+def clear() -> None:
+    """Forget every derived value; they are computed again when next needed."""
+    _entries.clear()

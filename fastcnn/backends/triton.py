@@ -1,0 +1,140 @@
+"""The Triton backend: `fastcnn.triton_kernels` behind the kernel contract (docs/internals.md).
+
+Triton is imported when the first operator runs, so this module loads where Triton is not installed. CPU tensors are
+served only by Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported): slow, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastcnn.backends.derived import derived
+
+Pair = tuple[int, int]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = (
+    "conv2d", "linear", "channel_affine", "batch_statistics", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+    "local_response_norm", "residual_add",
+)  # fmt: skip
+_OLDEST_CAPABILITY = (8, 0)  # bf16, TF32 and cp.async
+
+
+@functools.lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why Triton kernels cannot run on this machine at all, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        common = _kernels("_common")
+    except Exception as error:  # a broken installation of Triton may raise anything; the reason is handed on
+        return f"triton cannot be imported: {error}"
+    if common.is_interpreted() or torch.cuda.is_available():
+        return None
+    return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+
+
+def unsupported(operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
+    """Why this backend cannot run the case; None when it can."""
+    if operator not in OPERATORS:
+        return f"no Triton kernel for {operator}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype}"
+    if device.type not in ("cpu", "cuda"):
+        return f"device {device.type}"
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if _kernels("_common").is_interpreted():
+        return None
+    if device.type == "cpu":
+        return "device cpu (Triton runs on it only with TRITON_INTERPRET=1)"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is not None and capability < _OLDEST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, oldest supported is 8.0"
+    return None
+
+
+def conv2d(
+    out: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, activation: str,
+    stride: Pair, padding: Pair, dilation: Pair, groups: int,
+) -> None:  # fmt: skip
+    _kernels("conv2d").conv2d(
+        out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, activation,
+        stride, padding, dilation, groups, prepared_weight=prepared_weight(weight, groups),
+    )  # fmt: skip
+
+
+def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    _kernels("linear").linear(out, input, weight, bias, activation)
+
+
+def channel_affine(
+    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str
+) -> None:
+    _kernels("channel_affine").channel_affine(out, input, scale, shift, residual, activation)
+
+
+def batch_statistics(mean: Tensor, var: Tensor, input: Tensor) -> None:
+    _kernels("batch_statistics").batch_statistics(mean, var, input)
+
+
+def max_pool2d(out: Tensor, input: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    _kernels("pool2d").max_pool2d(out, input, kernel, stride, padding, dilation)
+
+
+def avg_pool2d(
+    out: Tensor, input: Tensor, kernel: Pair, stride: Pair, padding: Pair, padding_end: Pair,
+    count_include_pad: bool, divisor: int,
+) -> None:  # fmt: skip
+    _kernels("pool2d").avg_pool2d(out, input, kernel, stride, padding, padding_end, count_include_pad, divisor)
+
+
+def adaptive_avg_pool2d(out: Tensor, input: Tensor) -> None:
+    _kernels("pool2d").adaptive_avg_pool2d(out, input)
+
+
+def local_response_norm(out: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float) -> None:
+    _kernels("local_response_norm").local_response_norm(out, input, size, alpha, beta, k)
+
+
+def residual_add(out: Tensor, input: Tensor, residual: Tensor, scale: float, activation: str) -> None:
+    _kernels("residual_add").residual_add(out, input, residual, scale, activation)
+
+
+class _CapturingError(Exception):
+    """A weight would have to be prepared while a CUDA graph is being captured."""
+
+
+def prepared_weight(weight: Tensor, groups: int) -> Tensor:
+    """The weight as the kernels read it; made once for each state of a weight, or viewed where it lies so already."""
+    conv2d = _kernels("conv2d")
+    if conv2d.is_prepared(weight, groups):
+        return conv2d.prepare_weight(weight, groups)
+    key = ("triton_conv2d", groups, conv2d.conv_precision(weight.dtype))
+    try:
+        return derived(weight, key, lambda tensor: _prepare_for_all_streams(tensor, groups))
+    except _CapturingError:
+        # Memory made during capture belongs to the graph; keep the copy inside it, where every replay makes it anew.
+        return conv2d.prepare_weight(weight, groups)
+
+
+def _prepare_for_all_streams(weight: Tensor, groups: int) -> Tensor:
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise _CapturingError
+    prepared = _kernels("conv2d").prepare_weight(weight, groups)
+    if weight.is_cuda:
+        # The next reader may be on another stream; wait once, here, rather than order streams at every launch.
+        torch.cuda.current_stream(weight.device).synchronize()
+    return prepared
+
+
+def _kernels(module: str) -> ModuleType:
+    return importlib.import_module(f"fastcnn.triton_kernels.{module}")

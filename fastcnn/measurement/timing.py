@@ -1,0 +1,125 @@
+"""Interleaved timing: candidates take turns in one process, so that a machine that speeds up or slows down, or a
+neighbour that comes and goes, meets all of them alike. Times are medians over rounds.
+
+CPU: wall time of one or, for short calls, several runs. GPU: CUDA events around a batch of launches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+# What is timed: a function without arguments, or several that do the same work on tensors of their own and take turns,
+# so that a GPU's L2 cache does not hold the data from the run before.
+Candidate: TypeAlias = Callable[[], object] | Sequence[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one candidate, in milliseconds a run."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    rounds: int
+    runs_per_round: int
+
+    def throughput(self, items: int) -> float:
+        """Items a second, where a run does ``items`` of them."""
+        return items / self.median_ms * 1e3
+
+    def flops_per_second(self, flops: float) -> float:
+        """Achieved FLOP/s, where a run needs ``flops`` of them."""
+        return flops / self.median_ms * 1e3
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def interleave(
+    candidates: Mapping[str, Candidate],
+    device: torch.device | str = "cpu",
+    *,
+    rounds: int = 20,
+    warmup: int = 2,
+    seconds: float | None = None,
+    round_ms: float = 1.0,
+    hide_launches: bool = False,
+    between: Callable[[str, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time candidates against each other.
+
+    Args:
+        candidates: by name; each is run ``warmup`` times (at least once) before anything is timed.
+        device: where they do their work.
+        rounds: how often each is timed; every round times each of them once, each round starting with another.
+        warmup: untimed runs of each candidate at the beginning.
+        seconds: stop after about this long, though not before 3 rounds.
+        round_ms: a candidate quicker than this is run several times a round, to outlast the clock's error.
+        hide_launches: GPU only: let the launches queue up behind a waiting kernel, so that the time is the GPU's alone.
+            Without it, the time is what a caller of eager PyTorch waits for.
+        between: called with a candidate's name and the round before it is timed.
+
+    Raises:
+        ValueError: there are no candidates, or no rounds.
+    """
+    if not candidates or rounds < 1:
+        raise ValueError("there must be at least one candidate and one round")
+    device = torch.device(device)
+    clock = _Clock(device, hide_launches)
+    turns = {name: itertools.cycle([c] if callable(c) else list(c)) for name, c in candidates.items()}
+    runs: dict[str, int] = {}
+    for name, turn in turns.items():
+        for _ in range(max(1, warmup)):
+            next(turn)()
+        once = min(clock.run(turn, 1) for _ in range(2))
+        runs[name] = max(1, min(1000, round(round_ms / max(once, 1e-4))))
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    started = time.perf_counter()
+    for number in range(rounds):
+        if seconds is not None and number >= 3 and time.perf_counter() - started > seconds:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if between is not None:
+                between(name, number)
+            samples[name].append(clock.run(turns[name], runs[name]) / runs[name])
+    return {name: _summarised(values, runs[name]) for name, values in samples.items()}
+
+
+class _Clock:
+    """Milliseconds for a number of runs."""
+
+    def __init__(self, device: torch.device, hide_launches: bool) -> None:
+        self._device, self._hide = device, hide_launches
+
+    def run(self, turn: itertools.cycle[Callable[[], object]], runs: int) -> float:
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            for _ in range(runs):
+                next(turn)()
+            return (time.perf_counter() - started) * 1e3
+        with torch.cuda.device(self._device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            if self._hide:
+                # About 60 microseconds of launching a run at 2 GHz, 50 ms at most.
+                torch.cuda._sleep(min(100_000_000, 120_000 * runs + 200_000))
+            begin.record()
+            for _ in range(runs):
+                next(turn)()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+
+
+def _summarised(values: list[float], runs: int) -> Timing:
+    ordered = torch.tensor(values, dtype=torch.float64)
+    low, middle, high = torch.quantile(ordered, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return Timing(middle, low, high, len(values), runs)

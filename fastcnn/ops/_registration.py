@@ -1,0 +1,244 @@
+"""Registers an operator with torch.library: functional and `_into` forms, fake kernel, autograd, autocast.
+
+An operator is described once (:class:`Operator`); real and fake kernels share its ``allocate``, so that shapes, strides
+and error messages cannot differ between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastcnn.ops._arguments import require_tensor
+from fastcnn.ops._layout import may_overlap, overlaps_itself, pixel_stride, same_memory
+
+LIBRARY = torch.library.Library("fastcnn", "DEF")
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+class Unread(NamedTuple):
+    """What the backward of an operator gets for a tensor whose values it does not need."""
+
+    dtype: torch.dtype
+
+
+def _ends_in_relu(*args: Any) -> bool:
+    return any(isinstance(a, str) and a == "relu" for a in args)
+
+
+class Operator:
+    """One operator, registered as ``fastcnn::name(args) -> Tensor`` and ``fastcnn::name_into(out, args)``.
+
+    Args:
+        name: the operator's name.
+        signature: its arguments in torch.library's schema language.
+        allocate: ``allocate(*args) -> Tensor`` checks the arguments (raising ValueError or TypeError) and returns an
+            empty channels-last output. Runs on real and on fake tensors; must not read values.
+        finish: ``finish(out, *args) -> Tensor`` puts the filled output into the layout that PyTorch would return.
+        fill: ``fill(out, *args)`` computes into a non-empty ``out`` that kernels can write.
+        backward: ``backward(grad, out, needs, *args) -> sequence`` gives one gradient (or None) an argument, in
+            differentiable ATen operations; ``needs[i]`` says whether argument i's is wanted. ``out`` is None unless
+            ``needs_output``, and a tensor in ``unread`` comes as :class:`Unread`: what was not saved may be
+            overwritten, as users of PyTorch's operators do (``nn.ReLU(inplace=True)`` after a convolution).
+        needs_output: ``needs_output(*args)`` says whether ``backward`` reads ``out``: by default, where a ReLU ends it.
+        unread: indices of the tensor arguments of which ``backward`` reads no value.
+        autocast: indices of the tensor arguments that autocast converts to its dtype.
+        autocast_dtype: the dtype they are converted to, where that is not autocast's own.
+        writable: whether ``fill`` can write a given ``out`` as it lies; if not, a temporary is filled and copied.
+        in_place: ``fill`` works value by value, so that ``out`` may be exactly one of the inputs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        signature: str,
+        *,
+        allocate: Callable[..., Tensor],
+        finish: Callable[..., Tensor],
+        fill: Callable[..., None],
+        backward: Callable[..., Sequence[Tensor | None]] | None,
+        needs_output: Callable[..., bool] | None = None,
+        unread: Sequence[int] = (),
+        autocast: Sequence[int] = (),
+        autocast_dtype: torch.dtype | None = None,
+        writable: Callable[[Tensor], bool] = lambda out: pixel_stride(out) is not None,
+        in_place: bool = False,
+    ) -> None:
+        self.name = name
+        self._allocate, self._finish, self._fill, self._backward = allocate, finish, fill, backward
+        self._needs_output, self._unread = needs_output or _ends_in_relu, frozenset(unread)
+        self._autocast, self._autocast_dtype = tuple(autocast), autocast_dtype
+        self._writable, self._in_place = writable, in_place
+        LIBRARY.define(f"{name}({signature}) -> Tensor")
+        LIBRARY.define(f"{name}_into(Tensor(a!) out, {signature}) -> ()")
+        namespace = torch.ops.fastcnn
+        self.functional = getattr(namespace, name).default
+        self.into = getattr(namespace, f"{name}_into").default
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, self._run, key)
+            LIBRARY.impl(f"{name}_into", self._run_into, key)
+        torch.library.register_fake(f"fastcnn::{name}", self._fake, lib=LIBRARY)
+        torch.library.register_fake(f"fastcnn::{name}_into", self._fake_into, lib=LIBRARY)
+        self._function = self._make_function()
+        LIBRARY.impl(name, self._run_autograd, "Autograd")
+        LIBRARY.impl(f"{name}_into", self._run_into_autograd, "Autograd")
+        if self._autocast:
+            for key in ("AutocastCPU", "AutocastCUDA"):
+                LIBRARY.impl(name, self._autocast_kernel(key), key)
+
+    def __call__(self, *args: Any, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            if torch._C._are_functorch_transforms_active():
+                return self._run_transformed(args)
+            return self.functional(*args)
+        require_tensor(out, "out")
+        if not torch.compiler.is_compiling() and (out.is_neg() or out.is_conj()):
+            raise ValueError(f"{self.name}: out must not be a lazily negated or conjugated view; see out.resolve_neg()")
+        self.into(out, *args)
+        return out
+
+    # ---- kernels -----------------------------------------------------------------------------------------------
+
+    def _run(self, *args: Any) -> Tensor:
+        out = self._allocate(*args)
+        if out.numel() > 0:
+            self._fill(out, *args)
+        return self._finish(out, *args)
+
+    def _fake(self, *args: Any) -> Tensor:
+        return self._finish(self._allocate(*args), *args)
+
+    def _run_into(self, out: Tensor, *args: Any) -> None:
+        expected = self._check_out(out, *args)
+        if not out.is_contiguous() and pixel_stride(out) is None and overlaps_itself(out):
+            raise ValueError(
+                f"{self.name}: out must not overlap itself, has shape {tuple(out.shape)} and strides {out.stride()}"
+            )
+        if out.numel() > 0:
+            inputs = [a for a in args if isinstance(a, Tensor) and not (self._in_place and same_memory(out, a))]
+            if not self._writable(out) or any(may_overlap(out, t) for t in inputs):
+                self._fill(expected, *args)
+                out.copy_(expected)
+            else:
+                self._fill(out, *args)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+
+    def _fake_into(self, out: Tensor, *args: Any) -> None:
+        self._check_out(out, *args)
+
+    def _check_out(self, out: Tensor, *args: Any) -> Tensor:
+        expected = self._allocate(*args)
+        if out.shape != expected.shape:
+            raise ValueError(f"{self.name}: out must have shape {tuple(expected.shape)}, has {tuple(out.shape)}")
+        if out.dtype != expected.dtype or out.device != expected.device:
+            raise ValueError(
+                f"{self.name}: out must be {expected.dtype} on {expected.device}, is {out.dtype} on {out.device}"
+            )
+        return expected
+
+    # ---- autograd ------------------------------------------------------------------------------------------------
+
+    def _run_autograd(self, *args: Any) -> Tensor:
+        # The forward-mode case goes through the Function too, which refuses it loudly.
+        if records_gradient(args) or forward_ad._current_level >= 0:
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(f"torch.func cannot transform torch.ops.fastcnn.{self.name}: use fastcnn.ops")
+            return self._function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.functional(*args)
+
+    def _run_transformed(self, args: tuple[Any, ...]) -> Tensor:
+        """Under torch.func's transforms, which must meet the Function before the dispatcher does."""
+        device_type = args[0].device.type
+        if self._autocast and autocasts(device_type):
+            args = self._cast(args, device_type)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return self._function.apply(*args)
+
+    def _run_into_autograd(self, out: Tensor, *args: Any) -> None:
+        if records_gradient((out, *args)):
+            raise RuntimeError(
+                f"{self.name}: out= does not support automatic differentiation, but an argument requires grad"
+            )
+        if forward_ad._current_level >= 0 and any(
+            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in (out, *args)
+        ):
+            raise RuntimeError(f"{self.name}: out= does not support forward-mode differentiation")
+        with torch._C._AutoDispatchBelowAutograd():
+            self.into(out, *args)
+
+    def _make_function(self) -> type[torch.autograd.Function]:
+        operator = self
+
+        class Function(torch.autograd.Function):
+            generate_vmap_rule = True  # torch.func: the operator itself runs once for each item of a batch
+
+            @staticmethod
+            def forward(*args: Any) -> Tensor:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return operator.functional(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+                ctx.plain, ctx.positions, tensors = list(inputs), [], []
+                for i, argument in enumerate(inputs):
+                    if isinstance(argument, Tensor):
+                        if i in operator._unread:
+                            ctx.plain[i] = Unread(argument.dtype)
+                        else:
+                            ctx.plain[i] = None
+                            ctx.positions.append(i)
+                            tensors.append(argument)
+                ctx.save_for_backward(output if operator._needs_output(*inputs) else None, *tensors)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                if operator._backward is None:
+                    raise RuntimeError(f"fastcnn::{operator.name} has no gradient")
+                out, *tensors = ctx.saved_tensors
+                args = list(ctx.plain)
+                for position, tensor in zip(ctx.positions, tensors, strict=True):
+                    args[position] = tensor
+                return tuple(operator._backward(grads[0], out, ctx.needs_input_grad, *args))
+
+        Function.__name__ = Function.__qualname__ = f"fastcnn_{self.name}"
+        return Function
+
+    # ---- autocast ------------------------------------------------------------------------------------------------
+
+    def _autocast_kernel(self, key: str) -> Callable[..., Tensor]:
+        device_type = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}[key]
+
+        def kernel(*args: Any) -> Tensor:
+            cast = self._cast(args, device_type)
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return self.functional(*cast)
+
+        return kernel
+
+    def _cast(self, args: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
+        dtype = self._autocast_dtype or torch.get_autocast_dtype(device_type)
+        cast = list(args)
+        for i in self._autocast:
+            tensor = cast[i]
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+                cast[i] = tensor.to(dtype)
+        return tuple(cast)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast chooses dtypes on a device. PyTorch refuses to answer for devices without autocast, as meta."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+def records_gradient(args: Sequence[Any]) -> bool:
+    """Whether autograd would record an operation on these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)

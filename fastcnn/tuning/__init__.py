@@ -1,0 +1,65 @@
+"""Measured choice of the kernel that serves an operator at one shape.
+
+:func:`tune` records a network's operator calls, checks every kernel that covers a call against PyTorch's operators and
+float64, times those that are right, and stores the fastest in a file that later processes read
+(:mod:`fastcnn.tuning.store`). :func:`tuned_backend` consults it, on every operator call of the default backend.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastcnn.tuning.key import Key, key_of
+
+if TYPE_CHECKING:
+    from fastcnn.tuning.tuner import CallTuning, Candidate, TuningReport, tune
+
+__all__ = ["CallTuning", "Candidate", "TuningReport", "forget", "tune", "tuned_backend"]
+
+# What was chosen, by device. None until the first call reads the cache folder; empty when nothing was ever tuned.
+_tables: dict[torch.device, dict[Key, str]] | None = None
+
+
+def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> str | None:
+    """The backend (or ``"backend:variant"``) that the tuner chose for this call, or None when it was never tuned."""
+    if _tables is None:
+        _load()
+    if not _tables:
+        return None
+    table = _tables.get(device)
+    if not table:
+        return None
+    return table.get(key_of(operator, device, dtype, args))
+
+
+def forget() -> None:
+    """Drop the choices held in memory; the next operator call reads the cache folder again."""
+    global _tables
+    _tables = None
+
+
+def _load() -> None:
+    global _tables
+    from fastcnn.tuning.store import load_all
+
+    _tables = {}
+    _tables = load_all()
+
+
+def _adopt(device: torch.device, choices: dict[Key, str]) -> None:
+    """Use new choices in this process at once."""
+    if _tables is None:
+        _load()
+    assert _tables is not None
+    _tables.setdefault(device, {}).update(choices)
+
+
+def __getattr__(name: str) -> object:
+    # The tuner needs backends and measurement, which need this module: it is imported when first used.
+    if name in ("CallTuning", "Candidate", "TuningReport", "tune"):
+        from fastcnn.tuning import tuner
+
+        return getattr(tuner, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

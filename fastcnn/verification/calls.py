@@ -1,0 +1,116 @@
+"""One operator call of the kernel contract, run again: into poisoned outputs, by the reference, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.backends import Call, backend_module
+from fastcnn.ops._layout import may_overlap, pixel_stride
+from fastcnn.verification.accuracy import FAST_ALGORITHM_ALLOWANCE, Judgement, judge
+
+# How many of the first arguments are outputs, where it is not one.
+_OUTPUTS = {"batch_statistics": 2}
+
+
+@dataclass
+class PoisonedOutput:
+    """An output like a given one in shape and strides, full of NaN, with NaN around it where it is a channel slice."""
+
+    tensor: Tensor
+    buffer: Tensor
+
+    @classmethod
+    def like(cls, out: Tensor) -> PoisonedOutput:
+        pixel = pixel_stride(out) if out.dim() == 4 else None
+        if pixel is None or pixel == out.shape[1]:
+            tensor = torch.full_like(out, float("nan"))
+            return cls(tensor, tensor)
+        channels = out.shape[1]
+        start = min(out.storage_offset() % pixel, pixel - channels)
+        shape = (out.shape[0], pixel, *out.shape[2:])
+        buffer = torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=torch.channels_last)
+        buffer.fill_(float("nan"))
+        return cls(buffer[:, start : start + channels], buffer)
+
+    def wrote_outside(self) -> bool:
+        """Whether the kernel changed the channels beside its slice."""
+        if self.buffer is self.tensor:
+            return False
+        inside = self.tensor.isnan().sum()
+        outside_elements = self.buffer.numel() - self.tensor.numel()
+        return bool((self.buffer.isnan().sum() - inside).item() != outside_elements)
+
+
+def output_count(operator: str) -> int:
+    return _OUTPUTS.get(operator, 1)
+
+
+def outputs_of(call: Call) -> tuple[Tensor, ...]:
+    return tuple(call.args[: output_count(call.operator)])  # type: ignore[arg-type]
+
+
+def isolated(call: Call) -> Call:
+    """The call with copies of those inputs that its outputs overwrite, so that it can be repeated."""
+    outputs = outputs_of(call)
+    rest = [
+        a.clone() if isinstance(a, Tensor) and any(may_overlap(out, a) for out in outputs) else a
+        for a in call.args[len(outputs) :]
+    ]
+    return call._replace(args=(*outputs, *rest))
+
+
+def into(call: Call, outputs: tuple[Tensor, ...], backend: str) -> Call:
+    """The same call on another backend and into other outputs."""
+    return call._replace(args=(*outputs, *call.args[len(outputs) :]), backend=backend, refused=None)
+
+
+def reference_outputs(call: Call) -> tuple[Tensor, ...]:
+    """What PyTorch's own operators give, in the call's dtype."""
+    fresh = tuple(torch.full_like(out, float("nan")) for out in outputs_of(call))
+    into(call, fresh, "reference").run()
+    return fresh
+
+
+def exact_outputs(call: Call) -> tuple[Tensor, ...]:
+    """What PyTorch's own operators give in float64."""
+    # Contiguous: in float64 PyTorch's convolution of channels-last memory is several times slower.
+    wide = [a.double().contiguous() if isinstance(a, Tensor) and a.is_floating_point() else a for a in call.args]
+    count = output_count(call.operator)
+    fresh = tuple(torch.full_like(out, float("nan")) for out in wide[:count])  # type: ignore[arg-type]
+    getattr(backend_module("reference"), call.operator)(*fresh, *wide[count:])
+    return fresh
+
+
+def fast_algorithm(call: Call) -> str | None:
+    """The fast algorithm (Winograd) that serves an fp32 call, as the backend itself says; None: an ordinary one."""
+    ask: Any = getattr(backend_module(call.backend), "fast_algorithm", None)
+    return ask(call.operator, *call.args) if ask is not None and call.dtype == torch.float32 else None
+
+
+def judge_outputs(
+    ours: tuple[Tensor, ...], call: Call, *, allow_fast: bool = False, known: Answers | None = None
+) -> Judgement:
+    """The accuracy rule applied to a call's outputs: the worst of them."""
+    answers = known or Answers.of(call)
+    allowance = FAST_ALGORITHM_ALLOWANCE if allow_fast else 0.0
+    judged = [
+        judge(mine, theirs, exact, allowance=allowance)
+        for mine, theirs, exact in zip(ours, answers.reference, answers.exact, strict=True)
+    ]
+    return max(judged, key=lambda j: j.share)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The right answers of a call, to judge several candidates by."""
+
+    reference: tuple[Tensor, ...]
+    exact: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, call: Call) -> Answers:
+        return cls(reference_outputs(call), exact_outputs(call))

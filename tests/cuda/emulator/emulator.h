@@ -1,0 +1,80 @@
+// Runs CUDA kernels on the CPU, for tests: the kernels' own source, compiled by the host compiler.
+//
+// A block's threads are fibers on one operating-system thread; they run until a collective (barrier, shuffle, ldmatrix,
+// mma.sync, wgmma) and wait there for the others. Blocks run one after another. Shared memory starts as NaN.
+// Asynchronous copies and products land either as late as the program allows (at the wait that names them) or at once:
+// a kernel that is right under both does not read before waiting, nor overwrite what is still to be read.
+// What the instructions do is written from the PTX manual, independently of the kernels' index arithmetic.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace emulator {
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "CUDA emulator: %s\n", message);
+  std::abort();
+}
+
+struct Copy {
+  uint32_t destination;
+  const void* source;
+  bool valid;
+};
+
+struct Product {  // one wgmma of one thread
+  float* d;
+  int columns;
+  uint64_t a, b;
+  float (*element)(const void*);
+};
+
+template <typename Item>
+struct Asynchronous {
+  std::vector<Item> open;
+  std::deque<std::vector<Item>> groups;
+};
+
+struct Thread {
+  dim3 index;
+  unsigned linear = 0;
+  bool done = false;
+  Asynchronous<Copy> copies;
+  Asynchronous<Product> products;
+  bool unfenced = false;  // copies have landed that the async proxy may not see yet
+};
+
+// State of the running block.
+extern Thread* current;
+extern std::vector<Thread*> threads;
+extern dim3 block_index, block_size, grid_size;
+extern bool eager;
+extern bool fenced_at_barrier;  // at the last barrier, every thread's landed writes were fenced for the async proxy
+
+unsigned char* shared_base();
+uint32_t shared_base_address();
+// The host pointer behind [address, address + bytes) of shared memory; fails outside it or when misaligned.
+unsigned char* shared_pointer(uint32_t address, size_t bytes);
+
+enum class Scope { warp, warpgroup, block };
+// Every live thread of the scope hands in `argument`; the last to arrive runs `act` on the scope's first thread number
+// and all arguments, in thread order.
+using Act = void (*)(unsigned first_thread, const std::vector<void*>& arguments);
+void collective(Scope scope, void* argument, Act act);
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+void land(const Copy& copy);
+
+}  // namespace emulator

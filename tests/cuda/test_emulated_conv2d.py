@@ -1,0 +1,176 @@
+"""conv2d's CUDA kernels, executed on the CPU (see conftest.py), against torch.nn.functional.conv2d.
+
+Inputs are small integers and factors powers of two: every product and sum is exact in fp32, so the kernels must agree
+with float64 to the bit after one rounding to the output's type: no tolerance for a wrong address or lane to hide in.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+SM80, SM80_LARGE, SM90, SM90_LARGE = 0, 7, 16, 23
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str  # the name conv2d must report
+    dtype: torch.dtype
+    device: int
+    c: int
+    k: int
+    filter: tuple[int, int] = (3, 3)
+    image: tuple[int, int, int] = (2, 9, 11)  # N, H, W
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # top, left, bottom, right
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    prologue: bool = False
+    epilogue: bool = True
+    tf32: bool = False
+    x_extra: int = 0  # channels of the wider tensor that x, out and residual are slices of
+    x_start: int = 0
+    out_extra: int = 0
+    out_start: int = 0
+    residual_extra: int = 0
+
+    def __str__(self) -> str:
+        name = f"{self.kernel}-{str(self.dtype)[6:]}-c{self.c}-k{self.k}-{self.filter[0]}x{self.filter[1]}"
+        return name.replace(" ", "_") + (f"-g{self.groups}" if self.groups > 1 else "")
+
+
+CASES = [
+    # Tensor cores through mma.sync, cp.async.
+    Case("mma 128x128", BF16, SM80, 64, 120, out_extra=8, residual_extra=16),
+    Case("mma 128x128", F16, SM80, 40, 125, filter=(1, 1), padding=(0, 0, 0, 0), x_extra=24),
+    Case("mma 128x128", F32, SM80, 20, 128, filter=(2, 3), padding=(1, 0, 0, 2), tf32=True),
+    Case("mma 128x64", BF16, SM80, 8, 64, filter=(5, 5), padding=(2, 2, 2, 2), stride=(2, 1), x_extra=8),
+    Case("wgmma 128x64 staged", F16, SM90, 72, 64, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 1, 3), prologue=True),
+    Case("mma 128x32", BF16, SM80, 24, 24, dilation=(2, 3), padding=(2, 3, 2, 3)),
+    Case("mma 128x32", F32, SM80, 4, 7, tf32=True, out_extra=1),
+    Case("mma 64x64", BF16, SM80_LARGE, 16, 70, filter=(3, 1), padding=(1, 0, 1, 0), out_start=8, out_extra=10),
+    Case("mma 64x64", F16, SM90_LARGE, 256, 64, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 3, 3)),
+    Case("mma 64x64", F32, SM80_LARGE, 12, 96, stride=(2, 2), tf32=True),
+    # With a prologue: 16-byte vectors through registers.
+    Case("mma 128x64 staged", BF16, SM80, 40, 64, prologue=True, x_extra=8),
+    Case("mma 128x64 staged", F32, SM80, 12, 130, prologue=True, tf32=True, stride=(2, 2)),
+    Case("mma 64x64 staged", F16, SM80_LARGE, 24, 33, prologue=True, dilation=(2, 1), padding=(2, 1, 2, 1)),
+    Case("mma 128x32 staged", BF16, SM90, 8, 32, prologue=True),
+    # Any channel count, any alignment: element by element.
+    Case("mma 64x64 elements", BF16, SM80, 3, 64, filter=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3)),
+    Case("mma 64x64 elements", F16, SM90, 3, 96, filter=(11, 11), stride=(4, 4), padding=(2, 2, 2, 2)),
+    Case("mma 64x64 elements", BF16, SM80, 5, 13, prologue=True, x_extra=2, out_extra=3, residual_extra=1),
+    Case("mma 64x64 elements", BF16, SM80, 16, 16, x_start=4, x_extra=8, prologue=True),
+    Case("mma 64x64 elements", F32, SM80, 3, 5, tf32=True, x_extra=1),
+    # Groups with enough channels for tensor cores.
+    Case("mma 128x32", BF16, SM80, 48, 48, groups=3),
+    Case("mma 128x64", F16, SM80, 48, 80, groups=2),
+    Case("mma 128x32 staged", F16, SM80, 64, 32, groups=2, prologue=True),
+    Case("mma 64x64 elements", BF16, SM80, 34, 36, groups=2, prologue=True),
+    # Hopper.
+    Case("wgmma 128x64", BF16, SM90, 64, 64, image=(2, 9, 11)),
+    Case("wgmma 128x64", F16, SM90, 72, 190, stride=(2, 1), padding=(1, 2, 1, 2), out_extra=2, residual_extra=8),
+    Case("wgmma 128x128", BF16, SM90, 136, 128, filter=(1, 1), padding=(0, 0, 0, 0), x_extra=8, residual_extra=8),
+    Case("wgmma 128x128", F16, SM90, 24, 123, dilation=(2, 2), padding=(2, 2, 2, 2)),
+    Case("wgmma 128x256", BF16, SM90, 8, 256, image=(2, 12, 11), out_extra=16),
+    Case("wgmma 128x256", F16, SM90, 320, 256, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 13, 15), stride=(1, 1)),
+    Case("wgmma 128x64 staged", BF16, SM90, 40, 190, prologue=True, stride=(2, 1), x_extra=8),
+    Case("wgmma 128x128 staged", F16, SM90, 136, 123, prologue=True, dilation=(1, 2), padding=(1, 2, 1, 2)),
+    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, filter=(1, 1), padding=(0, 0, 0, 0), prologue=True),
+    # Exact fp32.
+    Case("simt", F32, SM80, 20, 70, x_extra=4, residual_extra=1),
+    Case("simt", F32, SM90, 16, 64, prologue=True, stride=(2, 2), dilation=(1, 2), padding=(1, 2, 1, 2)),
+    Case("simt elements", F32, SM80, 3, 64, filter=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3), prologue=True),
+    Case("simt elements", F32, SM80, 34, 38, groups=2, x_start=1, out_extra=3),
+    # Few channels per group.
+    Case("grouped", BF16, SM80, 12, 18, groups=3, prologue=True, x_extra=1, out_extra=2),
+    Case("grouped", F32, SM80, 32, 64, groups=8, stride=(2, 2)),
+    Case("grouped", F16, SM90, 6, 12, groups=6, padding=(0, 1, 2, 1)),
+    Case("depthwise", BF16, SM80, 24, 24, groups=24, prologue=True, x_extra=8, out_extra=16, residual_extra=8),
+    Case("depthwise", F32, SM80, 160, 160, groups=160, stride=(2, 2), filter=(5, 3), padding=(2, 1, 2, 1)),
+    Case("depthwise", F16, SM90, 8, 8, groups=8, dilation=(2, 2), padding=(2, 2, 2, 2), epilogue=False),
+]  # fmt: skip
+# Each tensor-core kernel once more with nothing in the epilogue.
+CASES += [replace(c, epilogue=False, prologue=c.prologue) for c in CASES if c.kernel in ("mma 128x32", "wgmma 128x64")]
+
+
+def integers(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, most: int = 2) -> torch.Tensor:
+    return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conv2d_is_exact(case: Case, emulated, pixels) -> None:
+    g = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    n, h, w = case.image
+    top, left, bottom, right = case.padding
+    x = integers(g, (n, case.c, h, w), case.dtype)
+    weight = integers(g, (case.k, case.c // case.groups, *case.filter), case.dtype)
+    two = torch.tensor(2.0)
+    scale = two ** integers(g, (case.k,), F32, 1) if case.epilogue else None
+    bias = integers(g, (case.k,), F32) if case.epilogue else None
+    input_scale = two ** integers(g, (case.c,), F32, 1) if case.prologue else None
+    input_shift = integers(g, (case.c,), F32) if case.prologue else None
+
+    wide = x.double()
+    if case.prologue:
+        wide = F.relu(wide * input_scale.double()[:, None, None] + input_shift.double()[:, None, None])
+    wide = F.pad(wide, (left, right, top, bottom))
+    expected = F.conv2d(wide, weight.double(), None, case.stride, 0, case.dilation, case.groups)
+    residual = None
+    if case.epilogue:
+        values = integers(g, tuple(expected.shape), case.dtype)
+        residual = pixels.of(values, case.residual_extra)
+        expected = expected * scale.double()[:, None, None] + bias.double()[:, None, None] + values.double()
+        expected = F.relu(expected)
+
+    p, q = expected.shape[2:]
+    out = pixels.empty(n, p, q, case.k, case.dtype, case.out_extra, case.out_start)
+    name = emulated.conv2d(
+        out, pixels.of(x, case.x_extra, case.x_start), weight, stride=case.stride, padding=(top, left),
+        dilation=case.dilation, groups=case.groups, scale=scale, bias=bias, residual=residual,
+        input_scale=input_scale, input_shift=input_shift, input_relu=case.prologue, relu=case.epilogue,
+        allow_tf32=case.tf32, device=case.device,
+    )  # fmt: skip
+    assert name == case.kernel
+    torch.testing.assert_close(out.nchw.double(), expected.to(case.dtype).double(), rtol=0, atol=0)
+    assert out.untouched_around()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("device", [SM80, SM90], ids=["sm80", "sm90"])
+def test_nan_passes_relu(dtype: torch.dtype, device: int, emulated, pixels) -> None:
+    x = torch.ones(1, 64, 4, 4, dtype=dtype)
+    x[0, 3, 1, 2] = float("nan")
+    weight = torch.ones(64, 64, 1, 1, dtype=dtype)
+    out = pixels.empty(1, 4, 4, 64, dtype)
+    emulated.conv2d(out, pixels.of(x), weight, relu=True, allow_tf32=True, device=device)
+    assert torch.isnan(out.nchw[0, :, 1, 2]).all()
+    assert torch.isnan(out.values).sum() == 64
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_rounding_of_fp32(tf32: bool, emulated, pixels) -> None:
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(1, 64, 6, 6, generator=g), torch.randn(32, 64, 3, 3, generator=g)
+    out = pixels.empty(1, 6, 6, 32, F32)
+    emulated.conv2d(out, pixels.of(x), weight, padding=(1, 1), allow_tf32=tf32)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    error = (out.nchw - exact).abs().max() / exact.abs().max()
+    assert error < (1e-3 if tf32 else 3e-6)
+    if tf32:  # rounded to nearest: half the error of the hardware's truncation
+        assert error > 3e-6
+
+
+def test_many_tiles_share_rows(emulated, pixels) -> None:
+    """Several tiles along rows and filters, on the tile order's fast division."""
+    g = torch.Generator().manual_seed(2)
+    x, weight = integers(g, (3, 8, 16, 16), BF16), integers(g, (320, 8, 1, 1), BF16)
+    out = pixels.empty(3, 16, 16, 320, BF16)
+    assert emulated.conv2d(out, pixels.of(x), weight) == "mma 128x64"
+    expected = F.conv2d(x.double(), weight.double())
+    torch.testing.assert_close(out.nchw.double(), expected.to(BF16).double(), rtol=0, atol=0)

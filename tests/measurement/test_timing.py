@@ -1,0 +1,65 @@
+"""Interleaved timing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from fastcnn.measurement import Timing, interleave
+
+
+def test_medians_tell_a_slow_candidate_from_a_quick_one():
+    found = interleave({"slow": lambda: time.sleep(0.004), "quick": lambda: time.sleep(0.001)}, rounds=9, round_ms=0.0)
+    assert list(found) == ["slow", "quick"]
+    assert found["slow"].median_ms > 3.5
+    assert 0.9 < found["quick"].median_ms < found["slow"].median_ms
+    for timing in found.values():
+        assert timing.p10_ms <= timing.median_ms <= timing.p90_ms
+        assert timing.rounds == 9
+        assert timing.runs_per_round == 1
+
+
+def test_candidates_take_turns_and_each_begins_a_round():
+    order = []
+    interleave({"a": lambda: None, "b": lambda: None, "c": lambda: None}, rounds=3,
+               between=lambda name, number: order.append((number, name)))  # fmt: skip
+    assert [name for _, name in order] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+def test_short_runs_are_repeated_and_rotated():
+    seen = []
+    found = interleave({"x": [lambda: seen.append(0), lambda: seen.append(1)]}, rounds=2, round_ms=0.2)
+    assert found["x"].runs_per_round > 10
+    assert seen[:6] == [0, 1, 0, 1, 0, 1]
+    assert abs(seen.count(0) - seen.count(1)) <= 1
+
+
+def test_a_time_limit_stops_after_three_rounds_at_least():
+    found = interleave({"x": lambda: time.sleep(0.01)}, rounds=1000, seconds=0.05, round_ms=0.0)
+    assert 3 <= found["x"].rounds < 50
+
+
+def test_throughput_and_flops():
+    timing = Timing(2.0, 1.9, 2.2, 5, 1)
+    assert timing.throughput(8) == pytest.approx(4000)
+    assert timing.flops_per_second(6e6) == pytest.approx(3e9)
+
+
+def test_nothing_to_time_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        interleave({})
+    with pytest.raises(ValueError, match="at least one"):
+        interleave({"x": lambda: None}, rounds=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hide_launches", [False, True])
+def test_cuda_events(hide_launches):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    small, large = (torch.randn(n, n, device="cuda") for n in (256, 4096))
+    found = interleave({"small": lambda: small @ small, "large": lambda: large @ large}, "cuda", rounds=5,
+                       hide_launches=hide_launches)  # fmt: skip
+    assert 0 < found["small"].median_ms < found["large"].median_ms

@@ -1,0 +1,277 @@
+"""DenseNets: torchvision both ways, old checkpoint keys, plain twins, and the buffer that grows in place."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.accuracy import assert_accurate, relative_error
+from support.plain_twin import randomise_batch_norms
+from support.preactivation_twins import plain_twin
+from support.steps import assert_bf16_accurate, assert_step_equal
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcnn
+from fastcnn.models import DenseNet
+from fastcnn.models.densenet import DenseBlock, cifar_densenet
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> object:
+    fastcnn.reset_fallbacks()
+    yield
+    assert fastcnn.fallbacks() == {}
+
+
+# ---- torchvision and old checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torchvision_densenet() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is the independent reference of this test")
+    torch.manual_seed(0)
+    return randomise_batch_norms(torchvision.models.densenet121()).eval()
+
+
+def empty_densenet121() -> nn.Module:
+    with torch.device("meta"):
+        ours = fastcnn.create_model("densenet121").eval()
+    return ours.to_empty(device="cpu")  # whatever is not loaded is garbage
+
+
+@torch.no_grad()
+def test_state_dicts_and_results_both_ways(torchvision_densenet: nn.Module) -> None:
+    theirs, ours = copy.deepcopy(torchvision_densenet), empty_densenet121()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(1, 3, 224, 224)
+    with fastcnn.use_backend("cpp", strict=True):
+        expected, actual = theirs(x), ours(x)
+        assert relative_error(actual, expected) <= 1e-5
+        assert actual.stride() == expected.stride()
+        randomise_batch_norms(ours, seed=1)
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        x = x[:, :, :64, :96]
+        assert relative_error(ours(x), theirs(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["densenet169", "densenet201", "densenet161"])
+def test_keys_and_shapes_are_torchvisions(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is the independent reference of this test")
+    with torch.device("meta"):
+        theirs, ours = getattr(torchvision.models, name)(), fastcnn.create_model(name)
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+        (k, v.shape) for k, v in theirs.state_dict().items()
+    ]
+
+
+def test_same_seed_same_initial_weights() -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is the independent reference of this test")
+    torch.manual_seed(3)
+    theirs = torchvision.models.DenseNet(16, (2, 3), 32)
+    torch.manual_seed(3)
+    ours = DenseNet(16, (2, 3), 32)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_old_checkpoint_keys(torchvision_densenet: nn.Module) -> None:
+    state = torchvision_densenet.state_dict()
+    old = {}
+    for key, value in state.items():
+        if "denselayer" in key:
+            for kind in ("norm", "conv"):
+                key = key.replace(f".{kind}1.", f".{kind}.1.").replace(f".{kind}2.", f".{kind}.2.")
+        if not key.endswith("num_batches_tracked"):  # older than those
+            old[key] = value
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    loaded = fastcnn.create_model("densenet121", weights=old).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items() if not k.endswith("num_batches_tracked"))
+
+
+def test_weights_that_do_not_fit_say_what_would() -> None:
+    state = fastcnn.create_model("densenet40_k12_cifar", num_classes=7, in_channels=1).state_dict()
+    with pytest.raises(ValueError, match=r"create_model\('densenet40_k12_cifar', num_classes=7, in_channels=1, weig"):
+        fastcnn.create_model("densenet40_k12_cifar", weights=state)
+
+
+# ---- twins -----------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "imagenet": lambda: DenseNet(8, (2, 3, 1), 16, num_classes=7),
+    "bc": lambda: cifar_densenet(22, 12, bottleneck=True, in_channels=1),
+    "plain": lambda: cifar_densenet(10, 12, bottleneck=False, num_classes=7),
+    "dropout": lambda: cifar_densenet(10, 8, bottleneck=False, drop_rate=0.2),
+}
+
+
+def make(case: str) -> DenseNet:
+    torch.manual_seed(0)
+    return randomise_batch_norms(SMALL[case]())
+
+
+def image(model: DenseNet, batch: int = 2, size: int = 40) -> Tensor:
+    """Channels-last: dropout draws in the order of memory, and the twin keeps its input's."""
+    x = torch.randn(batch, model.features.conv0.in_channels, size, size - 8)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("case", SMALL)
+@torch.no_grad()
+def test_eval_equals_twin_for_several_batches(case: str) -> None:
+    ours = make(case).eval()
+    twin = plain_twin(ours)
+    with fastcnn.use_backend("cpp", strict=True):
+        for batch in (2, 5, 1):
+            x = image(ours, batch)
+            expected = twin(x)
+            first = ours(x)
+            kept = first.clone()
+            assert relative_error(first, expected) <= 1e-5
+            assert torch.equal(ours(x.contiguous()), first)
+            features = ours.forward_features(x)
+            other = ours.forward_features(-x)
+            assert torch.equal(first, kept)
+            assert not torch.equal(features, other)
+            assert torch.equal(ours.forward_features(x), features)  # no forward writes what another returned
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_one_training_step_equals_twin(case: str) -> None:
+    ours = make(case).train()
+    assert_step_equal(ours, plain_twin(ours), image(ours, 4), torch.tensor([0, 3, 6, 2]))
+
+
+def test_eval_with_gradients_equals_twin() -> None:
+    ours = make("bc").eval()
+    models = [copy.deepcopy(ours).double(), plain_twin(ours).double()]
+    x = image(ours).double()
+    with fastcnn.use_backend("reference"):
+        for model in models:
+            model(x).square().sum().backward()
+    for mine, theirs in zip(*(m.parameters() for m in models), strict=True):
+        assert relative_error(mine.grad, theirs.grad) <= 1e-11
+
+
+@pytest.mark.parametrize("case", ["plain", "dropout"])
+@torch.no_grad()
+def test_train_mode_without_gradients_grows_the_buffer_too(case: str) -> None:
+    ours = make(case).train()
+    twin, x = plain_twin(ours), image(ours, 4)
+    outputs = []
+    for model in (ours, twin):
+        torch.manual_seed(1)
+        outputs.append(model(x))
+    assert relative_error(*outputs) <= 1e-5
+    assert relative_error(ours.features.norm5.running_var, twin.features.norm5.running_var) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["imagenet", "bc", "plain"])
+def test_bf16(case: str) -> None:
+    model = make(case)
+    assert_bf16_accurate(model, plain_twin(model), image(model, 4))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@torch.no_grad()
+def test_autocast(training: bool) -> None:
+    model = make("bc").train(training)
+    twin, exact = plain_twin(model), plain_twin(model).double()
+    x = image(model, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = model(x), twin(x)
+    assert_accurate(actual, expected, exact(x.double()))
+
+
+# ---- the buffer ------------------------------------------------------------------------------------------------------
+
+
+class Log(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        self.names.append(str(func).removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("bn_size", "calls"), [(4, ["conv2d", "conv2d_into"]), (0, ["conv2d_into"])])
+@torch.no_grad()
+def test_a_layer_is_its_convolutions_and_a_block_one_allocation(bn_size: int, calls: list[str]) -> None:
+    block = randomise_batch_norms(DenseBlock(3, 16, 8, bn_size, 0.0)).eval()
+    x = torch.randn(2, 16, 9, 7)
+    expected = plain_twin(block)(x)
+    block(x)  # folds
+    with Log() as log:
+        y = block(x)
+    assert [n.removeprefix("fastcnn.") for n in log.names if n.startswith("fastcnn.")] == 3 * calls
+    others = [n for n in log.names if not n.startswith("fastcnn.")]
+    assert others.count("aten.empty.memory_format") == 1
+    assert set(others) <= {"aten.empty.memory_format", "aten.slice.Tensor", "aten.copy_"}
+    assert others.count("aten.copy_") == 1
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y[:, :16], x)
+    assert relative_error(y, expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_hooks_are_honoured() -> None:
+    model, seen = make("bc").eval(), []
+    x = image(model)
+    expected = model(x)
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+    assert relative_error(model(x), expected) <= 1e-5
+    assert set(seen) == {name for name, _ in model.named_modules()}
+
+
+@torch.no_grad()
+def test_a_hook_may_replace_a_layers_output() -> None:
+    block = randomise_batch_norms(DenseBlock(3, 16, 8, 4, 0.0)).eval()
+    x = torch.randn(2, 16, 9, 7)
+    block.denselayer2.register_forward_hook(lambda module, args, output: output * 2)
+    with torch.enable_grad():
+        expected = block(x)  # joined by cat
+    assert relative_error(block(x), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_compiles_without_graph_breaks(mode: str) -> None:
+    model = make("bc").train(mode == "train")
+    eager, x = copy.deepcopy(model), image(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(mode == "train"):
+        assert relative_error(compiled(x), eager(x)) <= 1e-5
+        for m in (model, eager):
+            m.features.norm5.weight.data.mul_(2)
+        assert relative_error(compiled(x), eager(x)) <= 1e-5
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"depth must be 6n \+ 4, is 101"):
+        cifar_densenet(101, 12, bottleneck=True)
+    with pytest.raises(ValueError, match="compression must be"):
+        DenseNet(compression=0)
+    with pytest.raises(ValueError, match=r"input must have shape \(N, C, H, W\)"):
+        make("plain")(torch.empty(3, 32, 32))
+
+
+@torch.no_grad()
+def test_empty_batch() -> None:
+    assert make("plain").eval()(torch.empty(0, 3, 32, 32)).shape == (0, 7)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_vmap_and_inference_mode() -> None:
+    block = randomise_batch_norms(DenseBlock(3, 16, 8, 4, 0.0)).eval()
+    x = torch.randn(3, 16, 9, 7)
+    expected = block(x)
+    mapped = torch.func.vmap(lambda one: block(one[None])[0])(x)
+    assert relative_error(mapped, expected) <= 1e-6
+    with torch.inference_mode():
+        assert torch.equal(block(x), expected)

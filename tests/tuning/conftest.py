@@ -1,0 +1,17 @@
+"""Every tuning test has a cache folder and choices of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastcnn import tuning
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FASTCNN_CACHE_DIR", str(folder))
+    monkeypatch.delenv("FASTCNN_BACKEND", raising=False)
+    tuning.forget()
+    yield folder
+    tuning.forget()
