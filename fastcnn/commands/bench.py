@@ -24,6 +24,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--rounds", type=common.positive, default=20, help="how often each is timed (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit for a network's rounds (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of torchvision's network too")
+    parser.add_argument(
+        "--peers", action="store_true",
+        help="CPU: time torch.compile with frozen weights, ONNX Runtime and OpenVINO too (extra: fastcnn[bench])",
+    )  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="time only")
 
 
@@ -31,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     common.check_backend(options.backend)
     names = common.chosen_names(options.names)
     device = common.chosen_device(options)
+    if options.peers and device.type != "cpu":
+        raise common.UsageError(f"--peers times CPU engines; the device is {device} (give --device cpu)")
     results: list[tuple[Comparison, Verification | None]] = []
     notes: list[str] = []
     with common.progress() as shown:
@@ -52,9 +58,10 @@ def run(options: argparse.Namespace) -> int:
                 shown.stage(f"timing {name}")
                 comparison = compare(
                     model, images, reference=twin, backend=options.backend, rounds=options.rounds,
-                    seconds=options.seconds, compiled=options.compile and twin is not None, name=name,
-                    progress=shown.detail,
+                    seconds=options.seconds, compiled=options.compile and twin is not None,
+                    engines=options.peers, name=name, progress=shown.detail,
                 )  # fmt: skip
+            notes += [f"{name}, {reason}" for reason in comparison.left_out]
             results.append((comparison, verification))
     passed = all(v is None or v.passed for _, v in results)
     if options.json:

@@ -1,4 +1,6 @@
-"""A network timed against its peers: PyTorch's own operators, eager in both memory formats, and torch.compile."""
+"""A network timed against its peers: PyTorch's own operators, eager in both memory formats, torch.compile, and, where
+they are installed, the inference engines of :mod:`fastcnn.measurement.peers`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from fastcnn._table import text_table
 from fastcnn.backends import use_backend
 from fastcnn.measurement.conditions import Conditions, conditions
 from fastcnn.measurement.flops import count_flops
+from fastcnn.measurement.peers import cpu_peers
+from fastcnn.measurement.plain import plain_program
 from fastcnn.measurement.timing import Timing, interleave
 
 OURS, EAGER, CHANNELS_LAST, COMPILED = "fastcnn", "eager", "channels_last", "compile"
@@ -29,6 +33,7 @@ class Comparison:
     input_shape: tuple[int, ...]
     flops: int  # of one run
     timings: dict[str, Timing]
+    left_out: tuple[str, ...] = ()  # peers that were asked for and not timed, each with its reason
 
     @property
     def best_peer(self) -> str:
@@ -48,6 +53,7 @@ class Comparison:
             "flops": self.flops,
             "best_peer": self.best_peer,
             "speedup": self.speedup(),
+            "left_out": list(self.left_out),
             "timings": {
                 name: {
                     **timing.to_dict(),
@@ -87,6 +93,7 @@ def compare(
     reference: nn.Module | None = None,
     backend: str | None = None,
     compiled: bool = False,
+    engines: bool = False,
     rounds: int = 20,
     seconds: float | None = None,
     name: str | None = None,
@@ -101,15 +108,19 @@ def compare(
             the backend ``"reference"``.
         backend: fastcnn's backend; default: the choice in force.
         compiled: time ``torch.compile`` of the reference too (compiling takes a while); needs ``reference``.
+        engines: CPU only: time torch.compile with frozen weights, ONNX Runtime and OpenVINO too, those that are
+            installed, on the network taken apart into PyTorch's operators.
         rounds, seconds: how often each is timed, and the time after which no further round begins.
         name: what to call the network; default: its class.
         progress: called with what begins.
 
     Raises:
-        ValueError: ``compiled`` without a reference that torch.compile could take apart.
+        ValueError: ``compiled`` without a reference that torch.compile could take apart; ``engines`` on a GPU.
     """
     if compiled and reference is None:
         raise ValueError("torch.compile needs a reference made of PyTorch's own layers; this network has none")
+    if engines and input.device.type != "cpu":
+        raise ValueError(f"engines are timed on a CPU only, input is on {input.device}")
     tell = progress or (lambda text: None)
     model.eval()
     nhwc = input.contiguous(memory_format=torch.channels_last)
@@ -142,6 +153,10 @@ def compare(
             candidates[COMPILED] = lambda: faster(nhwc)
             tell("compiling")
             faster(nhwc)
+    left_out: list[str] = []
+    if engines:
+        runners, left_out = cpu_peers(plain_program(model, nchw), nchw, tell)
+        candidates.update(runners)
     flops = count_flops(model, nhwc)
     timings = interleave(
         candidates, input.device, rounds=rounds, seconds=seconds,
@@ -155,4 +170,5 @@ def compare(
         input_shape=tuple(input.shape),
         flops=flops,
         timings=timings,
+        left_out=tuple(left_out),
     )
