@@ -9,6 +9,7 @@ from fastcnn._table import text_table
 from fastcnn.commands import _common as common
 from fastcnn.measurement import Comparison, compare
 from fastcnn.measurement.comparison import OURS
+from fastcnn.measurement.layers import LayerTime, layer_times, layers_table
 from fastcnn.verification import Verification, torchvision_twin, verify
 
 DESCRIPTION = """Verify networks as `fastcnn verify` does (on one or two images), then time inference on fastcnn and on
@@ -28,6 +29,7 @@ def add_to(commands: Any) -> None:
         "--peers", action="store_true",
         help="CPU: time torch.compile with frozen weights, ONNX Runtime and OpenVINO too (extra: fastcnn[bench])",
     )  # fmt: skip
+    parser.add_argument("--layers", action="store_true", help="show each operator call's time as well")
     parser.add_argument("--no-verify", action="store_true", help="time only")
 
 
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if options.peers and device.type != "cpu":
         raise common.UsageError(f"--peers times CPU engines; the device is {device} (give --device cpu)")
     results: list[tuple[Comparison, Verification | None]] = []
+    layers: dict[str, list[LayerTime]] = {}
     notes: list[str] = []
     with common.progress() as shown:
         for name in names:
@@ -61,17 +64,27 @@ def run(options: argparse.Namespace) -> int:
                     seconds=options.seconds, compiled=options.compile and twin is not None,
                     engines=options.peers, name=name, progress=shown.detail,
                 )  # fmt: skip
+            if options.layers:
+                shown.stage(f"timing {name}'s operator calls")
+                layers[name] = layer_times(model, images, backend=options.backend, rounds=options.rounds)
             notes += [f"{name}, {reason}" for reason in comparison.left_out]
             results.append((comparison, verification))
     passed = all(v is None or v.passed for _, v in results)
     if options.json:
         documents = [
-            {**comparison.to_dict(), "verification": None if v is None else v.to_dict()} for comparison, v in results
+            {
+                **comparison.to_dict(),
+                "verification": None if v is None else v.to_dict(),
+                **({"layers": [t.to_dict() for t in layers[comparison.model]]} if options.layers else {}),
+            }
+            for comparison, v in results
         ]
         common.print_json({"passed": passed, "results": documents, "notes": notes})
     else:
         print(as_text(results))
         print("\n".join(notes), end="\n" if notes else "")
+        for name, times in layers.items():
+            print(f"\n{name}, each operator call\n{layers_table(times)}")
     return 0 if passed else 1
 
 
