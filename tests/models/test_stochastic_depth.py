@@ -226,19 +226,24 @@ def test_a_training_step_equals_that_of_the_network_without_the_dropped_blocks(c
             if dropped[i + 2 * s]:
                 stage[i] = without_branch(block)
     x, target = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 6, 2])
-    with fastcnn.use_backend("reference"):
-        torch.manual_seed(seed)
-        loss = F.cross_entropy(model(x), target)
-        loss.backward()
-    expected = F.cross_entropy(twin(x), target)
-    expected.backward()
-    assert relative_error(loss, expected) <= 1e-11
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    for network in (model, twin):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+        with fastcnn.use_backend("reference"):
+            torch.manual_seed(seed)
+            losses.append(F.cross_entropy(network(x), target))
+        losses[-1].backward()
+        optimizer.step()
+    assert relative_error(*losses) <= 1e-11
     theirs = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
         if name in theirs:
             assert relative_error(parameter.grad, theirs[name].grad) <= 1e-10, name
+            assert relative_error(parameter, theirs[name]) <= 1e-11, name
         else:
             assert parameter.grad is None
+            assert torch.equal(parameter, before[name])
     statistics = dict(twin.named_buffers())
     for name, buffer in model.named_buffers():
         if name in statistics:
