@@ -34,6 +34,9 @@ def may_recompute() -> bool:
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor, norms: Iterable[nn.Module]) -> Tensor:
     """``function(*inputs)``, of which autograd keeps the inputs and the result and nothing in between.
 
+    As with :func:`torch.utils.checkpoint.checkpoint`, parameters must not change between forward and backward pass:
+    what is computed again reads them as they are then.
+
     Args:
         function: of tensors and parameters; called a second time, in the backward pass.
         inputs: what it reads, besides parameters.
