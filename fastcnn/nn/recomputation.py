@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +43,27 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor, norms: Iterable
         inputs: what it reads, besides parameters.
         norms: the modules in it that are, or may be, batch norms: their running statistics are updated once.
     """
-    backend, strict = current_choice()
-
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        with use_backend(backend, strict=strict), _statistics_untouched(norms):
-            yield
-
-    result: Tensor = checkpoint(
-        function, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again())
-    )
+    contexts = contextlib.nullcontext(), _SecondTime(norms)
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: contexts)
     return result
+
+
+class _SecondTime:
+    """The context in which a function is computed again: entered once for each backward pass over the same graph."""
+
+    def __init__(self, norms: Iterable[nn.Module]) -> None:
+        self._choice, self._norms = current_choice(), tuple(norms)
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        backend, strict = self._choice
+        stack = contextlib.ExitStack()
+        stack.enter_context(use_backend(backend, strict=strict))
+        stack.enter_context(_statistics_untouched(self._norms))
+        self._entered.append(stack)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 @contextlib.contextmanager

@@ -279,6 +279,28 @@ def test_memory_efficient_recomputes_on_the_same_backend() -> None:
     assert {backend for _, backend in calls} == {"reference"}
 
 
+def test_memory_efficient_graph_is_used_twice() -> None:
+    """By two backward passes, and by the gradient of a gradient."""
+    results = []
+    x, target = image(make("bc")).double(), torch.tensor([2, 5])
+    for model in pair_of("bc"):
+        model.double().train()
+        weight = model.features.denseblock1.denselayer2.conv1.weight
+        with fastcnn.use_backend("reference"):
+            loss = nn.functional.cross_entropy(model(x), target)
+            loss.backward(retain_graph=True)
+            once = weight.grad.clone()
+            loss.backward(retain_graph=True)
+            assert relative_error(weight.grad, 2 * once) <= 1e-12
+            (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+            (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+        results.append((once, second))
+        assert model.features.norm5.num_batches_tracked == 1
+        assert model.features.denseblock1.denselayer2.norm1.num_batches_tracked == 1
+    for plain, efficient in zip(*results, strict=True):
+        assert relative_error(efficient, plain) <= 1e-10
+
+
 def test_memory_efficient_leaves_evaluation_alone() -> None:
     plain, efficient = pair_of("bc")
     x = image(plain)
