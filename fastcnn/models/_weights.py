@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ ALIASES = (
 LAST_BIASES = ("fc.bias", "linear.bias", "classifier.bias", "classifier.6.bias", "fc8.bias", "output.bias")
 FIRST_WEIGHTS = ("conv1.weight", "features.conv0.weight", "features.0.weight", "conv1.conv.weight", "c1.weight")
 _SHOWN = 6
+
+
+@runtime_checkable
+class MadeWithoutParts(Protocol):
+    """A model that may be built without parts that its checkpoints have."""
+
+    def left_out_keys(self) -> frozenset[str]:
+        """The state-dict keys of the parts that this model was built without."""
 
 
 def load_weights(
@@ -87,9 +95,10 @@ def _state_dict(checkpoint: object, where: str) -> dict[str, Tensor]:
 
 
 def _matched(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors under the model's names for them."""
+    """The tensors under the model's names for them, less those of parts that it was built without."""
     own = model.state_dict().keys()
-    return {_own_name(key, own, state): value for key, value in state.items()}
+    left_out = model.left_out_keys() if isinstance(model, MadeWithoutParts) else frozenset()
+    return {_own_name(key, own, state): value for key, value in state.items() if key not in left_out}
 
 
 def _own_name(key: str, own: Any, state: dict[str, Tensor]) -> str:
@@ -141,6 +150,7 @@ def _suggestions(state: dict[str, Tensor], model: nn.Module, name: str, kwargs: 
         sizes["in_channels"] = channels[0]
     same_name: list[tuple[str, dict[str, Any]]] = [(name, {**kwargs, **sizes})]
     same_name += [(name, {**kwargs, **sizes, "shortcut": option}) for option in "ABC"]
+    same_name += [(name, {**kwargs, **sizes, "aux_logits": False})]
     for other, options in (*same_name, *((other, sizes) for other in _models if other != name)):
         try:
             with torch.device("meta"):

@@ -2,7 +2,8 @@
 
 Every layer reads all feature maps before it in its block. In evaluation a block is one channels-last buffer that grows
 in place: a layer reads the first channels and writes its own behind them, so that nothing is ever concatenated; batch
-norm and ReLU are the prologue and epilogue of the convolutions. State-dict keys and initialisation are torchvision's.
+norm and ReLU are the prologue and epilogue of the convolutions. In training the concatenations and activations may be
+computed again instead of kept (``memory_efficient``). State-dict keys and initialisation are torchvision's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastcnn.nn import (
     conv_act,
     conv_bn,
 )
+from fastcnn.nn.recomputation import may_recompute, recomputed
 from fastcnn.ops._registration import autocasts
 
 DENSENET = "https://arxiv.org/abs/1608.06993"
@@ -43,10 +45,15 @@ class DenseLayer(nn.Module):
     Args:
         bn_size: the 1x1 has ``bn_size * growth_rate`` channels; 0 for no bottleneck.
         drop_rate: dropout after the last convolution.
+        memory_efficient: keep nothing for the backward pass before the 3x3 convolution's input; without a bottleneck
+            nothing at all but the layer's input.
     """
 
-    def __init__(self, in_channels: int, growth_rate: int, bn_size: int, drop_rate: float) -> None:
+    def __init__(
+        self, in_channels: int, growth_rate: int, bn_size: int, drop_rate: float, memory_efficient: bool = False
+    ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         self.norm1 = BatchNorm2d(in_channels)
         self.relu1 = nn.ReLU(inplace=True)
         self.has_bottleneck, self.drop_rate = bn_size > 0, drop_rate
@@ -59,14 +66,25 @@ class DenseLayer(nn.Module):
         else:
             self.conv1 = Conv2d(in_channels, growth_rate, 3, padding=1, bias=False)
 
-    def forward(self, features: Tensor, out: Tensor | None = None) -> Tensor:
+    def _first(self, *features: Tensor, out: Tensor | None = None) -> Tensor:
+        """Concatenation, BN-ReLU and the first convolution; with a bottleneck as far as the second one's input."""
+        x = features[0] if len(features) == 1 else torch.cat(features, 1)
         if self.has_bottleneck:
-            y = bn_act_conv(
-                features, self.norm1, self.conv1, preactivation=self.relu1, next_bn=self.norm2, activation=self.relu2
+            return bn_act_conv(
+                x, self.norm1, self.conv1, preactivation=self.relu1, next_bn=self.norm2, activation=self.relu2
             )
-            y = conv_act(y, self.conv2, activation="none", out=out)
+        return bn_act_conv(x, self.norm1, self.conv1, preactivation=self.relu1, out=out)
+
+    def forward(self, features: Tensor | Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """``features``: the feature maps before this layer, in one tensor or in several of the same N, H and W."""
+        parts = (features,) if isinstance(features, Tensor) else tuple(features)
+        if self.memory_efficient and out is None and may_recompute():
+            norms = [self.norm1, self.norm2] if self.has_bottleneck else [self.norm1]
+            y = recomputed(self._first, *parts, norms=norms)
         else:
-            y = bn_act_conv(features, self.norm1, self.conv1, preactivation=self.relu1, out=out)
+            y = self._first(*parts, out=out)
+        if self.has_bottleneck:
+            y = conv_act(y, self.conv2, activation="none", out=out)
         return F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
 
 
@@ -82,21 +100,38 @@ def _may_grow_in_place(input: Tensor) -> bool:
 class DenseBlock(nn.Sequential):
     """(N, C, H, W) -> (N, C + layers * growth_rate, H, W): the input's channels, then each layer's.
 
-    Children ``denselayer1`` ... are :class:`DenseLayer`.
+    Children ``denselayer1`` ... are :class:`DenseLayer`, which ``memory_efficient`` hands lists to join themselves.
     """
 
-    def __init__(self, layers: int, in_channels: int, growth_rate: int, bn_size: int, drop_rate: float) -> None:
+    def __init__(
+        self,
+        layers: int,
+        in_channels: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        memory_efficient: bool = False,
+    ) -> None:
         super().__init__()
         for i in range(layers):
-            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, drop_rate)
+            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, drop_rate, memory_efficient)
             self.add_module(f"denselayer{i + 1}", layer)
-        self.in_channels, self.growth_rate = in_channels, growth_rate
+        self.in_channels, self.growth_rate, self.memory_efficient = in_channels, growth_rate, memory_efficient
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _may_grow_in_place(input):
+        if _may_grow_in_place(input):
+            return self._grown_in_place(input)
+        if self.memory_efficient:
+            features = [input]
             for layer in self:
-                input = torch.cat([input, layer(input)], 1)
-            return input
+                features.append(layer(tuple(features)))
+            return torch.cat(features, 1)
+        for layer in self:
+            input = torch.cat([input, layer(input)], 1)
+        return input
+
+    def _grown_in_place(self, input: Tensor) -> Tensor:
+        """One buffer: a layer reads the first channels and writes its own behind them."""
         n, channels, h, w = input.shape
         shape = (n, channels + len(self) * self.growth_rate, h, w)
         buffer = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
@@ -137,6 +172,7 @@ class DenseFeatures(nn.Module):
         compression: float,
         in_channels: int,
         cifar: bool,
+        memory_efficient: bool,
     ) -> None:
         super().__init__()
         channels = num_init_features
@@ -149,7 +185,8 @@ class DenseFeatures(nn.Module):
             self.relu0 = nn.ReLU(inplace=True)
             self.pool0 = MaxPool2d(3, 2, padding=1)
         for i, layers in enumerate(block_config, start=1):
-            self.add_module(f"denseblock{i}", DenseBlock(layers, channels, growth_rate, bn_size, drop_rate))
+            block = DenseBlock(layers, channels, growth_rate, bn_size, drop_rate, memory_efficient)
+            self.add_module(f"denseblock{i}", block)
             channels += layers * growth_rate
             if i < len(block_config):
                 compressed = int(channels * compression)
@@ -184,6 +221,10 @@ class DenseNet(nn.Module):
         bn_size: a layer's 1x1 has ``bn_size * growth_rate`` channels (DenseNet-B); 0: layers are one 3x3.
         drop_rate: dropout after each layer.
         num_classes: logits.
+        memory_efficient: in training, keep of a layer its output and (DenseNet-B) what its 3x3 reads, and compute
+            concatenation, batch norms, ReLUs and the first convolution again in the backward pass: memory that grows
+            with the layers, not with their square, for one more run of those convolutions. Results, gradients and
+            running statistics are the same. Under torch.compile, which decides itself what to keep, it changes nothing.
         compression: theta, the part of its channels that a transition keeps (DenseNet-C).
         in_channels: the input's channels.
         cifar: a 3x3 stem instead of 7x7/2 and 3x3/2 max pooling.
@@ -197,6 +238,7 @@ class DenseNet(nn.Module):
         bn_size: int = 4,
         drop_rate: float = 0.0,
         num_classes: int = 1000,
+        memory_efficient: bool = False,
         *,
         compression: float = 0.5,
         in_channels: int = 3,
@@ -206,8 +248,9 @@ class DenseNet(nn.Module):
         if not 0 < compression <= 1:
             raise ValueError(f"compression must be above 0 and at most 1, is {compression}")
         self.features = DenseFeatures(
-            growth_rate, block_config, num_init_features, bn_size, drop_rate, compression, in_channels, cifar
-        )
+            growth_rate, block_config, num_init_features, bn_size, drop_rate, compression, in_channels, cifar,
+            memory_efficient,
+        )  # fmt: skip
         self.avgpool = AdaptiveAvgPool2d((1, 1))
         self.classifier = Linear(self.features.out_channels, num_classes)
         self._initialise()

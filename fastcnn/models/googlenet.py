@@ -90,7 +90,8 @@ class GoogLeNet(nn.Module):
 
     Args:
         num_classes: logits.
-        aux_logits: with the two auxiliary classifiers, which only train mode computes.
+        aux_logits: with the two auxiliary classifiers, which only train mode computes. Without them, ``weights=`` of
+            :func:`fastcnn.create_model` may still hold them: their keys, and no others, are left out.
         transform_input: the input is normalised with ImageNet's mean and deviation; change that to mean and deviation
             0.5, as torchvision's pretrained weights need.
         init_weights: the network's own initialisation; False leaves PyTorch's.
@@ -151,6 +152,14 @@ class GoogLeNet(nn.Module):
 
     def _aux_pool(self) -> nn.Module:
         return AdaptiveAvgPool2d((4, 4)) if self.batch_norm else AvgPool2d(5, 3)
+
+    def left_out_keys(self) -> frozenset[str]:
+        """The auxiliary classifiers' state-dict keys, where this network has none."""
+        if self.aux1 is not None:
+            return frozenset()
+        with torch.device("meta"):
+            head = InceptionAux(512, 1, ConvBNReLU if self.batch_norm else ConvReLU, self._aux_pool())
+        return frozenset(f"{name}.{key}" for name in ("aux1", "aux2") for key in head.state_dict())
 
     def _initialise(self) -> None:
         """torchvision's truncated Gaussian; for the paper's network that of Caffe's bvlc_googlenet."""

@@ -27,6 +27,7 @@ from fastcnn.nn import (
     bn_act,
     conv_act,
     conv_bn,
+    set_stochastic_depth,
 )
 
 PRERESNET = "https://arxiv.org/abs/1603.05027"
@@ -45,6 +46,7 @@ class PreResNet(nn.Module):
         layers: blocks in each of the four stages.
         num_classes: logits.
         in_channels: the input's channels.
+        stochastic_depth: the last block's survival probability, as in :class:`~fastcnn.models.ResNet`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class PreResNet(nn.Module):
         num_classes: int = 1000,
         *,
         in_channels: int = 3,
+        stochastic_depth: float | None = None,
     ) -> None:
         super().__init__()
         self._channels = 64
@@ -69,6 +72,7 @@ class PreResNet(nn.Module):
         self.avgpool = AdaptiveAvgPool2d((1, 1))
         self.fc = Linear(self._channels, num_classes)
         initialise_kaiming(self)
+        set_stochastic_depth(self, stochastic_depth)
 
     def _stage(
         self,
@@ -108,9 +112,12 @@ class CifarPreResNet(nn.Module):
         depth: 9n + 2 weighted layers.
         num_classes: logits.
         in_channels: the input's channels.
+        stochastic_depth: the last block's survival probability, as in :class:`~fastcnn.models.ResNet`.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, *, in_channels: int = 3, stochastic_depth: float | None = None
+    ) -> None:
         super().__init__()
         if depth < 11 or (depth - 2) % 9 != 0:
             raise ValueError(f"depth must be 9n + 2 (11, 20, 29, ...), is {depth}")
@@ -123,6 +130,7 @@ class CifarPreResNet(nn.Module):
         self.avgpool = AdaptiveAvgPool2d((1, 1))
         self.fc = Linear(256, num_classes)
         initialise_kaiming(self)
+        set_stochastic_depth(self, stochastic_depth)
 
     @staticmethod
     def _stage(in_channels: int, planes: int, count: int, stride: int) -> nn.Sequential:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from fastcnn.models._common import channels_last, initialise_kaiming
 from fastcnn.models._registry import register
-from fastcnn.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Linear, PreActBasicBlock, bn_act, conv_act
+from fastcnn.nn import (
+    AdaptiveAvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Linear,
+    PreActBasicBlock,
+    bn_act,
+    conv_act,
+    set_stochastic_depth,
+)
 
 WIDE = "https://arxiv.org/abs/1605.07146"
 CIFAR = (3, 32, 32)
@@ -30,10 +39,18 @@ class CifarWideResNet(nn.Module):
         num_classes: logits.
         dropout: between the two convolutions of a block; the paper's 0.3 where it is used.
         in_channels: the input's channels.
+        stochastic_depth: the last block's survival probability, as in :class:`~fastcnn.models.ResNet`.
     """
 
     def __init__(
-        self, depth: int, width: int, num_classes: int = 10, *, dropout: float = 0.0, in_channels: int = 3
+        self,
+        depth: int,
+        width: int,
+        num_classes: int = 10,
+        *,
+        dropout: float = 0.0,
+        in_channels: int = 3,
+        stochastic_depth: float | None = None,
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6 != 0:
@@ -47,6 +64,7 @@ class CifarWideResNet(nn.Module):
         self.avgpool = AdaptiveAvgPool2d((1, 1))
         self.fc = Linear(64 * width, num_classes)
         initialise_kaiming(self)
+        set_stochastic_depth(self, stochastic_depth)
 
     @staticmethod
     def _stage(in_channels: int, channels: int, count: int, stride: int, dropout: float) -> nn.Sequential:

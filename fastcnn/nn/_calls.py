@@ -37,6 +37,16 @@ def call_conv2d(
     )  # fmt: skip
 
 
+def scaled_convolution(conv: nn.Conv2d, factor: float) -> tuple[Tensor | None, Tensor | None]:
+    """(scale, bias), each (K,) or None, with which :func:`call_conv2d` gives ``factor * conv(input)``."""
+    if factor == 1:
+        return None, conv.bias
+    weight = conv.weight
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    scale = torch.full(weight.shape[:1], factor, dtype=wide, device=weight.device)
+    return scale, None if conv.bias is None else conv.bias.to(wide) * factor
+
+
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     """Whether the module normalises with its batch's statistics: in train mode, or when it keeps no running ones."""
     return bn.training or (bn.running_mean is None and bn.running_var is None)

@@ -13,7 +13,13 @@ import torch.nn.modules.module as _module
 from torch import Tensor, nn
 
 from fastcnn import ops
-from fastcnn.nn._calls import call_batch_norm, call_conv2d, folded_batch_norm, uses_batch_statistics
+from fastcnn.nn._calls import (
+    call_batch_norm,
+    call_conv2d,
+    folded_batch_norm,
+    scaled_convolution,
+    uses_batch_statistics,
+)
 from fastcnn.nn.modules import BatchNorm2d, Conv2d, Linear
 from fastcnn.ops._registration import autocasts
 
@@ -130,16 +136,21 @@ def conv_act(
     conv: nn.Conv2d,
     *,
     residual: Tensor | None = None,
+    branch_scale: float = 1.0,
     activation: Activation = "relu",
     out: Tensor | None = None,
 ) -> Tensor:
-    """``act(conv(x) + residual)`` in one call: (N, C, H, W) -> (N, K, P, Q). Arguments as :func:`conv_bn`."""
+    """``act(branch_scale * conv(x) + residual)`` in one call: (N, C, H, W) -> (N, K, P, Q).
+
+    Arguments as :func:`conv_bn`.
+    """
     name = _fusable_name(activation)
     if _is_watched() or name is None or not _is_plain(conv, nn.Conv2d, Conv2d):
-        return _one_by_one(x, (conv,), residual, activation, out)
+        return _one_by_one(x, (conv,), residual, activation, out, branch_scale)
+    scale, bias = scaled_convolution(conv, branch_scale)
     if residual is not None and residual.dtype != _dtype_of_convolution(x):
-        return _one_by_one(call_conv2d(x, conv, conv.bias), (), residual, activation, out)
-    return call_conv2d(x, conv, conv.bias, residual=residual, activation=name, out=out)
+        return _one_by_one(call_conv2d(x, conv, bias, scale=scale), (), residual, activation, out)
+    return call_conv2d(x, conv, bias, scale=scale, residual=residual, activation=name, out=out)
 
 
 def bn_act_conv(

@@ -2,7 +2,7 @@
 
 BN-ReLU comes before each convolution and nothing after the addition. In eval mode a batch norm and ReLU that one
 convolution reads are its prologue, those between two convolutions the first one's epilogue, and the addition is the
-last one's.
+last one's, as is the survival probability of stochastic depth.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fastcnn.nn.blocks import conv1x1, conv3x3
 from fastcnn.nn.fusing import bn_act, bn_act_conv, conv_act, conv_bn
 from fastcnn.nn.modules import BatchNorm2d, Conv2d
+from fastcnn.nn.stochastic_depth import StochasticDepth
 
 PREACTIVATIONS = ("branch", "shared", "none")
 
 
-class _PreActBlock(nn.Module):
+class _PreActBlock(StochasticDepth, nn.Module):
     """What the two kinds of block share: the first BN-ReLU, and who reads it.
 
     ``preactivation``: ``"branch"``, the first convolution alone; ``"shared"``, the shortcut too (where the size
@@ -37,17 +38,19 @@ class _PreActBlock(nn.Module):
         same_size = stride == 1 and in_channels == out_channels
         self.downsample = None if same_size else conv1x1(in_channels, out_channels, stride)
 
-    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The shortcut, and the branch as far as ``relu(bn2(conv1(.)))``."""
+    def _shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The shortcut, and what it reads: ``x``, or a shared ``relu(bn1(x))``."""
+        if self.bn1 is not None and self.preactivation == "shared":
+            x = bn_act(x, self.bn1, activation=self.relu)
+        return x if self.downsample is None else conv_act(x, self.downsample, activation="none"), x
+
+    def _begin(self, x: Tensor) -> Tensor:
+        """The branch as far as ``relu(bn2(conv1(.)))``, of what the shortcut reads."""
         if self.bn1 is not None and self.preactivation == "branch":
-            y = bn_act_conv(
+            return bn_act_conv(
                 x, self.bn1, self.conv1, preactivation=self.relu, next_bn=self.bn2, activation=self.relu
             )  # fmt: skip
-        else:
-            x = x if self.bn1 is None else bn_act(x, self.bn1, activation=self.relu)
-            y = conv_bn(x, self.conv1, self.bn2, activation=self.relu)
-        shortcut = x if self.downsample is None else conv_act(x, self.downsample, activation="none")
-        return shortcut, y
+        return conv_bn(x, self.conv1, self.bn2, activation=self.relu)
 
 
 class PreActBasicBlock(_PreActBlock):
@@ -78,10 +81,13 @@ class PreActBasicBlock(_PreActBlock):
         self.conv2 = conv3x3(planes, planes)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut, y = self._begin(x)
+        shortcut, x = self._shortcut(x)
+        if self.is_dropped():
+            return shortcut
+        y = self._begin(x)
         if self.dropout is not None:
             y = self.dropout(y)
-        return conv_act(y, self.conv2, residual=shortcut, activation="none")
+        return conv_act(y, self.conv2, residual=shortcut, branch_scale=self.branch_scale, activation="none")
 
 
 class PreActBottleneck(_PreActBlock):
@@ -115,6 +121,8 @@ class PreActBottleneck(_PreActBlock):
         self.conv3 = conv1x1(planes, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut, y = self._begin(x)
-        y = conv_bn(y, self.conv2, self.bn3, activation=self.relu)
-        return conv_act(y, self.conv3, residual=shortcut, activation="none")
+        shortcut, x = self._shortcut(x)
+        if self.is_dropped():
+            return shortcut
+        y = conv_bn(self._begin(x), self.conv2, self.bn3, activation=self.relu)
+        return conv_act(y, self.conv3, residual=shortcut, branch_scale=self.branch_scale, activation="none")

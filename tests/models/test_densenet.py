@@ -9,13 +9,14 @@ import torch
 from support.accuracy import assert_accurate, relative_error
 from support.plain_twin import randomise_batch_norms
 from support.preactivation_twins import plain_twin
-from support.steps import assert_bf16_accurate, assert_step_equal
+from support.steps import assert_bf16_accurate, assert_step_equal, training_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcnn
+from fastcnn.backends import Call, intercept
 from fastcnn.models import DenseNet
-from fastcnn.models.densenet import DenseBlock, cifar_densenet
+from fastcnn.models.densenet import DenseBlock, DenseLayer, cifar_densenet
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +183,160 @@ def test_autocast(training: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = model(x), twin(x)
     assert_accurate(actual, expected, exact(x.double()))
+
+
+# ---- memory_efficient ------------------------------------------------------------------------------------------------
+
+
+def pair_of(case: str) -> tuple[DenseNet, DenseNet]:
+    """The same network, plain and memory-efficient."""
+    plain, efficient = make(case), make(case)
+    for module in efficient.modules():
+        if isinstance(module, (DenseBlock, DenseLayer)):
+            module.memory_efficient = True
+    return plain, efficient
+
+
+def test_memory_efficient_reaches_every_layer() -> None:
+    with torch.device("meta"):
+        model = fastcnn.create_model("densenet121", memory_efficient=True)
+        plain = fastcnn.create_model("densenet121")
+    kinds = (DenseBlock, DenseLayer)
+    flags = [module.memory_efficient for module in model.modules() if isinstance(module, kinds)]
+    assert flags == [True] * (4 + 58)
+    assert not any(module.memory_efficient for module in plain.modules() if isinstance(module, kinds))
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_memory_efficient_step_equals_plain(case: str) -> None:
+    """Also of the statistics: a second update would show in them, and in the count of batches."""
+    results = []
+    x, target = image(make(case), 4), torch.tensor([0, 3, 6, 2])
+    for model in pair_of(case):
+        with fastcnn.use_backend("cpp", strict=True):
+            step = training_step(model.train(), x, target)
+        batches = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert set(batches) == {1}
+        assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        results.append(step)
+    for key, value in results[0].items():
+        assert relative_error(results[1][key], value) <= 1e-6, key
+    assert torch.equal(results[1]["buffers"], results[0]["buffers"])
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_memory_efficient_step_equals_twin(case: str) -> None:
+    _, ours = pair_of(case)
+    assert_step_equal(ours.train(), plain_twin(ours), image(ours, 4), torch.tensor([0, 3, 6, 2]))
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """What autograd keeps of one forward pass, parameters and buffers aside; a storage kept twice counts once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []  # alive, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    assert output.requires_grad
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+@pytest.mark.parametrize(("bn_size", "kept_channels"), [(4, 4 * 8 + 8), (0, 8)])
+def test_memory_efficient_keeps_less(bn_size: int, kept_channels: int) -> None:
+    """A layer's own channels (and its 3x3's input); plain, each layer keeps all channels before it, twice."""
+    layers, x = 6, torch.randn(2, 16, 12, 10, requires_grad=True).contiguous(memory_format=torch.channels_last)
+    pixel_bytes = 2 * 12 * 10 * 4
+    sizes = []
+    for memory_efficient in (False, True):
+        block = DenseBlock(layers, 16, 8, bn_size, 0.0, memory_efficient)
+        sizes.append(saved_bytes(block.train(), x))
+    inputs = sum(16 + 8 * i for i in range(layers))
+    assert sizes[0] >= 2 * inputs * pixel_bytes
+    small = 4096  # statistics, and the checkpoint's own notes
+    assert sizes[1] <= (16 + layers * kept_channels) * pixel_bytes + small
+
+
+def test_memory_efficient_recomputes_on_the_same_backend() -> None:
+    _, model = pair_of("bc")
+    model.train()
+    calls: list[tuple[str, str]] = []
+
+    def note(call: Call) -> None:
+        calls.append((call.operator, call.backend))
+        call.run()
+
+    with fastcnn.use_backend("reference"):
+        loss = model(image(model)).sum()
+    with intercept(note):
+        loss.backward()
+    assert calls.count(("conv2d", "reference")) == 9  # the 1x1 of each of the nine layers
+    assert {backend for _, backend in calls} == {"reference"}
+
+
+def test_memory_efficient_graph_is_used_twice() -> None:
+    """By two backward passes, and by the gradient of a gradient."""
+    results = []
+    x, target = image(make("bc")).double(), torch.tensor([2, 5])
+    for model in pair_of("bc"):
+        model.double().train()
+        weight = model.features.denseblock1.denselayer2.conv1.weight
+        with fastcnn.use_backend("reference"):
+            loss = nn.functional.cross_entropy(model(x), target)
+            loss.backward(retain_graph=True)
+            once = weight.grad.clone()
+            loss.backward(retain_graph=True)
+            assert relative_error(weight.grad, 2 * once) <= 1e-12
+            (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+            (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+        results.append((once, second))
+        assert model.features.norm5.num_batches_tracked == 1
+        assert model.features.denseblock1.denselayer2.norm1.num_batches_tracked == 1
+    for plain, efficient in zip(*results, strict=True):
+        assert relative_error(efficient, plain) <= 1e-10
+
+
+def test_memory_efficient_leaves_evaluation_alone() -> None:
+    plain, efficient = pair_of("bc")
+    x = image(plain)
+    with torch.no_grad():
+        assert torch.equal(efficient.eval()(x), plain.eval()(x))
+    norm, (before, after) = efficient.features.denseblock1.denselayer2.norm1, (x.clone() for _ in range(2))
+    mean = norm.running_mean.clone()
+    for model, input in ((plain, before), (efficient, after)):  # frozen statistics, with gradients
+        model(input.requires_grad_()).square().sum().backward()
+    assert relative_error(after.grad, before.grad) <= 1e-5
+    assert torch.equal(norm.running_mean, mean)
+
+
+def test_memory_efficient_honours_hooks_and_dropout() -> None:
+    _, model = pair_of("dropout")
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+    torch.manual_seed(1)
+    model.train()(image(model)).sum().backward()
+    assert set(seen) == {name for name, _ in model.named_modules()}
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.num_batches_tracked == 1 for norm in norms)
+
+
+def test_memory_efficient_under_autocast_and_compile() -> None:
+    plain, efficient = (model.train() for model in pair_of("bc"))
+    x, gradients = image(plain), []
+    compiled = torch.compile(copy.deepcopy(efficient), fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(x), copy.deepcopy(plain)(x)) <= 1e-5
+    for model in (plain, efficient):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.float().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------

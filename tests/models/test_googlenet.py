@@ -75,6 +75,57 @@ def test_options() -> None:
         fastcnn.create_model("googlenet", transform_input=True, in_channels=1)
 
 
+# ---- checkpoints with and without the auxiliary classifiers ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["googlenet", "googlenet_lrn"])
+def checkpoint(request: pytest.FixtureRequest) -> tuple[str, Tensors]:
+    """A network's name, and its state with the auxiliary classifiers."""
+    torch.manual_seed(0)
+    model = fastcnn.create_model(request.param, num_classes=3, init_weights=False)
+    return request.param, randomise_batch_norms(model).state_dict()
+
+
+def test_without_aux_a_checkpoints_aux_keys_are_left_out(checkpoint: tuple[str, Tensors]) -> None:
+    name, state = checkpoint
+    wrapped = {"state_dict": {f"module.{key}": value for key, value in state.items()}}
+    for weights in (state, wrapped):
+        model = fastcnn.create_model(name, num_classes=3, aux_logits=False, init_weights=False, weights=weights)
+        own = model.state_dict()
+        assert own.keys() == {key for key in state if not key.startswith("aux")}
+        assert all(torch.equal(value, state[key]) for key, value in own.items())
+    whole = fastcnn.create_model(name, num_classes=3, init_weights=False, weights=state)
+    assert whole.state_dict().keys() == state.keys()
+    assert torch.equal(whole.aux2.fc2.weight, state["aux2.fc2.weight"])
+
+
+def test_without_aux_all_other_keys_stay_strict(checkpoint: tuple[str, Tensors]) -> None:
+    name, state = checkpoint
+    options = {"num_classes": 3, "aux_logits": False, "init_weights": False}
+    added = ("aux1.fc3.weight", "aux3.fc1.weight", "auxiliary.fc1.weight", "inception9.conv.weight")
+    changed = {**state, **{key: torch.zeros(1) for key in added}, "fc.bias": torch.zeros(4)}
+    del changed["inception4e.branch1.conv.weight"]
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        fastcnn.create_model(name, weights=changed, **options)
+    problems = str(caught.value).splitlines()[1:4]
+    assert problems == [
+        "  1 missing: inception4e.branch1.conv.weight",
+        f"  4 unexpected: {'; '.join(added)}",
+        "  1 of another shape: fc.bias (4,), the model's is (3,)",
+    ]
+
+
+def test_with_aux_a_checkpoint_without_is_refused(checkpoint: tuple[str, Tensors]) -> None:
+    name, state = checkpoint
+    small = {key: value for key, value in state.items() if not key.startswith("aux")}
+    with pytest.raises(ValueError, match=r"missing: aux1\.conv") as caught:
+        fastcnn.create_model(name, num_classes=3, init_weights=False, weights=small)
+    assert "aux_logits=False" in str(caught.value)
+    partly = {key: value for key, value in state.items() if not key.startswith("aux2")}
+    with pytest.raises(ValueError, match=r"missing: aux2\.conv"):
+        fastcnn.create_model(name, num_classes=3, init_weights=False, weights=partly)
+
+
 # ---- torchvision -----------------------------------------------------------------------------------------------------
 
 

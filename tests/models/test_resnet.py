@@ -11,6 +11,7 @@ import torch
 from support.accuracy import TINY as TINY_ERROR
 from support.accuracy import assert_accurate, relative_error
 from support.plain_twin import plain_twin, randomise_batch_norms
+from support.steps import assert_step_equal
 from torch import nn
 
 import fastcnn
@@ -136,6 +137,24 @@ def test_one_training_step_equals_twin(case: str) -> None:
     with fastcnn.use_backend("reference"):
         for key, value in training_step(wide, x, target).items():
             assert relative_error(value, exact[key]) <= 1e-11
+
+
+STEPS = {
+    "basic-B": (BasicBlock, {}),
+    "basic-C": (BasicBlock, {"shortcut": "C"}),
+    "bottleneck-A": (Bottleneck, {"shortcut": "A"}),
+    "bottleneck-B": (Bottleneck, {}),
+    "wide": (Bottleneck, {"width_per_group": 96}),
+    "resnext": (Bottleneck, {"groups": 32, "width_per_group": 4}),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_one_optimisation_step_equals_twin(case: str) -> None:
+    block, options = STEPS[case]
+    torch.manual_seed(0)
+    ours = randomise_batch_norms(ResNet(block, (1, 1, 1, 1), num_classes=7, **options))
+    assert_step_equal(ours, plain_twin(ours), torch.randn(3, 3, 40, 36), torch.tensor([0, 3, 6]))
 
 
 def test_zero_init_residual_starts_as_identity() -> None:

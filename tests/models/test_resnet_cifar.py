@@ -9,6 +9,7 @@ import torch
 from support.accuracy import assert_accurate, relative_error
 from support.data import cifar10_test_images, data_file
 from support.plain_twin import plain_twin, randomise_batch_norms
+from support.steps import assert_step_equal
 from torch import nn
 
 import fastcnn
@@ -68,6 +69,14 @@ def test_equals_twin(option: str | None, training: bool) -> None:
     gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in models]
     assert relative_error(gradients[0], gradients[2]) <= 1e-2
     assert relative_error(gradients[3], gradients[2]) <= 1e-11
+
+
+@pytest.mark.parametrize("option", ["A", "B", "C", None])
+def test_one_optimisation_step_equals_twin(option: str | None) -> None:
+    torch.manual_seed(0)
+    block = fastcnn.nn.PlainBlock if option is None else fastcnn.nn.BasicBlock
+    ours = randomise_batch_norms(CifarResNet(8, shortcut=option, block=block))
+    assert_step_equal(ours, plain_twin(ours), torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 6, 2]))
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 import fastcnn
 from fastcnn.backends import intercept
-from fastcnn.models import CifarResNet, CifarResNeXt, ResNet
-from fastcnn.nn import BasicBlock, Bottleneck
+from fastcnn.models import CifarPreResNet, CifarResNet, CifarResNeXt, CifarWideResNet, PreResNet, ResNet
+from fastcnn.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fastcnn.nn.stochastic_depth import StochasticDepth, survival_probabilities
 
 
@@ -37,6 +38,10 @@ def test_survival_decays_linearly() -> None:
         assert len(blocks_of(fastcnn.create_model("resnet1202_sd_cifar"))) == 600
         plain = fastcnn.create_model("resnet110_cifar")
         other = fastcnn.create_model("resnet110_sd_cifar", stochastic_depth=0.8)
+        for name, count in (("preresnet50", 16), ("preresnet164_cifar", 54), ("wrn28_10_cifar", 12)):
+            deep = fastcnn.create_model(name, stochastic_depth=0.5)
+            assert [block.survival for block in blocks_of(deep)] == survival_probabilities(count, 0.5)
+            assert all(block.survival == 1 for block in blocks_of(fastcnn.create_model(name)))
     assert all(block.survival == 1 for block in blocks_of(plain))
     assert blocks_of(other)[-1].survival == pytest.approx(0.8)
 
@@ -46,7 +51,12 @@ SMALL = {
     "basic": lambda: ResNet(BasicBlock, (1, 2, 1, 1), num_classes=7, stochastic_depth=0.3),
     "bottleneck": lambda: ResNet(Bottleneck, (1, 2, 1, 1), num_classes=7, stochastic_depth=0.5),
     "resnext": lambda: CifarResNeXt(11, 2, 32, stochastic_depth=0.5),
+    "preact-basic": lambda: PreResNet(PreActBasicBlock, (1, 2, 1, 1), num_classes=7, stochastic_depth=0.3),
+    "preact-bottleneck": lambda: PreResNet(PreActBottleneck, (1, 2, 1, 1), num_classes=7, stochastic_depth=0.5),
+    "preact-cifar": lambda: CifarPreResNet(20, stochastic_depth=0.5),
+    "wide": lambda: CifarWideResNet(16, 2, stochastic_depth=0.5),
 }
+PREACTIVATION = ("preact-basic", "preact-bottleneck", "preact-cifar", "wide")
 
 
 def make(case: str) -> nn.Module:
@@ -66,14 +76,17 @@ def test_evaluation_scales_the_branch_in_its_last_convolution(case: str) -> None
     with torch.no_grad():
         with intercept(lambda call: (operators.append(call.operator), call.run())[1]):
             y = ours(x)
-        assert set(operators) <= {"conv2d", "max_pool2d", "adaptive_avg_pool2d", "linear"}
+        own_batch_norms = ["channel_affine"] * 4 if case in PREACTIVATION else []  # three shared ones, and the last
+        assert [name for name in operators if name == "channel_affine"] == own_batch_norms
+        assert set(operators) - {"channel_affine"} <= {"conv2d", "max_pool2d", "adaptive_avg_pool2d", "linear"}
         for block in blocks_of(ours):
             block.survival = 1.0
         assert relative_error(ours(x), y) > 1e-3
 
 
-def test_evaluation_with_gradients_equals_twin() -> None:
-    ours = make("bottleneck").eval()
+@pytest.mark.parametrize("case", ["bottleneck", "preact-bottleneck", "wide"])
+def test_evaluation_with_gradients_equals_twin(case: str) -> None:
+    ours = make(case).eval()
     models = [copy.deepcopy(ours).double(), plain_twin(ours).double()]
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with fastcnn.use_backend("reference"):
@@ -83,17 +96,20 @@ def test_evaluation_with_gradients_equals_twin() -> None:
         assert relative_error(mine.grad, theirs.grad) <= 1e-11
 
 
-def test_bf16() -> None:
-    ours = make("cifar-A")
+@pytest.mark.parametrize("case", ["cifar-A", "preact-cifar", "wide"])
+def test_bf16(case: str) -> None:
+    ours = make(case)
     assert_bf16_accurate(ours, plain_twin(ours), torch.randn(4, 3, 32, 32))
 
 
+@pytest.mark.parametrize("hooked", [nn.BatchNorm2d, nn.Conv2d])
+@pytest.mark.parametrize("case", ["bottleneck", "preact-bottleneck", "preact-basic"])
 @torch.no_grad()
-def test_hooked_modules_are_scaled_too() -> None:
-    ours, x = make("bottleneck").eval(), torch.randn(1, 3, 32, 32)
+def test_hooked_modules_are_scaled_too(case: str, hooked: type[nn.Module]) -> None:
+    ours, x = make(case).eval(), torch.randn(1, 3, 32, 32)
     expected = ours(x)
     for module in ours.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, hooked):
             module.register_forward_hook(lambda *_: None)
     assert relative_error(ours(x), expected) <= 1e-5
 
@@ -113,6 +129,44 @@ def test_a_dropped_block_is_not_computed(block: nn.Module) -> None:
     assert all(torch.equal(v, state[k]) for k, v in block.state_dict().items())  # no statistics of what did not run
     block.survival = 1.0
     assert not torch.equal(block(x), F.relu(x))
+
+
+PREACTIVATED = {"basic": lambda kind: PreActBasicBlock(8, 8, preactivation=kind, dropout=0.5),
+                "bottleneck": lambda kind: PreActBottleneck(32, 8, preactivation=kind)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["branch", "none"])
+@pytest.mark.parametrize("case", PREACTIVATED)
+@torch.no_grad()
+def test_a_dropped_preactivation_block_is_its_input(case: str, kind: str) -> None:
+    block = randomise_batch_norms(PREACTIVATED[case](kind)).train()
+    state = {k: v.clone() for k, v in block.state_dict().items()}
+    x = torch.randn(2, block.conv1.in_channels, 6, 6)
+    block.survival = 1e-30
+    calls: list[str] = []
+    with intercept(lambda call: calls.append(call.operator)):
+        y = block(x)
+    assert calls == []
+    assert torch.equal(y, x)
+    assert all(torch.equal(v, state[k]) for k, v in block.state_dict().items())
+    block.survival = 1.0
+    assert not torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("block", [PreActBasicBlock, PreActBottleneck])
+def test_a_dropped_preactivation_block_computes_what_its_projection_reads(block: type[nn.Module]) -> None:
+    """The shared batch norm is the shortcut's too: it runs, learns, and takes its statistics."""
+    module = randomise_batch_norms(block(8, 16, 2, preactivation="shared")).train()
+    module.survival = 1e-30
+    x = torch.randn(2, 8, 6, 6)
+    normalised, var = F.batch_norm(x, None, None, training=True), module.bn1.running_var.clone()
+    y = module(x)
+    activated = F.relu(normalised * module.bn1.weight[:, None, None] + module.bn1.bias[:, None, None])
+    assert relative_error(y, module.downsample(activated)) <= 1e-6
+    y.sum().backward()
+    assert {name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None} == {"bn1", "downsample"}
+    assert not torch.equal(module.bn1.running_var, var)
+    assert module.bn2.num_batches_tracked == 0
 
 
 def test_a_dropped_block_keeps_its_projection_and_passes_the_gradient() -> None:
@@ -146,8 +200,18 @@ def test_gates_follow_their_probabilities() -> None:
     assert torch.equal(torch.get_rng_state(), before)  # networks without stochastic depth draw nothing
 
 
-def test_a_training_step_equals_that_of_the_network_without_the_dropped_blocks() -> None:
-    model = make("cifar-A").double().train()
+def without_branch(block: nn.Module) -> nn.Module:
+    """What a dropped block of a twin computes, its parameters under the same names."""
+    if block.downsample is None:
+        return nn.Identity()
+    if getattr(block, "preactivation", None) == "shared":
+        return nn.Sequential(OrderedDict(bn1=block.bn1, relu=nn.ReLU(), downsample=block.downsample))
+    return block.downsample
+
+
+@pytest.mark.parametrize("case", ["cifar-A", "preact-cifar", "wide"])
+def test_a_training_step_equals_that_of_the_network_without_the_dropped_blocks(case: str) -> None:
+    model = make(case).double().train()
     blocks = blocks_of(model)
 
     def draws(seed: int) -> list[bool]:
@@ -157,31 +221,41 @@ def test_a_training_step_equals_that_of_the_network_without_the_dropped_blocks()
     seed = next(s for s in range(1000) if draws(s)[2] and not all(draws(s)) and any(draws(s)[5:]))
     dropped = draws(seed)  # the block that begins the second stage, the last one, and perhaps more
     twin = plain_twin(model).train()
-    for stage in (twin.layer1, twin.layer2, twin.layer3):
+    for s, stage in enumerate((twin.layer1, twin.layer2, twin.layer3)):
         for i, block in enumerate(stage):
-            if dropped[i + 2 * (twin.layer2 is stage) + 4 * (twin.layer3 is stage)]:
-                stage[i] = nn.Identity() if block.downsample is None else block.downsample
+            if dropped[i + 2 * s]:
+                stage[i] = without_branch(block)
     x, target = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 6, 2])
-    with fastcnn.use_backend("reference"):
-        torch.manual_seed(seed)
-        loss = F.cross_entropy(model(x), target)
-        loss.backward()
-    expected = F.cross_entropy(twin(x), target)
-    expected.backward()
-    assert relative_error(loss, expected) <= 1e-11
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    for network in (model, twin):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+        with fastcnn.use_backend("reference"):
+            torch.manual_seed(seed)
+            losses.append(F.cross_entropy(network(x), target))
+        losses[-1].backward()
+        optimizer.step()
+    assert relative_error(*losses) <= 1e-11
     theirs = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
         if name in theirs:
             assert relative_error(parameter.grad, theirs[name].grad) <= 1e-10, name
+            assert relative_error(parameter, theirs[name]) <= 1e-11, name
         else:
             assert parameter.grad is None
-    assert relative_error(model.bn1.running_var, twin.bn1.running_var) <= 1e-11
+            assert torch.equal(parameter, before[name])
+    statistics = dict(twin.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in statistics:
+            assert relative_error(buffer, statistics[name]) <= 1e-11, name
 
 
 def test_wrong_arguments() -> None:
     for wrong in (0, -0.5, 1.5):
         with pytest.raises(ValueError, match="stochastic_depth must be a probability"):
             CifarResNet(8, stochastic_depth=wrong)
+        with pytest.raises(ValueError, match="stochastic_depth must be a probability"):
+            CifarWideResNet(10, 1, stochastic_depth=wrong)
     with pytest.raises(ValueError, match="without shortcuts"):
         fastcnn.create_model("plain18", stochastic_depth=0.5)
 

@@ -523,3 +523,26 @@ def test_siblings() -> None:
         linear.register_forward_hook(lambda module, args, output: output + 1)
         expected = F.linear(x, linear.weight, linear.bias) + 1
         torch.testing.assert_close(linear_act(x, linear, activation="none"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_conv_act_scales_the_branch_and_not_the_residual(dtype: torch.dtype, hooked: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1, dtype=dtype)
+    x, residual = torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE, dtype=dtype)
+
+    def plain(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(0.3 * F.conv2d(x, conv.weight, conv.bias, padding=1) + residual)
+
+    wide = copy.deepcopy(conv).double()
+    expected, exact = plain(conv, x, residual), plain(wide, x.double(), residual.double())
+    gradients = [torch.autograd.grad(y.sum(), tuple(c.parameters())) for y, c in ((expected, conv), (exact, wide))]
+    if hooked:
+        conv.register_forward_hook(lambda *_: None)
+    with OperatorLog() as log:
+        actual = conv_act(x, conv, residual=residual, branch_scale=0.3)
+    assert log.fastcnn == ([] if hooked else ["fastcnn.conv2d"])
+    assert_accurate(actual, expected, exact)
+    for results in zip(torch.autograd.grad(actual.sum(), tuple(conv.parameters())), *gradients, strict=True):
+        assert_accurate(*results)

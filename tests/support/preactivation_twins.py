@@ -54,14 +54,15 @@ class TwinPreActBasicBlock(fnn.PreActBasicBlock):
         if self.dropout is not None:
             y = self.dropout(y)
         shortcut = a if self.preactivation == "shared" else x
-        return self.conv2(y) + (shortcut if self.downsample is None else self.downsample(shortcut))
+        y = self.branch_scale * self.conv2(y)
+        return y + (shortcut if self.downsample is None else self.downsample(shortcut))
 
 
 class TwinPreActBottleneck(fnn.PreActBottleneck):
     def forward(self, x: Tensor) -> Tensor:
         a = x if self.preactivation == "none" else F.relu(self.bn1(x))
         y = F.relu(self.bn2(self.conv1(a)))
-        y = self.conv3(F.relu(self.bn3(self.conv2(y))))
+        y = self.branch_scale * self.conv3(F.relu(self.bn3(self.conv2(y))))
         shortcut = a if self.preactivation == "shared" else x
         return y + (shortcut if self.downsample is None else self.downsample(shortcut))
 
