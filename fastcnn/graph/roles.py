@@ -53,22 +53,20 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 }
 
 # Move, drop or copy values, and compute nothing: not worth a word in a report.
-MOVERS = frozenset(
-    (
-        "cat concat flatten view reshape permute transpose contiguous getattr getitem size chunk split unbind "
-        "stack dim squeeze unsqueeze dropout dropout_ Dropout Dropout2d Identity Flatten Unflatten "
-        "channel_shuffle clone detach to pad type_as expand expand_as float half floordiv"
-    ).split()
+_MOVERS = (
+    "cat concat flatten view reshape permute transpose contiguous getattr getitem size chunk split unbind "
+    "stack dim squeeze unsqueeze dropout dropout_ Dropout Dropout2d Identity Flatten Unflatten "
+    "channel_shuffle clone detach to pad type_as expand expand_as float half floordiv"
 )
+MOVERS = frozenset(_MOVERS.split())
 
-ACTIVATIONS = frozenset(
-    (
-        "ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh "
-        "Softplus Softmax LogSoftmax LogSigmoid Softsign RReLU GLU relu6 leaky_relu prelu elu selu celu gelu "
-        "silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softmax log_softmax relu6_ "
-        "leaky_relu_ elu_ sigmoid_ tanh_"
-    ).split()
+_ACTIVATIONS = (
+    "ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh "
+    "Softplus Softmax LogSoftmax LogSigmoid Softsign RReLU GLU relu6 leaky_relu prelu elu selu celu gelu "
+    "silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softmax log_softmax relu6_ "
+    "leaky_relu_ elu_ sigmoid_ tanh_"
 )
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 
 
 def role(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:

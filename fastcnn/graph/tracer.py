@@ -8,6 +8,7 @@ tracing would silently get wrong is refused: the graph must hold for every later
 from __future__ import annotations
 
 import dataclasses
+import operator
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -34,9 +35,23 @@ class Untraceable(Exception):
 class _Proxy(fx.Proxy):
     """A value of the graph that passes for a tensor: ``isinstance(x, Tensor)`` must take the branch that it will."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc, override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return Tensor
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+# fx would record ``x += y`` as ``x = x + y``, which leaves the first x alone and may have another dtype.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
 @dataclasses.dataclass
