@@ -64,7 +64,7 @@ def optimize(
     arguments = None if example_inputs is None else _as_arguments(example_inputs)
     _optimize(target, arguments)
     if strict:
-        left = list(dict.fromkeys(left_in(target)))
+        left = list(dict.fromkeys(left_in(target, in_force=False)))
         if left:
             restore(target)
             raise NotFusedError(left)
@@ -85,12 +85,12 @@ def is_fastcnn(module: nn.Module) -> bool:
     return original_class(module).__module__.startswith("fastcnn.")
 
 
-def plans_of(module: nn.Module, *, training: bool | None = None) -> Iterator[Plan]:
-    """The plans of an optimized module, as far as they were made; of one mode, or of both."""
+def plans_of(module: nn.Module, *, in_force: bool) -> Iterator[Plan]:
+    """The plans of an optimized module, as far as they were made: those for its present state, or all."""
     state: State | None = module.__dict__.get(STATE)
     for plans in [] if state is None else state.plans.values():
         for plan in plans:
-            if training is None or ("training", training) in plan.guards[0].attributes:
+            if not in_force or plan.holds():
                 yield plan
 
 
@@ -172,12 +172,12 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = mode
 
 
-def left_in(model: nn.Module, *, training: bool | None = None) -> Iterator[Left]:
-    """What was not fused in a model and its submodules, by full names."""
+def left_in(model: nn.Module, *, in_force: bool) -> Iterator[Left]:
+    """What was not fused in a model and its submodules, by full names; arguments as of :func:`plans_of`."""
     found = False
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        plans = list(plans_of(module, training=training))
+        plans = list(plans_of(module, in_force=in_force))
         found |= any(plan.function is not None for plan in plans)
         for plan in plans:
             if plan.refused is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fastcnn.graph.classes import original_class
 from fastcnn.graph.rewriting import Left, Site, rewrite
 from fastcnn.graph.tracer import _CONSTANTS, TENSOR, Traced, Untraceable, has_hooks, trace
 from fastcnn.nn.fusing import _is_watched
@@ -32,6 +33,7 @@ class Guard:
 
     module: nn.Module
     children: tuple[nn.Module | None, ...]
+    kinds: tuple[type, ...]
     attributes: tuple[tuple[str, Any], ...]
     is_root: bool
 
@@ -42,17 +44,25 @@ class Guard:
             for name, value in module.__dict__.items()
             if name not in _INTERNAL and _is_guarded(value)
         )
-        return cls(module, tuple(module._modules.values()), attributes, is_root)
+        children = tuple(module._modules.values())
+        return cls(module, children, tuple(map(_kind, children)), attributes, is_root)
 
     def holds(self) -> bool:
         own = self.module.__dict__
         if tuple(own["_modules"].values()) != self.children:
             return False
+        for child, kind in zip(self.children, self.kinds, strict=True):
+            if type(child) is not kind and _kind(child) is not kind:  # a lazy layer becomes another when it is called
+                return False
         for name, value in self.attributes:
             now = own.get(name, self)
             if now is not value and not _equal(now, value):
                 return False
         return self.is_root or not has_hooks(self.module)
+
+
+def _kind(module: nn.Module | None) -> type:
+    return type(None) if module is None else original_class(module)
 
 
 def _is_guarded(value: Any) -> bool:

@@ -50,14 +50,17 @@ def report(model: nn.Module, input_size: Size | Sequence[Size] | None = None) ->
     if shapes is not None:
         seen = _run(model, shapes, dtypes, parameter.device)
         macs = summary(model, list(shapes), dtype=dtypes[0]).macs
+    with _evaluating(model):  # the plans for eval mode
+        sites = tuple(_planned(model) if seen is None else seen)
+        left = tuple(_left(model, optimized))
     return Report(
         model=original_class(model).__name__,
         optimized=optimized,
         input_shapes=shapes,
         device=str(parameter.device),
         dtype=str(dtypes[0] if dtypes else parameter.dtype).removeprefix("torch."),
-        sites=tuple(_planned(model) if seen is None else seen),
-        left=tuple(_left(model, optimized)),
+        sites=sites,
+        left=left,
         macs=macs,
     )
 
@@ -175,13 +178,13 @@ def _planned(model: nn.Module) -> Iterator[FusedSite]:
     """The sites of the graphs for eval mode, where nothing was run."""
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        for plan in list(plans_of(module, training=False))[:1]:
+        for plan in list(plans_of(module, in_force=True))[:1]:
             for site in plan.sites.values():
                 yield FusedSite(tuple(prefix + m for m in site.modules), site.pattern, site.call)
 
 
 def _left(model: nn.Module, optimized: bool) -> Iterator[Left]:
     if optimized:
-        yield from dict.fromkeys(left_in(model, training=False))
+        yield from dict.fromkeys(left_in(model, in_force=True))
     elif not is_fastcnn(model):
         yield Left("(model)", original_class(model).__name__, "not optimized: see fastcnn.optimize")

@@ -7,6 +7,7 @@ tracing would silently get wrong is refused: the graph must hold for every later
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import operator
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fastcnn.graph.classes import original_class
@@ -33,11 +35,27 @@ class Untraceable(Exception):
 
 
 class _Proxy(fx.Proxy):
-    """A value of the graph that passes for a tensor: ``isinstance(x, Tensor)`` must take the branch that it will."""
+    """A value of the graph; fx's own records in-place operators wrongly (below)."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return Tensor
+
+@contextmanager
+def _proxies_are_tensors() -> Iterator[None]:
+    """Let Python's ``isinstance(x, Tensor)`` take the branch that it will take when the graph runs.
+
+    ``__class__`` would do so more quietly, but C++ would believe it too and read a Proxy as a tensor.
+    """
+    plain = builtins.isinstance
+
+    def answer(value: Any, kinds: Any) -> bool:
+        if type(value) is _Proxy and (kinds is Tensor or (type(kinds) is tuple and Tensor in kinds)):
+            return True
+        return plain(value, kinds)
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -85,7 +103,7 @@ def trace(root: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Traced:
         while True:
             tracer = _Tracer(root, spec, leaves, opaque)
             try:
-                with _left_alone(root), _random_state_kept():
+                with _left_alone(root), _random_state_kept(), _proxies_are_tensors():
                     graph = tracer.trace(root)
                     tracer.require_unchanged()
             except Exception as error:
@@ -222,7 +240,7 @@ def _snapshot(module: nn.Module) -> dict[str, Any]:
     """A module's attributes: numbers and strings by value, containers by their items, everything else by identity."""
     found = {name: _frozen(value) for name, value in list(module.__dict__.items()) if name != "_fastcnn"}
     for table in (*module._parameters.values(), *module._buffers.values()):
-        if table is not None and not table.is_inference():
+        if table is not None and not is_lazy(table) and not table.is_inference():
             found[f"version {id(table)}"] = table._version
     return found
 
