@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastcnn import ops
+from fastcnn.backends.derived import derived, operations_are_replaced
 from fastcnn.nn import fusing
+from fastcnn.nn._calls import _PLAIN_TENSORS
 from fastcnn.nn.fusing import Activation
 from fastcnn.nn.modules import AdaptiveAvgPool2d, AvgPool2d, LocalResponseNorm, MaxPool2d
-from fastcnn.ops._registration import autocasts
+from fastcnn.ops._registration import autocasts, records_gradient
 
 _POOLS: dict[type[nn.Module], Any] = {
     nn.MaxPool2d: MaxPool2d.forward,
@@ -123,10 +126,29 @@ def functional_conv_bn(
         y = ops.batch_norm(ops.conv2d(**conv), **bn)
         return _add_and_act(y, residual, in_place, activation)
     geometry = {key: conv[key] for key in ("stride", "padding", "dilation", "groups") if key in conv}
-    scale, shift = ops.fold_batch_norm(
-        bn["running_mean"], bn["running_var"], bn.get("weight"), bn.get("bias"), bn.get("eps", 1e-5), conv_bias
-    )
+    scale, shift = _folded(bn, conv_bias)
     return ops.conv2d(x, weight, shift, scale=scale, residual=residual, activation=name, **geometry)
+
+
+def _folded(bn: dict[str, Any], conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift, each (K,), of a batch norm in evaluation; kept until a tensor changes."""
+    eps = bn.get("eps", 1e-5)
+    given = (bn["running_mean"], bn["running_var"], bn.get("weight"), bn.get("bias"), conv_bias)
+
+    def fold(
+        mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.fold_batch_norm(mean, var, weight, bias, eps, conv_bias)
+
+    def fold_for_keeping(*tensors: Any) -> tuple[Tensor, Tensor]:
+        # In normal mode, so that a later call that records gradients can save the vectors.
+        with torch.inference_mode(False), torch.no_grad():
+            return fold(*tensors)
+
+    plain = all(t is None or type(t) in _PLAIN_TENSORS for t in given)
+    if not plain or operations_are_replaced() or records_gradient(given):
+        return fold(*given)
+    return derived(given[0], ("functional_batch_norm", eps), fold_for_keeping, *given[1:])
 
 
 def functional_conv_act(
