@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
-from fastcnn.graph.classes import original_class
 from fastcnn.graph.rewriting import Left, Site, rewrite
-from fastcnn.graph.tracer import _CONSTANTS, TENSOR, Traced, Untraceable, has_hooks, trace
+from fastcnn.graph.tracer import _CONSTANTS, TENSOR, Traced, Untraceable, trace
 from fastcnn.nn.fusing import _is_watched
 
 _MOST = 16  # plans of a module; beyond, its own forward runs
@@ -33,7 +33,7 @@ class Guard:
 
     module: nn.Module
     children: tuple[nn.Module | None, ...]
-    kinds: tuple[type, ...]
+    lazy: tuple[tuple[nn.Module, type], ...]  # children that become others when they are first called
     attributes: tuple[tuple[str, Any], ...]
     is_root: bool
 
@@ -45,24 +45,27 @@ class Guard:
             if name not in _INTERNAL and _is_guarded(value)
         )
         children = tuple(module._modules.values())
-        return cls(module, children, tuple(map(_kind, children)), attributes, is_root)
+        lazy = tuple((c, type(c)) for c in children if c is not None and isinstance(c, LazyModuleMixin))
+        return cls(module, children, lazy, attributes, is_root)
 
     def holds(self) -> bool:
         own = self.module.__dict__
         if tuple(own["_modules"].values()) != self.children:
             return False
-        for child, kind in zip(self.children, self.kinds, strict=True):
-            if type(child) is not kind and _kind(child) is not kind:  # a lazy layer becomes another when it is called
+        for child, kind in self.lazy:
+            if type(child) is not kind:
                 return False
         for name, value in self.attributes:
             now = own.get(name, self)
             if now is not value and not _equal(now, value):
                 return False
-        return self.is_root or not has_hooks(self.module)
-
-
-def _kind(module: nn.Module | None) -> type:
-    return type(None) if module is None else original_class(module)
+        return self.is_root or not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        )
 
 
 def _is_guarded(value: Any) -> bool:

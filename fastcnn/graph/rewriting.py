@@ -202,6 +202,8 @@ def _left(
             continue
         if reason is None and kind in roles.ACTIVATIONS:
             reason = "of the activations only ReLU is fused"
+        if reason is None and kind in ("iadd", "add_"):
+            reason = "written in place into a value that is no layer's result"
         if reason is None and kind in ("ReLU", "relu", "relu_"):
             reason = "nothing to fuse it with"
         left.append(Left(name, kind, reason or "fastcnn has no operator for it"))

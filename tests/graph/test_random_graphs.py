@@ -49,6 +49,12 @@ def _iadd(m: Any, a: Tensor, b: Tensor, n: int) -> Tensor:
     return a
 
 
+def _written_between(m: Any, a: Tensor, b: Tensor, n: int) -> Tensor:
+    y = m.conv[n % 3](a)
+    b.mul_(0.5)
+    return F.relu(m.bn[n % 3](y) + a)
+
+
 STEPS: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
     "conv": lambda m, a, b, n: m.conv[n % 3](a),
     "bn": lambda m, a, b, n: m.bn[n % 3](a),
@@ -64,6 +70,7 @@ STEPS: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
     "residual": lambda m, a, b, n: F.relu(m.bn[n % 3](m.conv[n % 3](a)) + b),
     "scale_": lambda m, a, b, n: a.mul_(0.5),
     "cat": lambda m, a, b, n: m.join(torch.cat([a, b], 1)),
+    "written-between": _written_between,
     "view_": lambda m, a, b, n: a[:, :2].mul_(0.5).repeat(1, 2, 1, 1),
     "dropout": lambda m, a, b, n: F.dropout(a, 0.3, m.training),
     "max": lambda m, a, b, n: F.max_pool2d(a, 3, 1, 1),
