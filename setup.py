@@ -43,7 +43,10 @@ def gpu_architectures() -> list[str]:
     try:
         output = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True, timeout=60,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
@@ -113,6 +116,7 @@ setup(
         "fastcnn.analysis",
         "fastcnn.backends",
         "fastcnn.commands",
+        "fastcnn.graph",
         "fastcnn.measurement",
         "fastcnn.models",
         "fastcnn.nn",

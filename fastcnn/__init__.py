@@ -14,12 +14,15 @@ except ImportError as error:
 from fastcnn import models, nn, ops
 from fastcnn.analysis import summary
 from fastcnn.backends import fallbacks, reset_fallbacks, use_backend
+from fastcnn.graph import NotFusedError, Report, optimize, report, restore
 from fastcnn.models import create_model, list_models
 from fastcnn.verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NotFusedError",
+    "Report",
     "__version__",
     "create_model",
     "fallbacks",
@@ -27,7 +30,10 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optimize",
+    "report",
     "reset_fallbacks",
+    "restore",
     "summary",
     "use_backend",
     "verify",

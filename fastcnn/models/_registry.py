@@ -37,6 +37,7 @@ def register(input_size: tuple[int, int, int], paper: str) -> Callable[[Callable
         @functools.wraps(build)
         def build_with_weights(*, weights: Weights = None, **kwargs: Any) -> Model:
             model = build(**kwargs)
+            model.__dict__["_input_size"] = (kwargs.get("in_channels", input_size[0]), *input_size[1:])
             if weights is not None:
                 load_weights(model, weights, name, kwargs)
             return model
@@ -47,6 +48,11 @@ def register(input_size: tuple[int, int, int], paper: str) -> Callable[[Callable
         return build_with_weights
 
     return decorate
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """(C, H, W) that a model built by name was designed for; None for any other module."""
+    return model.__dict__.get("_input_size")
 
 
 def list_models() -> list[str]:

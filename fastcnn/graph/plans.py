@@ -1,0 +1,218 @@
+"""A module's rewritten graphs: one for each structure of arguments and each state that its forward depends on."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils import _pytree as pytree
+
+from fastcnn.graph.rewriting import Left, Site, rewrite
+from fastcnn.graph.tracer import _CONSTANTS, TENSOR, Traced, Untraceable, trace
+from fastcnn.nn.fusing import _is_watched
+
+_MOST = 16  # plans of a module; beyond, its own forward runs
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"} | {"_fastcnn"}
+_SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+# Told (module, site) before each fused call, and (module, None) after it: how a report sees a plan at work.
+Observer = Callable[[nn.Module, "Site | None"], None]
+watching: ContextVar[Observer | None] = ContextVar("fastcnn_watching", default=None)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a graph took for granted of a module whose forward it holds."""
+
+    module: nn.Module
+    children: tuple[nn.Module | None, ...]
+    lazy: tuple[tuple[nn.Module, type], ...]  # children that become others when they are first called
+    attributes: tuple[tuple[str, Any], ...]
+    is_root: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, is_root: bool) -> Guard:
+        attributes = tuple(
+            (name, value.copy() if isinstance(value, (list, set, dict)) else value)
+            for name, value in module.__dict__.items()
+            if name not in _INTERNAL and _is_guarded(value)
+        )
+        children = tuple(module._modules.values())
+        lazy = tuple((c, type(c)) for c in children if c is not None and isinstance(c, LazyModuleMixin))
+        return cls(module, children, lazy, attributes, is_root)
+
+    def holds(self) -> bool:
+        own = self.module.__dict__
+        if tuple(own["_modules"].values()) != self.children:
+            return False
+        for child, kind in self.lazy:
+            if type(child) is not kind:
+                return False
+        for name, value in self.attributes:
+            now = own.get(name, self)
+            if now is not value and not _equal(now, value):
+                return False
+        return self.is_root or not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        )
+
+
+def _is_guarded(value: Any) -> bool:
+    """Whether a value can be compared later; containers of other objects cannot."""
+    if isinstance(value, (list, set, dict)):
+        return all(_is_simple(item) for item in (value.values() if isinstance(value, dict) else value))
+    return True
+
+
+def _is_simple(value: Any) -> bool:
+    return isinstance(value, (*_SIMPLE, types.FunctionType)) or (
+        isinstance(value, tuple) and all(_is_simple(v) for v in value)
+    )
+
+
+def _equal(now: Any, value: Any) -> bool:
+    if type(now) is not type(value):
+        return False
+    if _is_simple(value) or isinstance(value, (list, set, dict)):
+        try:
+            return bool(now == value)
+        except Exception:
+            return False
+    return False
+
+
+@dataclass
+class Plan:
+    """One rewritten graph, ready to run."""
+
+    guards: tuple[Guard, ...]
+    sites: dict[fx.Node, Site] = field(default_factory=dict)
+    left: tuple[Left, ...] = ()
+    refused: str | None = None
+    opaque: dict[str, str] = field(default_factory=dict)
+    graph: fx.Graph | None = None
+    function: Callable[..., Any] | None = None
+    rebuild: Callable[[list[Any]], Any] | None = None
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.function is not None
+        if kwargs or not all(type(a) is Tensor for a in args):
+            args = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        observer = watching.get()
+        if observer is None:
+            result = self.function(module, *args)
+        else:
+            assert self.graph is not None
+            result = _Watched(module, self, observer).run(*args)
+        return result if self.rebuild is None else self.rebuild(result)
+
+    def holds(self) -> bool:
+        return all(guard.holds() for guard in self.guards)
+
+
+class _Watched(fx.Interpreter):
+    """Runs a plan node by node."""
+
+    def __init__(self, module: nn.Module, plan: Plan, observer: Observer) -> None:
+        super().__init__(module, graph=plan.graph)
+        self._root, self._plan, self._observer = module, plan, observer
+
+    def run_node(self, n: fx.Node) -> Any:
+        site = self._plan.sites.get(n)
+        if site is None:
+            return super().run_node(n)
+        self._observer(self._root, site)
+        try:
+            return super().run_node(n)
+        finally:
+            self._observer(self._root, None)
+
+
+class State:
+    """What :func:`fastcnn.optimize` keeps on a module. Copies and pickles start without plans and trace anew."""
+
+    def __init__(self, input_shapes: tuple[Any, ...] | None = None) -> None:
+        self.plans: dict[Hashable, list[Plan]] = {}
+        self.input_shapes = input_shapes  # (shape, dtype) of each example input
+        self.training: bool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}}
+
+    def plan(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
+        """The plan for a call, or None where the module's own forward must run."""
+        if torch.compiler.is_compiling() or _is_watched():
+            return None
+        found = self.find(module, args, kwargs)
+        return found if found is not None and found.function is not None else None
+
+    def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
+        if not kwargs and all(type(a) is Tensor for a in args):
+            key: Hashable = len(args)
+            structure = None
+        else:
+            structure = _structure(args, kwargs)
+            if structure is None:
+                return None
+            key = structure[0]
+        known = self.plans.get(key)
+        if known is None:
+            known = self.plans[key] = []
+        for plan in known:
+            if plan.holds():
+                return plan
+        if len(known) >= _MOST or torch._C._get_tracing_state() is not None:
+            return None
+        structure = structure or _structure(args, kwargs)
+        assert structure is not None
+        plan = make(module, *structure[1:])
+        known.append(plan)
+        return plan
+
+
+def _structure(args: Any, kwargs: Any) -> tuple[Hashable, pytree.TreeSpec, list[Any]] | None:
+    """(key, structure, leaves with :data:`TENSOR` for tensors); None where a leaf is neither tensor nor constant."""
+    given, spec = pytree.tree_flatten((args, kwargs))
+    leaves = []
+    for leaf in given:
+        if issubclass(type(leaf), Tensor):  # not isinstance: fx's proxies pass for tensors
+            leaves.append(TENSOR)
+        elif type(leaf) in _CONSTANTS and type(leaf) is not slice:
+            leaves.append(leaf)
+        else:
+            return None
+    key = (spec, tuple((type(leaf), repr(leaf)) if leaf is not TENSOR else TENSOR for leaf in leaves))
+    return key, spec, leaves
+
+
+def make(module: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Plan:
+    """Trace and rewrite a module's forward for arguments of a structure; a refused plan says why it cannot be done."""
+    try:
+        traced = trace(module, spec, leaves)
+    except Untraceable as error:
+        return Plan((Guard.of(module, True),), refused=str(error))
+    guards = tuple(Guard.of(m, path == "") for path, m in traced.inlined.items())
+    modules = dict(module.named_modules(remove_duplicate=False))
+    sites, left = rewrite(traced.graph, modules, traced.opaque)
+    return Plan(
+        guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced), traced.rebuild
+    )  # fmt: skip
+
+
+def _compiled(traced: Traced) -> Callable[..., Any]:
+    """The graph as a function of the module and the tensors; it finds submodules on the module it is given."""
+    code = traced.graph.python_code("self")
+    scope: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, "<fastcnn graph>", "exec"), scope)
+    return scope["forward"]  # type: ignore[no-any-return]

@@ -1,0 +1,219 @@
+"""Finds the table's patterns in a graph and puts fused calls in their place."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fastcnn.graph import roles
+from fastcnn.graph.patterns import PATTERNS, FusedCall, Match, ModuleAt, Pattern, writes_in_place
+
+
+@dataclass(frozen=True)
+class Site:
+    """One fused call: the layers it stands for."""
+
+    modules: tuple[str, ...]  # module paths; names of functions for what is no module
+    pattern: str
+    call: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """One call that stays as it was written, and why."""
+
+    module: str
+    kind: str
+    reason: str
+
+
+def rewrite(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], opaque: Mapping[str, str] | None = None
+) -> tuple[dict[fx.Node, Site], list[Left]]:
+    """Rewrite a graph in place.
+
+    Args:
+        graph: of torch.fx; ``call_module`` targets are keys of ``modules``.
+        modules: by path.
+        opaque: modules that could not be looked into, with reasons.
+
+    Returns:
+        The new nodes and what they stand for, in order of execution, and what was left.
+    """
+    finder = _Finder(graph, modules)
+    found = {}
+    for node in list(graph.nodes):
+        if node not in finder.taken:
+            matched = finder.match_at(node)
+            if matched is not None:
+                new, site = _replace(graph, *matched)
+                found[new] = site
+    graph.lint()
+    sites = {node: found[node] for node in graph.nodes if node in found}
+    return sites, _left(graph, modules, opaque or {}, finder.notes())
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.taken: set[fx.Node] = set()
+        self._joined: set[fx.Node] = set()
+        self._refusals: list[tuple[tuple[fx.Node, ...], str]] = []
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._roles = {node: roles.role(node, modules) for node in graph.nodes}
+        self._writers = [i for node, i in self._order.items() if roles.may_write(node, modules)]
+        self._nodes = list(graph.nodes)
+        # One module under two names is still one: counted by identity.
+        used = Counter(id(modules[n.target]) for n in graph.nodes if n.op == "call_module")
+        self._reused = {
+            n for n in graph.nodes
+            if n.op == "call_module" and self._roles[n] == "bn" and used[id(modules[n.target])] > 1
+        }  # fmt: skip
+
+    def match_at(self, node: fx.Node) -> tuple[Pattern, Match, FusedCall] | None:
+        for pattern in PATTERNS:
+            nodes = self._chain(node, pattern.steps)
+            if nodes is None:
+                continue
+            match = Match(pattern.steps, nodes)
+            # A ReLU and an addition go with either form.
+            layers = [n for n, s in zip(nodes, pattern.steps, strict=True) if s not in ("relu", "add")]
+            forms = {n.op == "call_module" for n in layers}
+            build = pattern.build if forms <= {True} else pattern.build_functional if forms == {False} else None
+            if build is None or not self._is_safe(match):
+                continue
+            self.taken.update(nodes)
+            if len(nodes) > 1:
+                self._joined.update(nodes)
+            return pattern, match, build(match)
+        return None
+
+    def _chain(self, node: fx.Node, steps: tuple[str, ...]) -> tuple[fx.Node, ...] | None:
+        """The path that begins at a node and has these roles, each value but the last with one reader."""
+        nodes = [node]
+        if self._roles.get(node) != steps[0] or node in self.taken:
+            return None
+        for step in steps[1:]:
+            readers = list(nodes[-1].users)
+            if len(readers) != 1:
+                return None
+            reader = readers[0]
+            if self._roles.get(reader) != step or reader in self.taken or reader.all_input_nodes.count(nodes[-1]) != 1:
+                return None
+            if step != "add" and not self._reads_first(reader, nodes[-1]):
+                return None
+            nodes.append(reader)
+        return tuple(nodes)
+
+    @staticmethod
+    def _reads_first(reader: fx.Node, value: fx.Node) -> bool:
+        first = reader.args[0] if reader.args else reader.kwargs.get("input")
+        others = [*reader.args[1:], *(v for k, v in reader.kwargs.items() if k != "input" or reader.args)]
+        return first is value and not any(value is other for other in others)
+
+    def _is_safe(self, match: Match) -> bool:
+        """Whether one call at the end of the chain gives what the chain gives."""
+        nodes = match.nodes
+        if match.steps[0] == "add" and writes_in_place(nodes[0]):
+            return False
+        if len(nodes) == 1:
+            return True
+        for before, node in itertools.pairwise(nodes):
+            if self._roles[node] == "add":
+                if node.args[0] is node.args[1]:
+                    return False
+                if writes_in_place(node) and node.args[0] is not before:
+                    return self._note(nodes, "the addition is written into another value")
+        if any(node in self._reused for node in nodes):
+            # Statistics must be updated in the order of the calls.
+            return self._note(nodes, "its batch norm is used more than once")
+        first, last = self._order[nodes[0]], self._order[nodes[-1]]
+        own = {self._order[node] for node in nodes}
+        for i in self._writers:
+            if first < i < last and i not in own and not self._is_counter(self._nodes[i]):
+                return self._note(nodes, "a value is changed in place between its layers")
+        return True
+
+    @staticmethod
+    def _is_counter(node: fx.Node) -> bool:
+        """``num_batches_tracked.add_(1)`` in Dynamo's graphs: no layer reads it."""
+        target = node.args[0] if node.args else None
+        value = target.meta.get("example_value") if isinstance(target, fx.Node) else None
+        return node.target == "add_" and value is not None and not value.is_floating_point()
+
+    def _note(self, nodes: tuple[fx.Node, ...], reason: str) -> bool:
+        self._refusals.append((nodes, reason))
+        return False
+
+    def notes(self) -> dict[str, str]:
+        """Layers that were kept apart, and why; not where the chain's end was fused with another beginning."""
+        found: dict[str, str] = {}
+        for nodes, reason in self._refusals:
+            if nodes[-1] not in self._joined:
+                for node in nodes:
+                    found.setdefault(roles.label(node), reason)
+        return found
+
+
+def _replace(graph: fx.Graph, pattern: Pattern, match: Match, call: FusedCall) -> tuple[fx.Node, Site]:
+    last = match.nodes[-1]
+    names = tuple(roles.label(node) for node in match.nodes)
+    with graph.inserting_before(last):
+
+        def filled(value: Any) -> Any:
+            if isinstance(value, ModuleAt):
+                return graph.create_node("get_attr", value.path)
+            if isinstance(value, dict):
+                return {key: filled(item) for key, item in value.items()}
+            return value
+
+        args = tuple(filled(a) for a in call.args)
+        new = graph.call_function(call.function, args, filled(call.kwargs))
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+    for node in reversed(match.nodes):
+        graph.erase_node(node)
+    return new, Site(names, "+".join(pattern.steps), call.function.__name__)
+
+
+def _left(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], opaque: Mapping[str, str], notes: Mapping[str, str]
+) -> list[Left]:
+    left = []
+    for node in graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            module = modules[name]
+            kind = type(module).__name__
+            reason = opaque.get(name) or roles.refusal(module) or notes.get(name)
+        elif node.op in ("call_function", "call_method"):
+            name = kind = roles.label(node)
+            if getattr(node.target, "__module__", None) in ("fastcnn.graph.calls",) or _is_ours(node.target):
+                continue
+            reason = notes.get(name)
+        else:
+            continue
+        if reason is None and kind in roles.MOVERS:
+            continue
+        if reason is None and kind in roles.ACTIVATIONS:
+            reason = "of the activations only ReLU is fused"
+        if reason is None and kind in ("iadd", "add_"):
+            reason = "written in place into a value that is no layer's result"
+        if reason is None and kind in ("ReLU", "relu", "relu_"):
+            reason = "nothing to fuse it with"
+        left.append(Left(name, kind, reason or "fastcnn has no operator for it"))
+    fused_notes = [
+        Left(name, "chain", f"not fused with its neighbours: {reason}")
+        for name, reason in notes.items()
+        if not any(entry.module == name for entry in left) and name in modules
+    ]
+    return left + fused_notes
+
+
+def _is_ours(target: Any) -> bool:
+    return str(getattr(target, "__module__", "")).startswith("fastcnn.")
