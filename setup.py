@@ -113,6 +113,8 @@ setup(
         "fastcnn.analysis",
         "fastcnn.backends",
         "fastcnn.commands",
+        "fastcnn.graph",
+        "fastcnn.graph.freezing",
         "fastcnn.measurement",
         "fastcnn.models",
         "fastcnn.nn",

@@ -14,6 +14,7 @@ except ImportError as error:
 from fastcnn import models, nn, ops
 from fastcnn.analysis import summary
 from fastcnn.backends import fallbacks, reset_fallbacks, use_backend
+from fastcnn.graph.freezing import freeze, load_frozen
 from fastcnn.models import create_model, list_models
 from fastcnn.verification import verify
 
@@ -23,7 +24,9 @@ __all__ = [
     "__version__",
     "create_model",
     "fallbacks",
+    "freeze",
     "list_models",
+    "load_frozen",
     "models",
     "nn",
     "ops",
