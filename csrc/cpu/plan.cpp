@@ -6,6 +6,48 @@
 #include <stdexcept>
 
 namespace fastcnn::cpu {
+namespace {
+
+// The distance in bytes between the pixels of a 4-D operand whose channels are adjacent, else 0.
+int64_t ring_of(const Operand& o) {
+  if (o.shape.size() != 4 || (o.shape[1] > 1 && o.strides[1] != 1)) return 0;
+  const int inner = o.shape[3] > 1 ? 3 : o.shape[2] > 1 ? 2 : o.shape[0] > 1 ? 0 : 1;
+  const int64_t pixel = inner == 1 ? o.shape[1] : o.strides[inner];
+  for (const int i : {0, 2, 3}) {
+    if (pixel < o.shape[1] || (o.shape[i] > 1 && o.strides[i] % pixel != 0)) return 0;
+  }
+  return pixel * size_in_bytes(o.dtype);
+}
+
+// Whether two operands may share memory. Different channels of one buffer do not.
+bool may_overlap(const Operand& a, const Operand& b) {
+  if (a.region != b.region || a.shape.empty() || b.shape.empty()) return false;
+  const auto end = [](const Operand& o) {
+    int64_t last = 0;
+    for (size_t i = 0; i < o.shape.size(); ++i) last += (o.shape[i] - 1) * o.strides[i];
+    return o.offset + (last + 1) * size_in_bytes(o.dtype);
+  };
+  if (end(a) <= b.offset || end(b) <= a.offset) return false;
+  const int64_t ring = ring_of(a);
+  if (ring == 0 || ring != ring_of(b)) return true;
+  const int64_t distance = ((b.offset - a.offset) % ring + ring) % ring;
+  return distance < a.shape[1] * size_in_bytes(a.dtype) || distance + b.shape[1] * size_in_bytes(b.dtype) > ring;
+}
+
+int64_t tasks_of(const Work& work) {
+  return work.threads > 1 ? work.tasks : std::min<int64_t>(work.tasks, 1);
+}
+
+// Task `task` of a work, or all of them where it is not worth several threads.
+void run_task(const Work& work, int64_t task, void* scratch) {
+  if (work.threads > 1) {
+    work.run(task, scratch);
+  } else {
+    for (int64_t i = 0; i < work.tasks; ++i) work.run(i, scratch);
+  }
+}
+
+}  // namespace
 
 Plan::Plan(int64_t arena_bytes, void* constants, int64_t constant_bytes, const std::vector<int64_t>& input_bytes,
            const std::vector<int64_t>& output_bytes)
@@ -42,7 +84,7 @@ void Plan::check(const Operand& operand, const char* name) const {
 void Plan::add(const std::vector<Operand>& operands, Prepare prepare) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const bool external = std::any_of(operands.begin(), operands.end(), [](const Operand& o) { return o.region >= 2; });
-  steps_.push_back({std::move(prepare), external, {}});
+  steps_.push_back({std::move(prepare), operands, external, {}});
   threads_ = 0;
 }
 
@@ -70,17 +112,57 @@ void Plan::prepare(int threads, bool moved) {
   phases_.clear();
   scratch_bytes_ = 0;
   team_ = 1;
+  std::vector<const Step*> group;
   for (const Step& step : steps_) {
-    for (const Work& work : step.works) {
-      const int useful = static_cast<int>(std::min<int64_t>(work.threads, work.tasks));
-      if (useful > 1 || phases_.empty() || !phases_.back().serial) phases_.push_back({{}, useful <= 1});
-      phases_.back().works.push_back(&work);
-      team_ = std::max(team_, useful);
+    if (!may_join(group, step)) {
+      append(group, threads);
+      group.clear();
+    }
+    group.push_back(&step);
+  }
+  append(group, threads);
+  next_.reset(new std::atomic<int64_t>[phases_.size()]);
+  threads_ = threads;
+}
+
+// Whether a step neither writes what a group touches nor touches what it writes.
+bool Plan::may_join(const std::vector<const Step*>& group, const Step& step) const {
+  for (const Step* other : group) {
+    if (other->works.size() != 1 || step.works.size() != 1) return false;
+    for (const Operand& operand : other->operands) {
+      if (may_overlap(step.operands.front(), operand)) return false;
+    }
+    for (const Operand& operand : step.operands) {
+      if (may_overlap(other->operands.front(), operand)) return false;
+    }
+  }
+  return true;
+}
+
+// Phases for steps that may run side by side, or for the works of one step.
+void Plan::append(const std::vector<const Step*>& group, int threads) {
+  Phase phase = {{}, 0, false};
+  const auto close = [&] {
+    if (phase.works.empty()) return;
+    phase.serial = std::none_of(phase.works.begin(), phase.works.end(),
+                                [](const Work* work) { return work->threads > 1 && work->tasks > 1; });
+    if (!phase.serial) team_ = std::max<int>(team_, static_cast<int>(std::min<int64_t>(phase.tasks, threads)));
+    if (phase.serial && !phases_.empty() && phases_.back().serial) {
+      phases_.back().works.insert(phases_.back().works.end(), phase.works.begin(), phase.works.end());
+    } else {
+      phases_.push_back(phase);
+    }
+    phase = {{}, 0, false};
+  };
+  for (const Step* step : group) {
+    for (const Work& work : step->works) {
+      if (step->works.size() > 1) close();
+      phase.works.push_back(&work);
+      phase.tasks += tasks_of(work);
       scratch_bytes_ = std::max(scratch_bytes_, work.scratch_bytes);
     }
   }
-  next_.reset(new std::atomic<int64_t>[phases_.size()]);
-  threads_ = threads;
+  close();
 }
 
 void Plan::execute() {
@@ -112,9 +194,10 @@ void Plan::execute() {
             }
           }
         } else {
-          const Work& work = *phase.works.front();
-          for (int64_t task; (task = next_[i].fetch_add(1, std::memory_order_relaxed)) < work.tasks;) {
-            work.run(task, scratch);
+          for (int64_t task; (task = next_[i].fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) {
+            size_t at = 0;
+            while (task >= tasks_of(*phase.works[at])) task -= tasks_of(*phase.works[at++]);
+            run_task(*phase.works[at], task, scratch);
           }
         }
 #pragma omp barrier

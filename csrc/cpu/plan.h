@@ -5,8 +5,9 @@
 // epilogue vectors, the cut into tasks, addresses) happens once for a number of threads; only steps that touch inputs
 // or outputs are prepared again, when those lie elsewhere than in the last run.
 //
-// A run opens one parallel region. Works follow each other with a barrier between them; threads draw a work's tasks
-// from a counter. Works too small for a second thread are joined and run by one thread without barriers.
+// A run opens one parallel region. Works follow each other in phases with a barrier between them; threads draw a
+// phase's tasks from a counter. Neighbouring steps that share no memory make one phase (the branches of an inception
+// module), and works too small for a second thread are joined and run by one thread without barriers.
 #pragma once
 
 #include <atomic>
@@ -56,14 +57,19 @@ class Plan {
  private:
   struct Step {
     Prepare prepare;
-    bool external;  // touches an input or an output
+    std::vector<Operand> operands;  // the first is written
+    bool external;                  // touches an input or an output
     Works works;
   };
+  // Works whose tasks may run side by side; in a serial phase, works that one thread runs in order.
   struct Phase {
     std::vector<const Work*> works;
+    int64_t tasks;
     bool serial;
   };
 
+  bool may_join(const std::vector<const Step*>& group, const Step& step) const;
+  void append(const std::vector<const Step*>& group, int threads);
   void prepare(int threads, bool moved);
   void execute();
 
