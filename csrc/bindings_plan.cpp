@@ -179,6 +179,7 @@ class PyPlan {
   }
   int64_t arena_bytes() const { return plan_->arena_bytes(); }
   int64_t step_count() const { return plan_->step_count(); }
+  int64_t phase_count() const { return plan_->phase_count(); }
 
  private:
   static void require_bytes(int64_t bytes) {
@@ -315,5 +316,6 @@ void bind_plan(py::module_& m) {
       .def("run", &PyPlan::run)
       .def("fill_arena", &PyPlan::fill_arena)
       .def_property_readonly("arena_bytes", &PyPlan::arena_bytes)
-      .def_property_readonly("step_count", &PyPlan::step_count);
+      .def_property_readonly("step_count", &PyPlan::step_count)
+      .def_property_readonly("phase_count", &PyPlan::phase_count);
 }

@@ -70,15 +70,17 @@ void Plan::check(const Operand& operand, const char* name) const {
   constexpr int64_t limit = int64_t{1} << 40;
   const int64_t item = size_in_bytes(operand.dtype);
   if (operand.offset < 0 || operand.offset > limit || operand.offset % item != 0) fail("must have an aligned offset");
-  int64_t last = 0;
+  int64_t last = 0, count = 1;
   for (size_t i = 0; i < operand.shape.size(); ++i) {
     const int64_t size = operand.shape[i], stride = operand.strides[i];
     if (size < 1 || size > limit || stride < 0 || stride > limit) fail("must have positive sizes and strides");
     if (stride > 0 && size - 1 > (limit - last) / stride) fail("must fit into its region");
     last += (size - 1) * stride;
+    if (size > limit / count) fail("must have at most 2^40 values");
+    count *= size;
   }
-  if (operand.offset + (last + 1) * item > sizes_[static_cast<size_t>(operand.region)])
-    fail("must fit into its region");
+  const int64_t bytes = sizes_[static_cast<size_t>(operand.region)];
+  if (operand.offset + (last + 1) * item > bytes) fail("must fit into its region");
 }
 
 void Plan::add(const std::vector<Operand>& operands, Prepare prepare) {

@@ -50,6 +50,7 @@ class Plan {
 
   int64_t arena_bytes() const { return sizes_[0]; }
   int64_t step_count() const { return static_cast<int64_t>(steps_.size()); }
+  int64_t phase_count() const { return static_cast<int64_t>(phases_.size()); }  // of the last run
   size_t input_count() const { return inputs_; }
   size_t output_count() const { return sizes_.size() - 2 - inputs_; }
   int64_t region_bytes(size_t region) const { return sizes_[region]; }

@@ -108,6 +108,13 @@ def _huge_shape(header: dict[str, Any]) -> None:
     header["recipe"]["steps"][-1][1][3][0] = 1 << 50
 
 
+def _endless_broadcast(header: dict[str, Any]) -> None:
+    step = header["recipe"]["steps"][0]
+    assert step[0] == "copy"
+    for operand in (step[1], step[2][0]):
+        operand[3:5] = [[1 << 39] * 4, [0] * 4]
+
+
 def _negative_stride(header: dict[str, Any]) -> None:
     header["recipe"]["steps"][0][1][4][0] = -1
 
@@ -144,8 +151,8 @@ def _no_recipe(header: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _outside_the_arena, _negative_offset, _huge_shape, _negative_stride, _writes_constants, _smaller_arena,
-        _unknown_step, _result_beyond_its_memory, _unknown_weight, _other_weight_shape, _no_recipe,
+        _outside_the_arena, _negative_offset, _huge_shape, _endless_broadcast, _negative_stride, _writes_constants,
+        _smaller_arena, _unknown_step, _result_beyond_its_memory, _unknown_weight, _other_weight_shape, _no_recipe,
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(saved: Path, change: Any) -> None:

@@ -67,3 +67,19 @@ def test_branches_write_their_slices_of_a_concatenation() -> None:
     """No copies but the input's conversion: every branch of every inception module lands in place."""
     frozen = fastcnn.freeze(fastcnn.create_model("googlenet"), torch.zeros(1, 3, 64, 64))
     assert [step.operator for step in frozen._recipe.steps].count("copy") == 1
+
+
+def test_steps_that_share_no_memory_run_side_by_side() -> None:
+    """Inception's branches: fewer barriers than steps. A network of small steps: one thread, none at all."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        wide, small = torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 32, 32)
+        frozen = fastcnn.freeze(fastcnn.create_model("googlenet"), wide)
+        frozen(wide)
+        assert 9 * 3 < frozen._plan.phase_count < 0.8 * frozen._plan.step_count
+        frozen = fastcnn.freeze(fastcnn.create_model("lenet5"), small)
+        frozen(small)
+        assert frozen._plan.phase_count == 1 < frozen._plan.step_count
+    finally:
+        torch.set_num_threads(before)
