@@ -191,6 +191,20 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_in_inference_mode_and_under_autocast() -> None:
+    model = model_named("resnet20_cifar")
+    x = images(1, 3, 32).requires_grad_()
+    expected = unfrozen(model, x)
+    with torch.inference_mode():
+        frozen = fastcnn.freeze(model, x)
+        assert torch.equal(frozen(x), expected)
+    assert torch.equal(frozen(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow, frozen = unfrozen(model, x), fastcnn.freeze(model, x)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(frozen(x), narrow)
+
+
 class _Function(nn.Module):
     def __init__(self, function: Callable[..., object]) -> None:
         super().__init__()

@@ -83,6 +83,15 @@ def test_weights_that_depend_on_the_input_are_refused() -> None:
         fastcnn.freeze(Dynamic(), small_input())
 
 
+def test_random_numbers_are_not_frozen() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(4, 3, 16, 16)
+
+    with pytest.raises(ValueError, match="draws random numbers"):
+        fastcnn.freeze(Noisy(), small_input())
+
+
 @pytest.mark.parametrize("example", [small_input()[:0], small_input().half(), small_input().to("meta")])
 def test_examples_that_no_plan_can_serve(example: Tensor) -> None:
     with pytest.raises(ValueError, match=r"example_inputs\[0\] must be a float32 or bfloat16 tensor on the CPU"):

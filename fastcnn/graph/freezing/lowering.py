@@ -90,6 +90,8 @@ class Lowering:
         if not allocates and all(_is_constant(value) for value in inputs):
             if schema is not None and schema.is_mutable:
                 raise Unsupported("it writes to a parameter or buffer")
+            if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+                raise Unsupported("it draws random numbers")
             with torch.no_grad():
                 self._values[node] = target(*args, **kwargs)
             return
