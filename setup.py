@@ -117,6 +117,7 @@ setup(
         "fastcnn.backends",
         "fastcnn.commands",
         "fastcnn.graph",
+        "fastcnn.graph.freezing",
         "fastcnn.measurement",
         "fastcnn.models",
         "fastcnn.nn",

@@ -40,6 +40,28 @@ std::shared_ptr<cpu::PackedConv2dWeight> pack_conv2d_weight(py::handle weight, i
   return std::make_shared<cpu::PackedConv2dWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, groups);
 }
 
+// The weight whose packed() was kept: values as they are, so the instruction set must be the one it was packed for.
+std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
+                                                                   const std::array<int64_t, 4>& shape,
+                                                                   int64_t groups) {
+  for (const int64_t size : shape) {
+    if (size < 1 || size > (int64_t{1} << 24)) throw py::value_error("shape must be positive and at most 2^24");
+  }
+  if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
+  const py::buffer_info info = packed.request();
+  const int64_t bytes = info.size * info.itemsize;
+  if (shape[0] * shape[1] > bytes / 4 || shape[2] * shape[3] > bytes / 4) {
+    throw py::value_error("packed must hold the weight's values");
+  }
+  auto weight = std::make_shared<cpu::PackedConv2dWeight>(shape.data(), groups);
+  if (bytes != weight->bytes()) {
+    throw py::value_error("packed must have " + std::to_string(weight->bytes()) + " bytes, has " +
+                          std::to_string(bytes));
+  }
+  weight->assign(info.ptr);
+  return weight;
+}
+
 void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight& weight, py::handle scale,
                 py::handle bias, py::handle residual, py::handle input_scale, py::handle input_shift, bool input_relu,
                 bool relu, Pair stride, Pair padding, Pair dilation, int threads) {
@@ -231,6 +253,8 @@ py::dict build_info() {
 void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 #endif
 
+void bind_plan(py::module_& m);  // bindings_plan.cpp
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcnn's compiled kernels. Use fastcnn.ops; these functions check memory safety only.";
   m.def("build_info", &build_info);
@@ -239,6 +263,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_instruction_sets", &cpu::instruction_sets);
   py::class_<cpu::PackedConv2dWeight, std::shared_ptr<cpu::PackedConv2dWeight>>(m, "PackedConv2dWeight")
       .def(py::init(&pack_conv2d_weight), py::arg("weight"), py::arg("groups"))
+      .def_static("from_packed", &packed_conv2d_weight_from, py::arg("packed"), py::arg("shape"), py::arg("groups"))
+      .def("packed",
+           [](const cpu::PackedConv2dWeight& w) {
+             return py::bytes(reinterpret_cast<const char*>(w.data()), w.bytes());
+           })
       .def_property_readonly("bytes", &cpu::PackedConv2dWeight::bytes);
   m.def("cpu_conv2d", &cpu_conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
         py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"),
@@ -257,6 +286,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("residual"), py::arg("relu"), py::arg("factor"), py::arg("threads"));
   m.def("cpu_batch_statistics", &cpu_batch_statistics, py::arg("mean"), py::arg("var"), py::arg("input"),
         py::arg("threads"));
+  bind_plan(m);
 #if FASTCNN_CUDA
   bind_cuda(m);
 #endif

@@ -53,6 +53,8 @@ struct Imported {
   DLTensor tensor;
   const char* name;
 
+  Imported(const DLTensor& tensor, const char* name) : tensor(tensor), name(name) {}  // a description without Python
+
   Imported(py::handle object, const char* name, Place place) : name(name) {
     if (exchange_api_of(object, name)->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) {
       throw py::error_already_set();

@@ -15,6 +15,7 @@ from fastcnn import models, nn, ops
 from fastcnn.analysis import summary
 from fastcnn.backends import fallbacks, reset_fallbacks, use_backend
 from fastcnn.graph import NotFusedError, Report, optimize, report, restore
+from fastcnn.graph.freezing import freeze, load_frozen
 from fastcnn.models import create_model, list_models
 from fastcnn.verification import verify
 
@@ -26,7 +27,9 @@ __all__ = [
     "__version__",
     "create_model",
     "fallbacks",
+    "freeze",
     "list_models",
+    "load_frozen",
     "models",
     "nn",
     "ops",

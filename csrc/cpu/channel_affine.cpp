@@ -5,7 +5,7 @@
 
 #include "isa/table.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "work.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -14,14 +14,13 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-void run(ChannelAffineProblem& problem, int threads) {
-  if (problem.rows == 0) return;
+Work work_of(ChannelAffineProblem problem, const std::shared_ptr<float>& vectors, int threads) {
   constexpr int64_t kTasksPerThread = 4, kValuesPerTask = 1 << 14;
   const int64_t values = problem.rows * problem.columns;
   const int64_t wanted = std::clamp<int64_t>(values / kValuesPerTask, 1, kTasksPerThread * threads);
   problem.rows_per_task = ceil_div(problem.rows, wanted);
   const int64_t tasks = ceil_div(problem.rows, problem.rows_per_task);
-  parallel_tasks(tasks, threads, 0, [&](int64_t task, void*) { kernels().channel_affine_task(problem, task); });
+  return {tasks, threads, 0, [problem, vectors](int64_t task, void*) { kernels().channel_affine_task(problem, task); }};
 }
 
 // Pixels [first, first + rows * group) as `rows` rows of `group` pixels each.
@@ -47,8 +46,8 @@ bool is_dense(const TensorView& t) {
 
 }  // namespace
 
-void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                    const TensorView& residual, Activation activation, float factor, int threads) {
+Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
+                          const TensorView& residual, Activation activation, float factor, int threads) {
   const bool relu = activation == Activation::relu;
   const bool dense = is_dense(out) && is_dense(input) && is_dense(residual);
   const bool vectors = scale != nullptr || shift != nullptr;
@@ -60,10 +59,10 @@ void channel_affine(const TensorView& out, const TensorView& input, const float*
   if (dense && vectors && input.c % width != 0 && input.c < 256) group = width;
   group = std::min(group, pixels);
 
-  std::unique_ptr<float, void (*)(void*)> repeated(nullptr, std::free);
+  std::shared_ptr<float> repeated;
   if (vectors) {
     const int64_t length = input.c * group;
-    repeated.reset(static_cast<float*>(allocate_aligned(2 * length * 4)));
+    repeated.reset(static_cast<float*>(allocate_aligned(2 * length * 4)), std::free);
     float* to = repeated.get();
     for (int64_t i = 0; i < length; i += input.c) {
       scale != nullptr ? std::copy_n(scale, input.c, to + i) : std::fill_n(to + i, input.c, 1.0f);
@@ -71,14 +70,22 @@ void channel_affine(const TensorView& out, const TensorView& input, const float*
     }
   }
   const int64_t rows = pixels / group, rest = pixels % group;
-  const auto finish = [&](ChannelAffineProblem problem) {
+  Works works;
+  const auto add = [&](ChannelAffineProblem problem) {
+    if (problem.rows == 0) return;
     problem.factor = factor;
     problem.scale = repeated.get();
     problem.shift = vectors ? repeated.get() + input.c * group : nullptr;
-    run(problem, threads);
+    works.push_back(work_of(problem, repeated, threads));
   };
-  finish(rows_of(out, input, residual, relu, 0, rows, group));
-  if (rest > 0) finish(rows_of(out, input, residual, relu, rows * group, 1, rest));
+  add(rows_of(out, input, residual, relu, 0, rows, group));
+  if (rest > 0) add(rows_of(out, input, residual, relu, rows * group, 1, rest));
+  return works;
+}
+
+void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
+                    const TensorView& residual, Activation activation, float factor, int threads) {
+  run_now(channel_affine_work(out, input, scale, shift, residual, activation, factor, threads));
 }
 
 }  // namespace fastcnn::cpu

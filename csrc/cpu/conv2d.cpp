@@ -4,7 +4,7 @@
 
 #include "isa/table.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "work.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -23,8 +23,7 @@ float read_as_float(const void* data, DType dtype, int64_t index) {
 
 }  // namespace
 
-PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4],
-                                       const int64_t strides[4], int64_t groups)
+PackedConv2dWeight::PackedConv2dWeight(const int64_t shape[4], int64_t groups)
     : out_channels(shape[0]),
       in_channels(shape[1] * groups),
       filter_h(shape[2]),
@@ -36,7 +35,6 @@ PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const in
   const KernelTable& table = kernels();
   const bool power_of_two = (group_in & (group_in - 1)) == 0;
   spans_groups = groups > 1 && group_in == group_out && power_of_two && group_in <= table.vector_width;
-  // Where the element (k, tap, c) goes: see the two kernels.
   const int64_t block = spans_groups ? table.vector_width : table.column_block;
   const int64_t taps = filter_h * filter_w;
   const int64_t reduction = taps * group_in;
@@ -44,6 +42,20 @@ PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const in
   bytes_ = (spans_groups ? 1 : groups) * column_blocks * reduction * block * 4;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
   std::memset(data_.get(), 0, static_cast<size_t>(bytes_));
+}
+
+void PackedConv2dWeight::assign(const void* packed) {
+  std::memcpy(data_.get(), packed, static_cast<size_t>(bytes_));
+}
+
+PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4],
+                                       const int64_t strides[4], int64_t groups)
+    : PackedConv2dWeight(shape, groups) {
+  // Where the element (k, tap, c) goes: see the two kernels.
+  const KernelTable& table = kernels();
+  const int64_t block = spans_groups ? table.vector_width : table.column_block;
+  const int64_t taps = filter_h * filter_w;
+  const int64_t reduction = taps * group_in;
   for (int64_t k = 0; k < out_channels; ++k) {
     const int64_t group = spans_groups ? 0 : k / group_out;
     const int64_t column = spans_groups ? k : k % group_out;
@@ -85,15 +97,14 @@ int64_t cut_grouped(Conv2dProblem& problem) {
 
 }  // namespace
 
-void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
-            const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
+Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
+                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
   const KernelTable& table = kernels();
   // Epilogue vectors, padded to whole column blocks of each group so that the kernel reads them without a test.
   const int64_t groups = weight.spans_groups ? 1 : weight.groups;
   const int64_t group_out = weight.out_channels / groups;
   const int64_t padded = weight.column_blocks * (weight.spans_groups ? table.vector_width : table.column_block);
-  std::unique_ptr<float, void (*)(void*)> vectors(static_cast<float*>(allocate_aligned(2 * groups * padded * 4)),
-                                                  std::free);
+  const std::shared_ptr<float> vectors(static_cast<float*>(allocate_aligned(2 * groups * padded * 4)), std::free);
   float* scale = vectors.get();
   float* bias = scale + groups * padded;
   std::fill(scale, bias, 1.0f);
@@ -119,14 +130,26 @@ void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWe
   problem.residual = epilogue.residual;
   problem.relu = epilogue.activation == Activation::relu;
 
-  if (weight.spans_groups) {
-    parallel_tasks(cut_grouped(problem), threads, 0,
-                   [&](int64_t task, void*) { table.conv2d_grouped_task(problem, task); });
-  } else {
-    const int64_t tasks = cut_dense(problem, threads);
-    parallel_tasks(tasks, threads, table.conv2d_scratch_bytes(problem),
-                   [&](int64_t task, void* scratch) { table.conv2d_task(problem, task, scratch); });
+  constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
+  if (out.pixels() * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {
+    threads = 1;
   }
+  Work work;
+  work.threads = threads;
+  if (weight.spans_groups) {
+    work.tasks = cut_grouped(problem);
+    work.run = [problem, vectors, &table](int64_t task, void*) { table.conv2d_grouped_task(problem, task); };
+  } else {
+    work.tasks = cut_dense(problem, threads);
+    work.scratch_bytes = table.conv2d_scratch_bytes(problem);
+    work.run = [problem, vectors, &table](int64_t task, void* scratch) { table.conv2d_task(problem, task, scratch); };
+  }
+  return {work};
+}
+
+void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
+            const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
+  run_now(conv2d_work(out, input, weight, prologue, epilogue, geometry, threads));
 }
 
 }  // namespace fastcnn::cpu

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/types.h"
+#include "work.h"
 
 namespace fastcnn::cpu {
 
@@ -18,6 +19,9 @@ class PackedConv2dWeight {
  public:
   // weight: (K, C/groups, R, S) with the given element strides, any of the three dtypes.
   PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4], int64_t groups);
+  // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes.
+  PackedConv2dWeight(const int64_t shape[4], int64_t groups);
+  void assign(const void* packed);
 
   int64_t out_channels, in_channels;  // K and C, over all groups
   int64_t filter_h, filter_w, groups;
@@ -58,6 +62,20 @@ void channel_affine(const TensorView& out, const TensorView& input, const float*
 
 // Per-channel mean and biased variance over N, H, W. The same bits for every number of threads.
 void batch_statistics(float* mean, float* var, const TensorView& input, int threads);
+
+// The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
+Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
+                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+Works max_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
+Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry,
+                      int64_t pad_bottom, int64_t pad_right, bool count_include_pad, int64_t divisor, int threads);
+Works adaptive_avg_pool2d_work(const TensorView& out, const TensorView& input, int threads);
+Works local_response_norm_work(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta,
+                               float k, int threads);
+Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
+                  Activation activation, int threads);
+Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
+                          const TensorView& residual, Activation activation, float factor, int threads);
 
 // The instruction set in use: "avx512", "avx2" or "portable". Chosen once from what the processor has; the environment
 // variable FASTCNN_CPU_ISA asks for a lower one.

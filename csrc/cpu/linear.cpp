@@ -4,7 +4,7 @@
 
 #include "isa/table.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "work.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -15,8 +15,8 @@ int64_t ceil_div(int64_t a, int64_t b) {
 
 }  // namespace
 
-void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
-            Activation activation, int threads) {
+Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
+                  Activation activation, int threads) {
   const KernelTable& table = kernels();
   LinearProblem problem;
   problem.out = out.data, problem.out_stride = out.pixel_stride;
@@ -35,17 +35,14 @@ void linear(const TensorView& out, const TensorView& input, const TensorView& we
   if (problem.rows <= kLinearFewRows) {
     problem.packed_input = nullptr;
     problem.columns_per_task = std::clamp<int64_t>(problem.columns / wanted / 4 * 4, 4, 32);
-    parallel_tasks(ceil_div(problem.columns, problem.columns_per_task), threads, 0,
-                   [&](int64_t task, void*) { table.linear_task(problem, task, nullptr); });
-    return;
+    return {{ceil_div(problem.columns, problem.columns_per_task), threads, 0,
+             [problem, &table](int64_t task, void*) { table.linear_task(problem, task, nullptr); }}};
   }
 
   const int64_t panels = ceil_div(problem.rows, table.column_block);
-  std::unique_ptr<float, void (*)(void*)> packed(
+  const std::shared_ptr<float> packed(
       static_cast<float*>(allocate_aligned(panels * problem.depth * table.column_block * 4)), std::free);
   problem.packed_input = packed.get();
-  parallel_tasks(panels * ceil_div(problem.depth, kLinearChunk), threads, 0,
-                 [&](int64_t task, void*) { table.linear_pack_task(problem, task); });
   // At most 8 panels, whose chunk fits into L2, and 4 blocks of weight rows, which share it; fewer to give every thread
   // some tasks.
   problem.panels_per_task = ceil_div(panels, ceil_div(panels, 8));
@@ -53,8 +50,17 @@ void linear(const TensorView& out, const TensorView& input, const TensorView& we
   const int64_t panel_tasks = ceil_div(panels, problem.panels_per_task);
   problem.columns_per_task = std::clamp<int64_t>(blocks * panel_tasks / wanted, 1, 4) * table.micro_rows;
   const int64_t tasks = panel_tasks * ceil_div(problem.columns, problem.columns_per_task);
-  parallel_tasks(tasks, threads, table.linear_scratch_bytes(problem),
-                 [&](int64_t task, void* scratch) { table.linear_task(problem, task, scratch); });
+  const Work pack = {panels * ceil_div(problem.depth, kLinearChunk), threads, 0,
+                     [problem, packed, &table](int64_t task, void*) { table.linear_pack_task(problem, task); }};
+  const Work multiply = {
+      tasks, threads, table.linear_scratch_bytes(problem),
+      [problem, packed, &table](int64_t task, void* scratch) { table.linear_task(problem, task, scratch); }};
+  return {pack, multiply};
+}
+
+void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
+            Activation activation, int threads) {
+  run_now(linear_work(out, input, weight, bias, activation, threads));
 }
 
 }  // namespace fastcnn::cpu

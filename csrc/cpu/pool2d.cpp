@@ -3,7 +3,7 @@
 
 #include "isa/table.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "work.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -17,7 +17,7 @@ constexpr int64_t kValuesPerThread = 32 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kLeastChannelsPerTask = 128;
 
-void pool2d(Pool2dProblem problem, int64_t taps, int threads) {
+Works pool2d(Pool2dProblem problem, int64_t taps, int threads) {
   const KernelTable& table = kernels();
   const int64_t rows = problem.out.n * problem.out.h, channels = problem.out.c;
   const int64_t values = problem.out.pixels() * channels * taps;
@@ -29,22 +29,22 @@ void pool2d(Pool2dProblem problem, int64_t taps, int threads) {
   const int64_t splits = std::clamp<int64_t>(wanted / row_tasks, 1, ceil_div(channels, kLeastChannelsPerTask));
   problem.channels_per_task = ceil_div(ceil_div(channels, splits), 64) * 64;
   const int64_t tasks = row_tasks * ceil_div(channels, problem.channels_per_task);
-  parallel_tasks(tasks, threads, 0, [&](int64_t task, void*) { table.pool2d_task(problem, task); });
+  return {{tasks, threads, 0, [problem, &table](int64_t task, void*) { table.pool2d_task(problem, task); }}};
 }
 
 }  // namespace
 
-void max_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads) {
+Works max_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads) {
   Pool2dProblem problem = {};
   problem.out = out;
   problem.input = input;
   problem.geometry = geometry;
   problem.kind = PoolKind::max;
-  pool2d(problem, std::min(geometry.kernel_h, input.h) * std::min(geometry.kernel_w, input.w), threads);
+  return pool2d(problem, std::min(geometry.kernel_h, input.h) * std::min(geometry.kernel_w, input.w), threads);
 }
 
-void avg_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int64_t pad_bottom,
-                int64_t pad_right, bool count_include_pad, int64_t divisor, int threads) {
+Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry,
+                      int64_t pad_bottom, int64_t pad_right, bool count_include_pad, int64_t divisor, int threads) {
   Pool2dProblem problem = {};
   problem.out = out;
   problem.input = input;
@@ -55,15 +55,28 @@ void avg_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeom
   problem.pad_right = pad_right;
   problem.count_include_pad = count_include_pad;
   problem.divisor = divisor;
-  pool2d(problem, std::min(geometry.kernel_h, input.h) * std::min(geometry.kernel_w, input.w), threads);
+  return pool2d(problem, std::min(geometry.kernel_h, input.h) * std::min(geometry.kernel_w, input.w), threads);
 }
 
-void adaptive_avg_pool2d(const TensorView& out, const TensorView& input, int threads) {
+Works adaptive_avg_pool2d_work(const TensorView& out, const TensorView& input, int threads) {
   Pool2dProblem problem = {};
   problem.out = out;
   problem.input = input;
   problem.kind = PoolKind::adaptive;
-  pool2d(problem, ceil_div(input.h, out.h) * ceil_div(input.w, out.w), threads);
+  return pool2d(problem, ceil_div(input.h, out.h) * ceil_div(input.w, out.w), threads);
+}
+
+void max_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads) {
+  run_now(max_pool2d_work(out, input, geometry, threads));
+}
+
+void avg_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int64_t pad_bottom,
+                int64_t pad_right, bool count_include_pad, int64_t divisor, int threads) {
+  run_now(avg_pool2d_work(out, input, geometry, pad_bottom, pad_right, count_include_pad, divisor, threads));
+}
+
+void adaptive_avg_pool2d(const TensorView& out, const TensorView& input, int threads) {
+  run_now(adaptive_avg_pool2d_work(out, input, threads));
 }
 
 }  // namespace fastcnn::cpu

@@ -1,0 +1,321 @@
+// The class `fastcnn._native.Plan`: steps are added with operands named by region and offset; what memory safety needs
+// is checked here, once, because plans also come from files.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+#include "cpu/strided.h"
+#include "python_tensor.h"
+
+namespace py = pybind11;
+using namespace fastcnn;          // NOLINT
+using namespace fastcnn::python;  // NOLINT
+using cpu::Operand;
+
+namespace {
+
+constexpr int kConstants = 1;  // the region of constants
+
+class PyPlan {
+ public:
+  PyPlan(int64_t arena_bytes, py::object constants, const std::vector<int64_t>& input_bytes,
+         const std::vector<int64_t>& output_bytes)
+      : constants_(std::move(constants)) {
+    const Imported memory(constants_, "constants", kDLCPU);
+    memory.require_dimensions(1);
+    if (memory.tensor.dtype.bits != 8 || (memory.size(0) > 1 && memory.stride(0) != 1)) {
+      throw py::type_error("constants must be contiguous bytes");
+    }
+    for (const int64_t bytes : input_bytes) require_bytes(bytes);
+    for (const int64_t bytes : output_bytes) require_bytes(bytes);
+    require_bytes(arena_bytes);
+    plan_ = std::make_unique<cpu::Plan>(arena_bytes, memory.data(), memory.size(0), input_bytes, output_bytes);
+  }
+
+  void conv2d(const py::tuple& out, const py::tuple& input, std::shared_ptr<cpu::PackedConv2dWeight> weight,
+              const py::object& scale, const py::object& bias, const py::object& residual,
+              const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu, Pair stride,
+              Pair padding, Pair dilation) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = view(y, "out"), xv = view(x, "input");
+    require_shape(xv, "input", yv.n, weight->in_channels, xv.h, xv.w);
+    require_shape(yv, "out", xv.n, weight->out_channels, yv.h, yv.w);
+    require_one_dtype({y, x});
+    if (padding[0] < 0 || padding[1] < 0) throw py::value_error("padding must not be negative");
+    const Conv2dGeometry geometry =
+        conv2d_geometry(weight->filter_h, weight->filter_w, weight->groups, stride, padding, dilation);
+    const Operand s = vector(scale, "scale", yv.c), b = vector(bias, "bias", yv.c),
+                  is = vector(input_scale, "input_scale", xv.c), it = vector(input_shift, "input_shift", xv.c);
+    const Operand r = residual_of(residual, yv);
+    plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::conv2d_work(view(y, at), view(x, at), *weight, {floats(is, at), floats(it, at), input_relu},
+                              {floats(s, at), floats(b, at), view(r, at), activation_of(relu)}, geometry, threads);
+    });
+  }
+
+  void linear(const py::tuple& out, const py::tuple& input, const py::tuple& weight, const py::object& bias,
+              bool relu) {
+    const Operand y = operand(out, "out"), x = operand(input, "input"), w = operand(weight, "weight");
+    const TensorView yv = matrix(y, "out"), xv = matrix(x, "input"), wv = matrix(w, "weight");
+    require_shape(yv, "out", xv.n, wv.n, 1, 1);
+    require_shape(wv, "weight", wv.n, xv.c, 1, 1);
+    require_one_dtype({y, x, w});
+    const Operand b = vector(bias, "bias", yv.c);
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
+                              activation_of(relu), threads);
+    });
+  }
+
+  void channel_affine(const py::tuple& out, const py::tuple& input, const py::object& scale, const py::object& shift,
+                      const py::object& residual, bool relu, float factor) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = view(y, "out"), xv = view(x, "input");
+    require_shape(xv, "input", yv.n, yv.c, yv.h, yv.w);
+    require_one_dtype({y, x});
+    const Operand s = vector(scale, "scale", yv.c), t = vector(shift, "shift", yv.c);
+    const Operand r = residual_of(residual, yv);
+    plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::channel_affine_work(view(y, at), view(x, at), floats(s, at), floats(t, at), view(r, at),
+                                      activation_of(relu), factor, threads);
+    });
+  }
+
+  void max_pool2d(const py::tuple& out, const py::tuple& input, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+    const Pool2dGeometry geometry = pool2d_geometry(kernel, stride, padding, dilation);
+    pool(out, input, [=](const TensorView& y, const TensorView& x, int threads) {
+      return cpu::max_pool2d_work(y, x, geometry, threads);
+    });
+  }
+
+  void avg_pool2d(const py::tuple& out, const py::tuple& input, Pair kernel, Pair stride, Pair padding,
+                  bool count_include_pad, int64_t divisor) {
+    const Pool2dGeometry geometry = pool2d_geometry(kernel, stride, padding, {1, 1});
+    pool(out, input, [=](const TensorView& y, const TensorView& x, int threads) {
+      return cpu::avg_pool2d_work(y, x, geometry, padding[0], padding[1], count_include_pad, divisor, threads);
+    });
+  }
+
+  void adaptive_avg_pool2d(const py::tuple& out, const py::tuple& input) {
+    pool(out, input, cpu::adaptive_avg_pool2d_work);
+  }
+
+  void local_response_norm(const py::tuple& out, const py::tuple& input, int64_t size, float alpha, float beta,
+                           float k) {
+    const TensorView y = view(operand(out, "out"), "out"), x = view(operand(input, "input"), "input");
+    require_shape(y, "out", x.n, x.c, x.h, x.w);
+    if (size < 1) throw py::value_error("size must be positive, is " + std::to_string(size));
+    pool(out, input, [=](const TensorView& y, const TensorView& x, int threads) {
+      return cpu::local_response_norm_work(y, x, size, alpha, beta, k, threads);
+    });
+  }
+
+  void copy(const py::tuple& out, const py::tuple& input) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    require_same_shape(y, x);
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::copy_work(strided(y, at), strided(x, at), threads);
+    });
+  }
+
+  void fill(const py::tuple& out, float value) {
+    const Operand y = operand(out, "out");
+    plan_->add({y},
+               [=](const cpu::Plan::Bases& at, int threads) { return cpu::fill_work(strided(y, at), value, threads); });
+  }
+
+  void map(const py::tuple& out, const py::tuple& a, const py::object& b, const std::string& name) {
+    static const std::vector<std::string> names = {"add", "subtract", "multiply", "tanh", "negate", "square"};
+    const auto found = std::find(names.begin(), names.end(), name);
+    if (found == names.end()) throw py::value_error("map must be known, is " + name);
+    const auto kind = static_cast<cpu::Map>(found - names.begin());
+    const Operand y = operand(out, "out"), left = operand(a, "a");
+    const Operand right = b.is_none() ? Operand{} : operand(b.cast<py::tuple>(), "b");
+    const bool binary = kind <= cpu::Map::multiply;
+    if (binary == b.is_none())
+      throw py::value_error("map " + name + " must have " + (binary ? "two" : "one") + " input");
+    require_same_shape(y, left);
+    require_one_dtype({y, left});
+    if (binary) require_same_shape(y, right), require_one_dtype({y, right});
+    plan_->add({y, left, right}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::map_work(kind, strided(y, at), strided(left, at), binary ? strided(right, at) : cpu::Strided{},
+                           threads);
+    });
+  }
+
+  void sum_last(const py::tuple& out, const py::tuple& input) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    std::vector<int64_t> shape = x.shape;
+    if (shape.empty()) throw py::value_error("input must have a dimension to sum over");
+    shape.pop_back();
+    if (shape != y.shape) throw py::value_error("out must have the input's shape but for its last dimension");
+    require_one_dtype({y, x});
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::sum_last_work(strided(y, at), strided(x, at), threads);
+    });
+  }
+
+  void run(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
+    if (threads < 1) throw py::value_error("threads must be positive, is " + std::to_string(threads));
+    if (inputs.size() != plan_->input_count() || outputs.size() != plan_->output_count()) {
+      throw py::value_error("a plan must be given as many inputs and outputs as it has");
+    }
+    std::vector<void*> in, out;
+    for (size_t i = 0; i < inputs.size(); ++i) in.push_back(memory(inputs[i], "input", 2 + i));
+    for (size_t i = 0; i < outputs.size(); ++i) out.push_back(memory(outputs[i], "output", 2 + inputs.size() + i));
+    py::gil_scoped_release release;
+    plan_->run(in, out, threads);
+  }
+
+  void fill_arena(int value) {
+    py::gil_scoped_release release;
+    plan_->fill_arena(value);
+  }
+  int64_t arena_bytes() const { return plan_->arena_bytes(); }
+  int64_t step_count() const { return plan_->step_count(); }
+  int64_t phase_count() const { return plan_->phase_count(); }
+
+ private:
+  static void require_bytes(int64_t bytes) {
+    if (bytes < 0 || bytes > (int64_t{1} << 40)) throw py::value_error("a region must have 0 to 2^40 bytes");
+  }
+
+  bool is_output(int region) const { return static_cast<size_t>(region) >= 2 + plan_->input_count(); }
+
+  // (region, offset in bytes, dtype, shape, strides), checked to lie within its region.
+  Operand operand(const py::tuple& t, const char* name) const {
+    if (t.size() != 5) throw py::value_error(std::string(name) + " must be (region, offset, dtype, shape, strides)");
+    Operand result;
+    result.region = t[0].cast<int>();
+    result.offset = t[1].cast<int64_t>();
+    const auto dtype = t[2].cast<std::string>();
+    if (dtype != "float32" && dtype != "bfloat16") {
+      throw py::type_error(std::string(name) + " must be float32 or bfloat16");
+    }
+    result.dtype = dtype == "float32" ? DType::f32 : DType::bf16;
+    result.shape = t[3].cast<std::vector<int64_t>>();
+    result.strides = t[4].cast<std::vector<int64_t>>();
+    plan_->check(result, name);
+    const bool constant = result.region == kConstants, input = result.region > kConstants && !is_output(result.region);
+    if (std::strcmp(name, "out") == 0 && (constant || input))
+      throw py::value_error("out must not be a constant or input");
+    return result;
+  }
+
+  // None, or a contiguous fp32 vector of constants. Without one, the operand has no sizes.
+  Operand vector(const py::object& object, const char* name, int64_t length) const {
+    if (object.is_none()) return {};
+    const Operand v = operand(object.cast<py::tuple>(), name);
+    const bool fits = v.region == kConstants && v.dtype == DType::f32 && v.shape == std::vector<int64_t>{length} &&
+                      (length == 1 || v.strides[0] == 1);
+    if (!fits) throw py::value_error(std::string(name) + " must be " + std::to_string(length) + " float32 constants");
+    return v;
+  }
+
+  static const float* floats(const Operand& v, const cpu::Plan::Bases& at) {
+    return v.shape.empty() ? nullptr : static_cast<const float*>(address(v, at));
+  }
+
+  static void* address(const Operand& o, const cpu::Plan::Bases& at) {
+    return at[static_cast<size_t>(o.region)] + o.offset;
+  }
+
+  // The operand as channels-last pixels, without an address; the same rule as for a tensor (python_tensor.h).
+  static TensorView view(const Operand& o, const char* name) {
+    Operand copy = o;
+    DLTensor tensor = {};
+    tensor.ndim = static_cast<int32_t>(copy.shape.size());
+    tensor.shape = copy.shape.data();
+    tensor.strides = copy.strides.data();
+    tensor.dtype = {static_cast<uint8_t>(o.dtype == DType::f32 ? kDLFloat : kDLBfloat),
+                    static_cast<uint8_t>(o.dtype == DType::f32 ? 32 : 16), 1};
+    return activation(Imported(tensor, name));
+  }
+  static TensorView placed(TensorView v, const Operand& o, const cpu::Plan::Bases& at) {
+    v.data = address(o, at);
+    return v;
+  }
+  static TensorView view(const Operand& o, const cpu::Plan::Bases& at) {
+    return o.shape.empty() ? TensorView{} : placed(view(o, "operand"), o, at);
+  }
+  static TensorView matrix(const Operand& o, const char* name) {
+    if (o.shape.size() != 2 || (o.shape[1] > 1 && o.strides[1] != 1) || (o.shape[0] > 1 && o.strides[0] < o.shape[1])) {
+      throw py::value_error(std::string(name) + " must be a matrix with adjacent columns");
+    }
+    return {nullptr, o.dtype, o.shape[0], 1, 1, o.shape[1], o.shape[0] > 1 ? o.strides[0] : o.shape[1]};
+  }
+  static cpu::Strided strided(const Operand& o, const cpu::Plan::Bases& at) {
+    return {address(o, at), o.dtype, o.shape, o.strides};
+  }
+
+  Operand residual_of(const py::object& object, const TensorView& out) const {
+    if (object.is_none()) return {};
+    const Operand r = operand(object.cast<py::tuple>(), "residual");
+    const TensorView v = view(r, "residual");
+    require_shape(v, "residual", out.n, out.c, out.h, out.w);
+    if (v.dtype != out.dtype) throw py::type_error("residual must have the output's dtype");
+    return r;
+  }
+
+  template <typename Prepare>
+  void pool(const py::tuple& out, const py::tuple& input, Prepare prepare) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = view(y, "out"), xv = view(x, "input");
+    require_shape(yv, "out", xv.n, xv.c, yv.h, yv.w);
+    require_one_dtype({y, x});
+    plan_->add({y, x},
+               [=](const cpu::Plan::Bases& at, int threads) { return prepare(view(y, at), view(x, at), threads); });
+  }
+
+  static void require_same_shape(const Operand& a, const Operand& b) {
+    if (a.shape != b.shape) throw py::value_error("operands must have one shape");
+  }
+  static void require_one_dtype(const std::vector<Operand>& operands) {
+    for (const Operand& o : operands) {
+      if (o.dtype != operands.front().dtype) throw py::type_error("operands must have one dtype");
+    }
+  }
+
+  void* memory(const py::object& object, const char* name, size_t region) const {
+    const Imported t(object, name, kDLCPU);
+    int64_t last = 0;
+    for (int i = 0; i < t.tensor.ndim; ++i) last += (t.size(i) - 1) * t.stride(i);
+    if ((last + 1) * t.tensor.dtype.bits / 8 < plan_->region_bytes(region)) {
+      throw py::value_error(std::string(name) + " must have " + std::to_string(plan_->region_bytes(region)) + " bytes");
+    }
+    return t.data();
+  }
+
+  py::object constants_;
+  std::unique_ptr<cpu::Plan> plan_;
+};
+
+}  // namespace
+
+void bind_plan(py::module_& m) {
+  py::class_<PyPlan>(m, "Plan")
+      .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
+           py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
+      .def("conv2d", &PyPlan::conv2d)
+      .def("linear", &PyPlan::linear)
+      .def("channel_affine", &PyPlan::channel_affine)
+      .def("max_pool2d", &PyPlan::max_pool2d)
+      .def("avg_pool2d", &PyPlan::avg_pool2d)
+      .def("adaptive_avg_pool2d", &PyPlan::adaptive_avg_pool2d)
+      .def("local_response_norm", &PyPlan::local_response_norm)
+      .def("copy", &PyPlan::copy)
+      .def("fill", &PyPlan::fill)
+      .def("map", &PyPlan::map)
+      .def("sum_last", &PyPlan::sum_last)
+      .def("run", &PyPlan::run)
+      .def("fill_arena", &PyPlan::fill_arena)
+      .def_property_readonly("arena_bytes", &PyPlan::arena_bytes)
+      .def_property_readonly("step_count", &PyPlan::step_count)
+      .def_property_readonly("phase_count", &PyPlan::phase_count);
+}

@@ -1,0 +1,225 @@
+// Preparing and running a plan: see plan.h.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace fastcnn::cpu {
+namespace {
+
+// The distance in bytes between the pixels of a 4-D operand whose channels are adjacent, else 0.
+int64_t ring_of(const Operand& o) {
+  if (o.shape.size() != 4 || (o.shape[1] > 1 && o.strides[1] != 1)) return 0;
+  const int inner = o.shape[3] > 1 ? 3 : o.shape[2] > 1 ? 2 : o.shape[0] > 1 ? 0 : 1;
+  const int64_t pixel = inner == 1 ? o.shape[1] : o.strides[inner];
+  for (const int i : {0, 2, 3}) {
+    if (pixel < o.shape[1] || (o.shape[i] > 1 && o.strides[i] % pixel != 0)) return 0;
+  }
+  return pixel * size_in_bytes(o.dtype);
+}
+
+// Whether two operands may share memory. Different channels of one buffer do not.
+bool may_overlap(const Operand& a, const Operand& b) {
+  if (a.region != b.region || a.shape.empty() || b.shape.empty()) return false;
+  const auto end = [](const Operand& o) {
+    int64_t last = 0;
+    for (size_t i = 0; i < o.shape.size(); ++i) last += (o.shape[i] - 1) * o.strides[i];
+    return o.offset + (last + 1) * size_in_bytes(o.dtype);
+  };
+  if (end(a) <= b.offset || end(b) <= a.offset) return false;
+  const int64_t ring = ring_of(a);
+  if (ring == 0 || ring != ring_of(b)) return true;
+  const int64_t distance = ((b.offset - a.offset) % ring + ring) % ring;
+  return distance < a.shape[1] * size_in_bytes(a.dtype) || distance + b.shape[1] * size_in_bytes(b.dtype) > ring;
+}
+
+int64_t tasks_of(const Work& work) {
+  return work.threads > 1 ? work.tasks : std::min<int64_t>(work.tasks, 1);
+}
+
+// Task `task` of a work, or all of them where it is not worth several threads.
+void run_task(const Work& work, int64_t task, void* scratch) {
+  if (work.threads > 1) {
+    work.run(task, scratch);
+  } else {
+    for (int64_t i = 0; i < work.tasks; ++i) work.run(i, scratch);
+  }
+}
+
+}  // namespace
+
+Plan::Plan(int64_t arena_bytes, void* constants, int64_t constant_bytes, const std::vector<int64_t>& input_bytes,
+           const std::vector<int64_t>& output_bytes)
+    : arena_(static_cast<char*>(allocate_aligned(arena_bytes)), std::free),
+      bases_(2 + input_bytes.size() + output_bytes.size(), nullptr),
+      sizes_{arena_bytes, constant_bytes},
+      inputs_(input_bytes.size()) {
+  fill_arena(0);  // every page is met here, not in the first run
+  bases_[0] = arena_.get();
+  bases_[1] = static_cast<char*>(constants);
+  sizes_.insert(sizes_.end(), input_bytes.begin(), input_bytes.end());
+  sizes_.insert(sizes_.end(), output_bytes.begin(), output_bytes.end());
+}
+
+void Plan::check(const Operand& operand, const char* name) const {
+  const auto fail = [&](const char* what) { throw std::invalid_argument(std::string(name) + " " + what); };
+  if (operand.region < 0 || static_cast<size_t>(operand.region) >= sizes_.size()) fail("must lie in a known region");
+  if (operand.shape.size() != operand.strides.size()) fail("must have as many strides as sizes");
+  // Sizes are first held to a bound that keeps the products below within 64 bits.
+  constexpr int64_t limit = int64_t{1} << 40;
+  const int64_t item = size_in_bytes(operand.dtype);
+  if (operand.offset < 0 || operand.offset > limit || operand.offset % item != 0) fail("must have an aligned offset");
+  int64_t last = 0, count = 1;
+  for (size_t i = 0; i < operand.shape.size(); ++i) {
+    const int64_t size = operand.shape[i], stride = operand.strides[i];
+    if (size < 1 || size > limit || stride < 0 || stride > limit) fail("must have positive sizes and strides");
+    if (stride > 0 && size - 1 > (limit - last) / stride) fail("must fit into its region");
+    last += (size - 1) * stride;
+    if (size > limit / count) fail("must have at most 2^40 values");
+    count *= size;
+  }
+  const int64_t bytes = sizes_[static_cast<size_t>(operand.region)];
+  if (operand.offset + (last + 1) * item > bytes) fail("must fit into its region");
+}
+
+void Plan::add(const std::vector<Operand>& operands, Prepare prepare) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool external = std::any_of(operands.begin(), operands.end(), [](const Operand& o) { return o.region >= 2; });
+  steps_.push_back({std::move(prepare), operands, external, {}});
+  threads_ = 0;
+}
+
+void Plan::fill_arena(int value) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::memset(arena_.get(), value, static_cast<size_t>(sizes_[0]));
+}
+
+void Plan::prepare(int threads, bool moved) {
+  if (threads == threads_ && !moved) return;
+  const bool all = threads != threads_;
+  threads_ = 0;  // an exception leaves the plan unprepared
+  for (Step& step : steps_) {
+    if (all) {
+      step.works = step.prepare(bases_, threads);
+    } else if (step.external) {  // the same works at other addresses: phases_ keeps its pointers to them
+      Works works = step.prepare(bases_, threads);
+      std::move(works.begin(), works.end(), step.works.begin());
+    }
+  }
+  if (!all) {
+    threads_ = threads;
+    return;
+  }
+  phases_.clear();
+  scratch_bytes_ = 0;
+  team_ = 1;
+  std::vector<const Step*> group;
+  for (const Step& step : steps_) {
+    if (!may_join(group, step)) {
+      append(group, threads);
+      group.clear();
+    }
+    group.push_back(&step);
+  }
+  append(group, threads);
+  next_.reset(new std::atomic<int64_t>[phases_.size()]);
+  threads_ = threads;
+}
+
+// Whether a step neither writes what a group touches nor touches what it writes.
+bool Plan::may_join(const std::vector<const Step*>& group, const Step& step) const {
+  for (const Step* other : group) {
+    if (other->works.size() != 1 || step.works.size() != 1) return false;
+    for (const Operand& operand : other->operands) {
+      if (may_overlap(step.operands.front(), operand)) return false;
+    }
+    for (const Operand& operand : step.operands) {
+      if (may_overlap(other->operands.front(), operand)) return false;
+    }
+  }
+  return true;
+}
+
+// Phases for steps that may run side by side, or for the works of one step.
+void Plan::append(const std::vector<const Step*>& group, int threads) {
+  Phase phase = {{}, 0, false};
+  const auto close = [&] {
+    if (phase.works.empty()) return;
+    phase.serial = std::none_of(phase.works.begin(), phase.works.end(),
+                                [](const Work* work) { return work->threads > 1 && work->tasks > 1; });
+    if (!phase.serial) team_ = std::max<int>(team_, static_cast<int>(std::min<int64_t>(phase.tasks, threads)));
+    if (phase.serial && !phases_.empty() && phases_.back().serial) {
+      phases_.back().works.insert(phases_.back().works.end(), phase.works.begin(), phase.works.end());
+    } else {
+      phases_.push_back(phase);
+    }
+    phase = {{}, 0, false};
+  };
+  for (const Step* step : group) {
+    for (const Work& work : step->works) {
+      if (step->works.size() > 1) close();
+      phase.works.push_back(&work);
+      phase.tasks += tasks_of(work);
+      scratch_bytes_ = std::max(scratch_bytes_, work.scratch_bytes);
+    }
+  }
+  close();
+}
+
+void Plan::execute() {
+  if (team_ == 1) {
+    void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
+    if (scratch_bytes_ > 0 && scratch == nullptr) throw std::bad_alloc();
+    for (const Phase& phase : phases_) {
+      for (const Work* work : phase.works) {
+        for (int64_t task = 0; task < work->tasks; ++task) work->run(task, scratch);
+      }
+    }
+    return;
+  }
+  for (size_t i = 0; i < phases_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
+  std::atomic<bool> out_of_memory{false};
+#pragma omp parallel num_threads(team_)
+  {
+    void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
+    if (scratch_bytes_ > 0 && scratch == nullptr) out_of_memory = true;
+#pragma omp barrier
+    if (!out_of_memory) {
+      for (size_t i = 0; i < phases_.size(); ++i) {
+        const Phase& phase = phases_[i];
+        if (phase.serial) {
+          // The first thread that comes runs it all.
+          if (next_[i].fetch_add(1, std::memory_order_relaxed) == 0) {
+            for (const Work* work : phase.works) {
+              for (int64_t task = 0; task < work->tasks; ++task) work->run(task, scratch);
+            }
+          }
+        } else {
+          for (int64_t task; (task = next_[i].fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) {
+            size_t at = 0;
+            while (task >= tasks_of(*phase.works[at])) task -= tasks_of(*phase.works[at++]);
+            run_task(*phase.works[at], task, scratch);
+          }
+        }
+#pragma omp barrier
+      }
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  bool moved = false;
+  const auto place = [&](size_t region, void* data) {
+    moved = moved || bases_[region] != data;
+    bases_[region] = static_cast<char*>(data);
+  };
+  for (size_t i = 0; i < inputs.size(); ++i) place(2 + i, inputs[i]);
+  for (size_t i = 0; i < outputs.size(); ++i) place(2 + inputs_ + i, outputs[i]);
+  prepare(threads, moved);
+  execute();
+}
+
+}  // namespace fastcnn::cpu

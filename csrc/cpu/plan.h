@@ -1,0 +1,90 @@
+// A network as a fixed list of steps over planned memory, run without Python.
+//
+// Memory is a set of regions: 0 the arena (activations; their places were planned, fastcnn/graph/freezing/memory.py),
+// 1 constants, then the caller's inputs and outputs. Steps name tensors by region and offset. Preparing a step (padded
+// epilogue vectors, the cut into tasks, addresses) happens once for a number of threads; only steps that touch inputs
+// or outputs are prepared again, when those lie elsewhere than in the last run.
+//
+// A run opens one parallel region. Works follow each other in phases with a barrier between them; threads draw a
+// phase's tasks from a counter. Neighbouring steps that share no memory make one phase (the branches of an inception
+// module), and works too small for a second thread are joined and run by one thread without barriers.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../common/types.h"
+#include "work.h"
+
+namespace fastcnn::cpu {
+
+// A tensor of a plan: strides in elements, the offset in bytes from its region's start.
+struct Operand {
+  int region = 0;
+  int64_t offset = 0;
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape, strides;
+};
+
+class Plan {
+ public:
+  using Bases = std::vector<char*>;  // where each region lies
+  using Prepare = std::function<Works(const Bases& bases, int threads)>;
+
+  // `constants` must outlive the plan.
+  Plan(int64_t arena_bytes, void* constants, int64_t constant_bytes, const std::vector<int64_t>& input_bytes,
+       const std::vector<int64_t>& output_bytes);
+
+  // Throws std::invalid_argument where the operand reaches beyond its region.
+  void check(const Operand& operand, const char* name) const;
+  void add(const std::vector<Operand>& operands, Prepare prepare);
+
+  // inputs and outputs: as many, and as long, as were announced. One run at a time: others wait.
+  void run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  void fill_arena(int value);
+
+  int64_t arena_bytes() const { return sizes_[0]; }
+  int64_t step_count() const { return static_cast<int64_t>(steps_.size()); }
+  int64_t phase_count() const { return static_cast<int64_t>(phases_.size()); }  // of the last run
+  size_t input_count() const { return inputs_; }
+  size_t output_count() const { return sizes_.size() - 2 - inputs_; }
+  int64_t region_bytes(size_t region) const { return sizes_[region]; }
+
+ private:
+  struct Step {
+    Prepare prepare;
+    std::vector<Operand> operands;  // the first is written
+    bool external;                  // touches an input or an output
+    Works works;
+  };
+  // Works whose tasks may run side by side; in a serial phase, works that one thread runs in order.
+  struct Phase {
+    std::vector<const Work*> works;
+    int64_t tasks;
+    bool serial;
+  };
+
+  bool may_join(const std::vector<const Step*>& group, const Step& step) const;
+  void append(const std::vector<const Step*>& group, int threads);
+  void prepare(int threads, bool moved);
+  void execute();
+
+  std::mutex mutex_;
+  std::unique_ptr<char, void (*)(void*)> arena_;
+  Bases bases_;
+  std::vector<int64_t> sizes_;
+  size_t inputs_;
+  std::vector<Step> steps_;
+  int threads_ = 0;  // what steps_ are prepared for; 0: not yet
+  std::vector<Phase> phases_;
+  std::unique_ptr<std::atomic<int64_t>[]> next_;  // each phase's next task
+  int team_ = 1;
+  int64_t scratch_bytes_ = 0;
+};
+
+}  // namespace fastcnn::cpu

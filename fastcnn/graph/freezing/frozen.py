@@ -1,0 +1,153 @@
+"""`freeze`: a model with static shapes as one native call."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten, treespec_loads
+
+from fastcnn import _native
+from fastcnn.graph.freezing.aten import aten_rules
+from fastcnn.graph.freezing.capture import capture
+from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
+from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
+
+
+class Memory(NamedTuple):
+    """Bytes that a frozen model holds, and what its activations would take side by side."""
+
+    arena: int
+    weights: int
+    activations: int
+
+    def __str__(self) -> str:
+        mib = [f"{value / 2**20:.2f} MiB" for value in self]
+        return f"arena {mib[0]} for activations of {mib[2]} in all; weights {mib[1]}"
+
+
+class FrozenModel(nn.Module):
+    """What :func:`freeze` returns: call it with tensors as the example's.
+
+    It has no parameters; ``train``, ``to`` and changes of the original's weights do not reach it. Calls from several
+    threads are safe; they run one after the other, since there is one arena. No gradient is recorded.
+    """
+
+    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[_native.PackedConv2dWeight]) -> None:
+        super().__init__()
+        self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
+        self._plan = build_plan(recipe, constants, self._weights)
+        self._structure = treespec_loads(recipe.structure)
+        if self._structure.num_leaves != len(recipe.outputs):
+            raise ValueError("the result's structure does not fit its tensors")
+        self._input_checks = [(spec.shape, spec.strides, dtype_of(spec.dtype)) for spec in recipe.inputs]
+        self._output_memory = [(length, dtype_of(dtype)) for length, dtype in recipe.output_memory]
+        for spec in recipe.outputs:
+            _require_within(spec, self._output_memory)
+        self.train(False)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The model's result for inputs of the example's shapes and dtypes.
+
+        Inputs in another memory layout are first copied to the example's; results have the strides that the model
+        gives for the example.
+
+        Raises:
+            TypeError: an input is no tensor.
+            ValueError: a wrong number of inputs, or one of a wrong shape, dtype or device.
+        """
+        if len(inputs) != len(self._input_checks):
+            raise ValueError(f"the frozen model takes {len(self._input_checks)} inputs, was given {len(inputs)}")
+        given = [self._checked(i, tensor) for i, tensor in enumerate(inputs)]
+        memory = [torch.empty(length, dtype=dtype) for length, dtype in self._output_memory]
+        self._plan.run(given, memory, torch.get_num_threads())
+        results = [
+            memory[spec.memory].as_strided(spec.shape, spec.strides, spec.offset) for spec in self._recipe.outputs
+        ]
+        return results[0] if self._structure.is_leaf() else tree_unflatten(results, self._structure)
+
+    def _checked(self, index: int, tensor: Tensor) -> Tensor:
+        shape, strides, dtype = self._input_checks[index]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"input {index} must be a tensor, is a {type(tensor).__name__}")
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
+            raise ValueError(
+                f"input {index} must have shape {shape} and dtype {dtype} on the CPU, as the example it was frozen "
+                f"with; it has shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}"
+            )
+        tensor = tensor.detach()
+        if tensor.stride() == strides and not tensor.is_neg():
+            return tensor
+        return torch.empty_strided(shape, strides, dtype=dtype).copy_(tensor)
+
+    def memory(self) -> Memory:
+        """Bytes of the arena and of the packed weights and constants."""
+        weights = self._constants.numel() + sum(weight.bytes for weight in self._weights)
+        return Memory(self._recipe.arena_bytes, weights, self._recipe.activation_bytes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle."""
+        from fastcnn.graph.freezing.storage import save_frozen
+
+        save_frozen(path, self._recipe, self._constants, self._weights)
+
+    def extra_repr(self) -> str:
+        inputs = ", ".join(str(spec.shape) for spec in self._recipe.inputs)
+        return f"inputs {inputs}; {len(self._recipe.steps)} steps; {self.memory()}"
+
+
+def _require_within(spec: TensorSpec, memory: list[tuple[int, torch.dtype]]) -> None:
+    """Nothing that a file says may make a result reach beyond its memory."""
+    if not 0 <= spec.memory < len(memory) or memory[spec.memory][1] != dtype_of(spec.dtype):
+        raise ValueError("an output lies in no known memory")
+    last = sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
+    if spec.offset < 0 or any(v < 0 for v in spec.strides) or spec.offset + last >= memory[spec.memory][0]:
+        raise ValueError("an output reaches beyond its memory")
+
+
+def freeze(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dtype: torch.dtype | None = None
+) -> FrozenModel:
+    """A model in eval mode, for inputs of one shape on the CPU, as a plan that runs in one native call.
+
+    Batch norm is folded, weights are packed for this processor, and activations share one arena whose memory is planned
+    and touched here. The results are the model's own, since the same kernels run.
+
+    Args:
+        model: made of fastcnn's operators and simple ATen operators (copies, concatenation, padding, arithmetic). It is
+            not changed, and later changes of its parameters do not reach the frozen model.
+        example_inputs: a tensor, or a sequence of them, as ``model(*example_inputs)`` takes; only shapes, strides and
+            dtypes matter.
+        dtype: ``torch.float32`` or ``torch.bfloat16``: freeze a converted copy, for inputs of this dtype.
+
+    Raises:
+        ValueError: the model holds operators without a native step (all are listed), or an example is empty, not
+            float32 or bfloat16, or not on the CPU.
+        TypeError: ``model`` is no module or an example no tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, is a {type(model).__name__}")
+    examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, is {dtype}")
+        model = copy.deepcopy(model).to(dtype)
+    for index, example in enumerate(examples):
+        if not isinstance(example, Tensor):
+            raise TypeError(f"example_inputs[{index}] must be a tensor, is a {type(example).__name__}")
+        if example.numel() == 0 or not example.is_cpu or (dtype or example.dtype) not in DTYPES:
+            raise ValueError(
+                f"example_inputs[{index}] must be a float32 or bfloat16 tensor on the CPU and not empty; it has shape "
+                f"{tuple(example.shape)} and dtype {example.dtype} on {example.device}"
+            )
+    # Memory of their own each, with the same strides: values do not matter, and no two inputs may share a storage.
+    blank = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype) for e in examples]
+    captured = capture(model, blank)
+    with torch.inference_mode(False), torch.no_grad():
+        program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}).run()
+        recipe, constants = make_recipe(program, captured.spec)
+    return FrozenModel(recipe, constants, packed(program.weights))

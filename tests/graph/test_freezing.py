@@ -1,0 +1,272 @@
+"""freeze: the same results as the model, for every family, however often and by whomever the frozen model is called."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.accuracy import assert_accurate
+from support.networks import small_input, small_network
+from support.plain_twin import randomise_batch_norms
+from torch import Tensor, nn
+
+import fastcnn
+from fastcnn import ops
+
+# A name of each family and variant, with the smallest image that it takes.
+FAMILIES = {
+    "lenet5": (1, 32),
+    "alexnet_2gpu": (3, 227),
+    "alexnet_owt": (3, 64),
+    "zfnet": (3, 224),
+    "vgg11": (3, 32),
+    "vgg11_bn": (3, 32),
+    "googlenet": (3, 64),
+    "googlenet_lrn": (3, 64),
+    "resnet18": (3, 64),
+    "resnet50": (3, 64),
+    "resnext50_32x4d": (3, 64),
+    "plain18": (3, 64),
+    "preresnet50": (3, 64),
+    "densenet121": (3, 64),
+    "resnet20_cifar": (3, 32),
+    "resnet110_sd_cifar": (3, 32),
+    "preresnet164_cifar": (3, 32),
+    "resnext29_8x64d_cifar": (3, 32),
+    "wrn16_8_cifar": (3, 32),
+    "densenet40_k12_cifar": (3, 32),
+    "densenet_bc100_k12_cifar": (3, 32),
+}
+
+
+def model_named(name: str) -> nn.Module:
+    """In eval mode, with batch norms that have something to fold."""
+    torch.manual_seed(0)
+    return randomise_batch_norms(fastcnn.create_model(name)).eval()
+
+
+def images(batch: int, channels: int, size: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def unfrozen(model: nn.Module, *inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(*inputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_the_models_own_bits(name: str) -> None:
+    """The same kernels run on the same values: equality, not closeness. Twice, and with an arena full of NaN."""
+    model = model_named(name)
+    for batch in (1, 3):
+        x = images(batch, *FAMILIES[name])
+        expected = unfrozen(model, x)
+        assert expected.isfinite().all()
+        frozen = fastcnn.freeze(model, torch.zeros_like(x))
+        first, second = frozen(x), frozen(x)
+        frozen._plan.fill_arena(0xFF)
+        poisoned = frozen(x)
+        for result in (first, second, poisoned):
+            assert torch.equal(result, expected)
+            assert result.stride() == expected.stride()
+
+
+def test_lenet5_1998_obeys_the_accuracy_rule() -> None:
+    """Its tanh and its sums over features are ATen's in the model and the plan's own here: not the same bits."""
+    model = model_named("lenet5_1998")
+    for batch in (1, 3):
+        x = images(batch, 1, 32)
+        with fastcnn.use_backend("reference"):
+            exact, reference = unfrozen(copy.deepcopy(model).double(), x.double()), unfrozen(model, x)
+        frozen = fastcnn.freeze(model, x)
+        result = frozen(x)
+        assert_accurate(result, reference, exact)
+        frozen._plan.fill_arena(0xFF)
+        assert torch.equal(frozen(x), result)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "densenet40_k12_cifar", "lenet5"])
+def test_bfloat16_freezes_a_converted_copy(name: str) -> None:
+    model = model_named(name)
+    x = images(3, *FAMILIES[name])
+    frozen = fastcnn.freeze(model, x, dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.float32
+    narrow = x.bfloat16()
+    expected = unfrozen(copy.deepcopy(model).bfloat16(), narrow)
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(frozen(narrow), expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_have_the_models_strides_and_other_layouts_are_converted(channels_last: bool) -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.max_pool2d(ops.conv2d(x, self.conv.weight, self.conv.bias, activation="relu"), 2)
+
+    model = Features().eval()
+    x = images(2, 3, 12)
+    other = x.to(memory_format=torch.channels_last)
+    if channels_last:
+        x, other = other, x
+    expected = unfrozen(model, x)
+    frozen = fastcnn.freeze(model, x)
+    for given in (x, other, images(2, 3, 24)[:, :, ::2, ::2].copy_(x)):
+        result = frozen(given)
+        assert torch.equal(result, expected)
+        assert result.stride() == expected.stride()
+
+
+def test_later_changes_of_the_model_do_not_reach_the_frozen_one() -> None:
+    model = model_named("resnet20_cifar")
+    x = images(1, 3, 32)
+    expected = unfrozen(model, x)
+    frozen = fastcnn.freeze(model, x)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert not torch.equal(unfrozen(model, x), expected)
+    assert torch.equal(frozen(x), expected)
+
+
+def test_the_models_own_modes_and_state_are_left_alone() -> None:
+    model = small_network().train()
+    model[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = fastcnn.freeze(model, small_input())
+    assert [module.training for module in model] == [False, True, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list(frozen.parameters())
+
+
+def test_results_are_fresh_memory() -> None:
+    model = model_named("resnet20_cifar")
+    frozen = fastcnn.freeze(model, images(1, 3, 32))
+    first = frozen(images(1, 3, 32))
+    kept = first.clone()
+    frozen(images(1, 3, 32, seed=2))
+    assert torch.equal(first, kept)
+    assert not first.requires_grad
+
+
+def test_two_threads_at_once() -> None:
+    model = model_named("densenet40_k12_cifar")
+    inputs = [images(1, 3, 32, seed=seed) for seed in range(4)]
+    expected = [unfrozen(model, x) for x in inputs]
+    assert not torch.equal(expected[0], expected[1])
+    frozen = fastcnn.freeze(model, inputs[0])
+    wrong: list[int] = []
+
+    def call(first: int) -> None:
+        for i in range(40):
+            index = (first + i) % len(inputs)
+            if not torch.equal(frozen(inputs[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=call, args=(first,)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    model = model_named("resnet20_cifar")
+    x = images(2, 3, 32)
+    frozen = fastcnn.freeze(model, x)
+    expected = frozen(x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(frozen(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_in_inference_mode_and_under_autocast() -> None:
+    model = model_named("resnet20_cifar")
+    x = images(1, 3, 32).requires_grad_()
+    expected = unfrozen(model, x)
+    with torch.inference_mode():
+        frozen = fastcnn.freeze(model, x)
+        assert torch.equal(frozen(x), expected)
+    assert torch.equal(frozen(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow, frozen = unfrozen(model, x), fastcnn.freeze(model, x)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(frozen(x), narrow)
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.function(*inputs)
+
+
+FUNCTIONS = {
+    "cat_of_overlapping_use": lambda x: torch.cat([ops.max_pool2d(x, 2), ops.avg_pool2d(x, 2)], 1),
+    "cat_of_one_twice": lambda x: torch.cat([y := ops.max_pool2d(x, 2), y], 1),
+    "cat_along_rows": lambda x: torch.cat([ops.max_pool2d(x, 2), ops.avg_pool2d(x, 2)], 2),
+    "cat_read_before_and_after": lambda x: (
+        torch.cat([y := ops.max_pool2d(x, 2), ops.avg_pool2d(y, 3, 1, 1)], 1) + torch.cat([y, y], 1)
+    ),
+    "cat_of_flattened": lambda x: torch.cat([ops.max_pool2d(x, 2).flatten(1), ops.avg_pool2d(x, 2).flatten(1)], 1),
+    "cat_of_cat": lambda x: torch.cat(
+        [torch.cat([ops.max_pool2d(x, 2), ops.avg_pool2d(x, 2)], 1), x[:, :, ::2, 1::2]], 1
+    ),
+    "add_of_layouts": lambda x: ops.max_pool2d(x, 2) + ops.avg_pool2d(x, 2).contiguous(),
+    "in_place": lambda x: ops.max_pool2d(x, 2).relu_().add_(ops.avg_pool2d(x, 2)).mul_(3.0),
+    "broadcast": lambda x: x * x[:1, :, :1, :1] - ops.adaptive_avg_pool2d(x, 1),
+    "pad": lambda x: torch.nn.functional.pad(x, (1, 2, 0, 3, 4, 0), value=2.5),
+    "transposed": lambda x: (x.permute(0, 2, 3, 1) * 2.0).transpose(1, 2).clone(),
+    "split": lambda x: torch.cat([part.relu() for part in (x - 0.5).split(1, 1)][::-1], 1),
+    "residual": lambda x: ops.residual_add(x, -x, scale=0.5, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_graphs_beyond_plain_networks(name: str, layout: torch.memory_format) -> None:
+    model = _Function(FUNCTIONS[name]).eval()
+    x = images(2, 3, 8).to(memory_format=layout)
+    expected = unfrozen(model, x)
+    frozen = fastcnn.freeze(model, x)
+    frozen._plan.fill_arena(0xFF)
+    result = frozen(x)
+    assert torch.equal(result, expected)
+    assert result.stride() == expected.stride()
+
+
+def test_several_inputs_and_structured_results() -> None:
+    def function(x: Tensor, y: Tensor) -> dict[str, object]:
+        pooled = ops.max_pool2d(x, 2)
+        return {"pooled": pooled, "parts": (pooled[:, 1:], y), "sum": x + y}
+
+    model = _Function(function)
+    x, y = images(1, 3, 8), images(1, 3, 8, seed=2)
+    expected, result = model(x, y), fastcnn.freeze(model, (x, y))(x, y)
+    assert list(result) == ["pooled", "parts", "sum"]
+    assert torch.equal(result["pooled"], expected["pooled"])
+    assert torch.equal(result["parts"][0], expected["parts"][0])
+    assert torch.equal(result["parts"][1], y)
+    assert result["parts"][1].data_ptr() != y.data_ptr()
+    assert torch.equal(result["sum"], expected["sum"])
+
+
+def test_a_linear_layer_of_torch_nn_obeys_the_accuracy_rule() -> None:
+    model, x = small_network().eval(), small_input()
+    exact = unfrozen(copy.deepcopy(model).double(), x.double())
+    with fastcnn.use_backend("reference"):
+        reference = unfrozen(model, x)
+    assert_accurate(fastcnn.freeze(model, x)(x), reference, exact)
