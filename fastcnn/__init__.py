@@ -13,7 +13,7 @@ except ImportError as error:
 
 from fastcnn import models, nn, ops
 from fastcnn.analysis import summary
-from fastcnn.backends import fallbacks, reset_fallbacks, use_backend
+from fastcnn.backends import exact, fallbacks, reset_fallbacks, use_backend
 from fastcnn.models import create_model, list_models
 from fastcnn.verification import verify
 
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "create_model",
+    "exact",
     "fallbacks",
     "list_models",
     "models",
