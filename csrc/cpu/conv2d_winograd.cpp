@@ -23,6 +23,14 @@ float read_as_float(const void* data, DType dtype, int64_t index) {
   return value;
 }
 
+int default_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // G, row by row: the filter polynomial's value at each finite point over the product of its distances to the others;
 // at infinity its leading coefficient.
 std::vector<double> filter_transform(int tile) {
@@ -50,27 +58,39 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType
   column_blocks = ceil_div(out_channels, block);
   bytes_ = column_blocks * t * t * channels * block * 4;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
-  std::memset(data_.get(), 0, static_cast<size_t>(bytes_));
   const std::vector<double> g = filter_transform(tile);
-  for (int64_t k = 0; k < out_channels; ++k) {
-    float* columns = data_.get() + k / block * t * t * channels * block + k % block;
-    for (int64_t c = 0; c < in_channels; ++c) {
-      double half[6][3] = {};
-      for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s) {
-          const int64_t from = k * strides[0] + c * strides[1] + r * strides[2] + s * strides[3];
-          const double value = read_as_float(weight, dtype, from);
-          for (int i = 0; i < t; ++i) half[i][s] += g[3 * i + r] * value;
-        }
+  // A task is one channel of one column block: t*t rows of `block` values, zeros where k or c is beyond the end.
+  const auto transform = [&](int64_t task, void* scratch) {
+    const int64_t c = task % channels, first = task / channels * block;
+    double* values = static_cast<double*>(scratch);  // [r][s][block]
+    double* half = values + 9 * block;               // [i][s][block]
+    std::fill(values, half, 0.0);
+    const int64_t columns = c < in_channels ? std::min(block, out_channels - first) : 0;
+    for (int64_t k = 0; k < columns; ++k) {
+      for (int tap = 0; tap < 9; ++tap) {
+        const int64_t from = (first + k) * strides[0] + c * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
+        values[tap * block + k] = read_as_float(weight, dtype, from);
       }
-      for (int i = 0; i < t; ++i) {
-        for (int j = 0; j < t; ++j) {
-          const double value = half[i][0] * g[3 * j] + half[i][1] * g[3 * j + 1] + half[i][2] * g[3 * j + 2];
-          columns[((i * t + j) * channels + c) * block] = static_cast<float>(value);
+    }
+    for (int i = 0; i < t; ++i) {
+      for (int64_t at = 0; at < 3 * block; ++at) {
+        half[3 * i * block + at] =
+            g[3 * i] * values[at] + g[3 * i + 1] * values[3 * block + at] + g[3 * i + 2] * values[6 * block + at];
+      }
+    }
+    float* to = data_.get() + first * t * t * channels + c * block;
+    for (int i = 0; i < t; ++i) {
+      const double* row = half + 3 * i * block;
+      for (int j = 0; j < t; ++j, to += channels * block) {
+        const double g0 = g[3 * j], g1 = g[3 * j + 1], g2 = g[3 * j + 2];
+        for (int64_t k = 0; k < block; ++k) {
+          to[k] = static_cast<float>(g0 * row[k] + g1 * row[block + k] + g2 * row[2 * block + k]);
         }
       }
     }
-  }
+  };
+  const int64_t scratch_bytes = (9 + 3 * t) * block * 8;
+  parallel_tasks(column_blocks * channels, default_threads(), scratch_bytes, transform);
 }
 
 Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
