@@ -137,7 +137,7 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   // one; of nearly equal size, and where there are few, as many for each thread.
   const int64_t tile_bytes = (p.tile + 2) * (p.tile + 2) * channels * 4;
   const int64_t micro = table.micro_rows;
-  constexpr int64_t kBlockBytes = 768 << 10, kMaxMicroTiles = 4;
+  constexpr int64_t kBlockBytes = 768 << 10, kMaxMicroTiles = 2, kMaxSharedMicroTiles = 4;
   const int64_t room = std::clamp<int64_t>(kBlockBytes / (tile_bytes * micro), 1, kMaxMicroTiles) * micro;
   int64_t blocks = ceil_div(p.tiles, room);
   // Shared: where weights beyond L2 would be streamed again and again for a few tiles each and the transformed input
@@ -146,7 +146,7 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   const bool rereads_weights = weight.bytes() >= kLargeWeightBytes && p.tiles * tile_bytes <= kSharedBytes;
   shared_ = rereads_weights || (threads > 1 && blocks < 2 * threads);
   if (shared_) {
-    blocks = ceil_div(p.tiles, kMaxMicroTiles * micro);
+    blocks = ceil_div(p.tiles, kMaxSharedMicroTiles * micro);
   } else if (blocks < 8 * threads) {
     blocks = ceil_div(blocks, threads) * threads;
   }

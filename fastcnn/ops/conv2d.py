@@ -79,7 +79,7 @@ def conv2d(
         (N, K, P, Q), in the memory layout that PyTorch would choose; ``out`` if given.
 
     On the CPU 3x3 convolutions with stride 1 that record no gradient may be computed by Winograd's algorithm: see
-    :func:`fastcnn.exact` for what it costs and how to do without. A NaN or infinity in the input then makes every
+    :func:`fastcnn.exact` for what it costs and how to do without. A NaN or infinity in the input may then make any
     output of the 4x4 tiles that see it NaN, not only those under the filter.
 
     Raises:
