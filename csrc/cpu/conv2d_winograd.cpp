@@ -155,13 +155,14 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   p.vectors_per_task = std::max<int64_t>(1, p.channel_vectors * p.blocks / (4 * threads));
 }
 
+Conv2dWinograd::Conv2dWinograd(Conv2dWinograd&&) noexcept = default;
 Conv2dWinograd::~Conv2dWinograd() = default;
 
-void Conv2dWinograd::run() {
+void Conv2dWinograd::run() const {
   run(problem_->out.data, problem_->input.data, problem_->residual.data);
 }
 
-void Conv2dWinograd::run(void* out, void* input, void* residual) {
+void Conv2dWinograd::run(void* out, void* input, void* residual) const {
   const KernelTable& table = kernels();
   WinogradProblem problem = *problem_;
   problem.out.data = out;

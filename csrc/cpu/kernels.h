@@ -57,14 +57,15 @@ class PackedConv2dWinogradWeight {
 struct WinogradProblem;
 
 // One Winograd convolution with everything that depends on shapes and vectors done: the weight must outlive it, the
-// epilogue's vectors need not. May run from one thread at a time.
+// epilogue's vectors need not.
 class Conv2dWinograd {
  public:
   Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+  Conv2dWinograd(Conv2dWinograd&&) noexcept;
   ~Conv2dWinograd();
-  void run();                                        // on the memory it was made for
-  void run(void* out, void* input, void* residual);  // on other memory of the same layout
+  void run() const;                                        // on the memory it was made for
+  void run(void* out, void* input, void* residual) const;  // on other memory of the same layout
 
  private:
   std::unique_ptr<WinogradProblem> problem_;
