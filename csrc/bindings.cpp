@@ -80,6 +80,37 @@ void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight&
   cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
 }
 
+std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py::handle weight, int tile) {
+  const Imported t(weight, "weight", kDLCPU);
+  t.require_dimensions(4);
+  const DType dtype = t.dtype();
+  if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
+  if (t.size(0) < 1 || t.size(1) < 1 || t.size(2) != 3 || t.size(3) != 3) {
+    throw py::value_error("weight must have shape (K, C, 3, 3) and not be empty, has shape " +
+                          describe(t.tensor.shape, 4));
+  }
+  if (tile != 2 && tile != 4) throw py::value_error("tile must be 2 or 4, is " + std::to_string(tile));
+  py::gil_scoped_release release;
+  return std::make_shared<cpu::PackedConv2dWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, tile);
+}
+
+void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv2dWinogradWeight& weight,
+                         py::handle scale, py::handle bias, py::handle residual, py::handle input_scale,
+                         py::handle input_shift, bool input_relu, bool relu, Pair padding, int threads) {
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_cpu_dtype(x);
+  require_threads(threads);
+  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
+  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
+  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Conv2dGeometry geometry = conv2d_geometry(3, 3, 1, {1, 1}, padding, {1, 1});
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
+}
+
 // The two views of a pooling, of one dtype, batch and channel count.
 struct Pooled {
   TensorView x, y;
@@ -272,6 +303,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d", &cpu_conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
         py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"),
         py::arg("relu"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads"));
+  py::class_<cpu::PackedConv2dWinogradWeight, std::shared_ptr<cpu::PackedConv2dWinogradWeight>>(
+      m, "PackedConv2dWinogradWeight")
+      .def(py::init(&pack_conv2d_winograd_weight), py::arg("weight"), py::arg("tile"))
+      .def_property_readonly("bytes", &cpu::PackedConv2dWinogradWeight::bytes);
+  m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
+        py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+        py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

@@ -13,7 +13,7 @@ except ImportError as error:
 
 from fastcnn import models, nn, ops
 from fastcnn.analysis import summary
-from fastcnn.backends import fallbacks, reset_fallbacks, use_backend
+from fastcnn.backends import exact, fallbacks, reset_fallbacks, use_backend
 from fastcnn.graph import NotFusedError, Report, optimize, report, restore
 from fastcnn.graph.freezing import freeze, load_frozen
 from fastcnn.models import create_model, list_models
@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "__version__",
     "create_model",
+    "exact",
     "fallbacks",
     "freeze",
     "list_models",

@@ -70,6 +70,17 @@ def cpu_conv2d(
     residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, relu: bool,
     stride: Pair, padding: Pair, dilation: Pair, threads: int,
 ) -> None: ...
+
+class PackedConv2dWinogradWeight:
+    def __init__(self, weight: Tensor, tile: int) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+def cpu_conv2d_winograd(
+    out: Tensor, input: Tensor, weight: PackedConv2dWinogradWeight, scale: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, relu: bool,
+    padding: Pair, threads: int,
+) -> None: ...
 def cpu_max_pool2d(
     out: Tensor, input: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, threads: int
 ) -> None: ...

@@ -40,6 +40,48 @@ class PackedConv2dWeight {
 void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
             const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
 
+// 3x3 weights transformed for Winograd convolution in tiles of tile x tile outputs (layout: isa/conv2d_winograd.cpp).
+class PackedConv2dWinogradWeight {
+ public:
+  // weight: (K, C, 3, 3) with the given element strides, fp32 or bf16; tile 2 or 4.
+  PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4],
+                             int tile);
+
+  int64_t out_channels, in_channels;
+  int tile;
+  int64_t column_blocks;
+  const float* data() const { return data_.get(); }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::unique_ptr<float, void (*)(void*)> data_;
+  int64_t bytes_;
+};
+
+struct WinogradProblem;
+
+// One Winograd convolution with everything that depends on shapes and vectors done: the weight must outlive it, the
+// epilogue's vectors need not.
+class Conv2dWinograd {
+ public:
+  Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
+                 const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+  Conv2dWinograd(Conv2dWinograd&&) noexcept;
+  ~Conv2dWinograd();
+  void run() const;                                        // on the memory it was made for
+  void run(void* out, void* input, void* residual) const;  // on other memory of the same layout
+
+ private:
+  std::unique_ptr<WinogradProblem> problem_;
+  std::unique_ptr<float, void (*)(void*)> vectors_;  // the epilogue's, padded
+  int threads_;
+  bool shared_;  // how the work is cut: see isa/conv2d_winograd.cpp
+};
+
+// conv2d() for 3x3 filters, stride 1, dilation 1, one group, by Winograd's algorithm.
+void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
+                     const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+
 // Pooling; what each computes, and the windows: isa/pool2d.cpp. Output sizes come with `out`.
 void max_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
 void avg_pool2d(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int64_t pad_bottom,

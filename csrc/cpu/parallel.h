@@ -19,8 +19,9 @@ inline void* allocate_aligned(int64_t bytes) {
 }
 
 // This thread's scratch buffer, at least `bytes` long; it grows and is kept until the thread ends. Returns null when
-// memory runs out (an exception may not leave an OpenMP region).
-inline void* thread_scratch(int64_t bytes) {
+// memory runs out (an exception may not leave an OpenMP region). Slots are buffers that live side by side.
+template <int Slot = 0>
+void* thread_scratch(int64_t bytes) {
   struct Buffer {
     void* memory = nullptr;
     int64_t size = 0;

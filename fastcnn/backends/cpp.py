@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcnn import _native
+from fastcnn import _native, backends
 from fastcnn.backends.derived import derived
 
 Pair = tuple[int, int]
@@ -32,6 +33,44 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.float() for t in tensors]
 
 
+# How conv2d is computed: the plain sum, or Winograd's algorithm in tiles of 4x4 or 2x2 outputs.
+DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
+_TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
+
+
+def winograd_covers(weight: Tensor, stride: Pair, dilation: Pair, groups: int) -> bool:
+    return weight.shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1) and groups == 1
+
+
+def conv2d_algorithm(out: Tensor, weight: Tensor, stride: Pair, dilation: Pair, groups: int) -> str:
+    """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact` and of whether a gradient
+    is recorded, nothing else.
+
+    Winograd, where it is allowed, from 8 channels in and out (with fewer the transforms outweigh the products)
+    and 16 output pixels. In tiles of 4x4, which need the fewest products, but of 2x2 where a single 4x4 tile would do,
+    or where fewer than 8 would have to pay for reading large weights (their transforms are 4 times as large as the
+    weights, in 2x2 tiles 1.8 times).
+    """
+    if not backends.allows_fast_algorithms() or not winograd_covers(weight, stride, dilation, groups):
+        return DIRECT
+    n, k, p, q = out.shape
+    c = weight.shape[1]
+    if c < 8 or k < 8 or n * p * q < 16:
+        return DIRECT
+    tiles = n * ((p + 3) // 4) * ((q + 3) // 4)
+    few = tiles == 1 or (tiles < 8 and c * k >= 1 << 17)
+    chosen, products = (WINOGRAD2, 16 * n * ((p + 1) // 2) * ((q + 1) // 2)) if few else (WINOGRAD4, 36 * tiles)
+    # Tiles that hang over the edge of a narrow output waste products: half as many again must be saved.
+    return chosen if 3 * products <= 2 * (9 * n * p * q) else DIRECT
+
+
+def fast_algorithm(operator: str, *args: Any) -> str | None:
+    if operator != "conv2d":
+        return None
+    out, weight, (stride, _, dilation, groups) = args[0], args[2], args[10:14]
+    return None if conv2d_algorithm(out, weight, stride, dilation, groups) == DIRECT else "winograd"
+
+
 def conv2d(
     out: Tensor,
     input: Tensor,
@@ -48,30 +87,18 @@ def conv2d(
     dilation: Pair,
     groups: int,
 ) -> None:
-    if out.dtype == torch.float16:
-        wide = torch.empty_like(out, dtype=torch.float32, memory_format=torch.channels_last)
-        wide_input, wide_residual = _widened(input, residual)
-        assert wide_input is not None
-        packed = derived(
-            weight, ("cpu_conv2d", groups), lambda w: _native.PackedConv2dWeight(w.detach().float(), groups)
-        )
-        _conv2d(
-            wide, wide_input, packed, scale, bias, wide_residual, input_scale, input_shift, input_relu, activation,
-            stride, padding, dilation,
-        )  # fmt: skip
-        out.copy_(wide)
-        return
-    packed = derived(weight, ("cpu_conv2d", groups), lambda w: _native.PackedConv2dWeight(w.detach(), groups))
-    _conv2d(
-        out, input, packed, scale, bias, residual, input_scale, input_shift, input_relu, activation, stride, padding,
-        dilation,
+    algorithm = conv2d_algorithm(out, weight, stride, dilation, groups)
+    conv2d_by(
+        algorithm, out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, activation,
+        stride, padding, dilation, groups,
     )  # fmt: skip
 
 
-def _conv2d(
+def conv2d_by(
+    algorithm: str,
     out: Tensor,
     input: Tensor,
-    packed: _native.PackedConv2dWeight,
+    weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -82,11 +109,72 @@ def _conv2d(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    groups: int,
 ) -> None:
-    _native.cpu_conv2d(
-        out, input, packed, scale, bias, residual, input_scale, input_shift, input_relu, activation == "relu",
-        stride, padding, dilation, torch.get_num_threads(),
-    )  # fmt: skip
+    """The contract's conv2d by a given algorithm."""
+    if algorithm != DIRECT and not winograd_covers(weight, stride, dilation, groups):
+        raise ValueError(f"{algorithm} serves 3x3 filters with stride 1, dilation 1 and one group only")
+    result = out
+    if out.dtype == torch.float16:
+        result = torch.empty_like(out, dtype=torch.float32, memory_format=torch.channels_last)
+        input = input.float()
+        residual = None if residual is None else residual.float()
+    relu, threads = activation == "relu", torch.get_num_threads()
+    if algorithm == DIRECT:
+        packed = derived(weight, ("cpu_conv2d", groups), lambda w: _native.PackedConv2dWeight(_packable(w), groups))
+        _native.cpu_conv2d(
+            result, input, packed, scale, bias, residual, input_scale, input_shift, input_relu, relu, stride, padding,
+            dilation, threads,
+        )  # fmt: skip
+    else:
+        tile = _TILES[algorithm]
+        transformed = derived(
+            weight, ("cpu_conv2d", algorithm), lambda w: _native.PackedConv2dWinogradWeight(_packable(w), tile)
+        )
+        _native.cpu_conv2d_winograd(
+            result, input, transformed, scale, bias, residual, input_scale, input_shift, input_relu, relu, padding,
+            threads,
+        )  # fmt: skip
+    if result is not out:
+        out.copy_(result)
+
+
+def _packable(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.float() if weight.dtype == torch.float16 else weight
+
+
+def variants(operator: str, *args: Any) -> tuple[str, ...]:
+    """The algorithms that cover a convolution, for the tuner."""
+    if operator != "conv2d" or not winograd_covers(args[2], args[10], args[12], args[13]):
+        return ()
+    return (DIRECT, WINOGRAD4, WINOGRAD2) if backends.allows_fast_algorithms() else ()
+
+
+def variant(text: str) -> Any:
+    if text != DIRECT and text not in _TILES:
+        raise ValueError(f"backend 'cpp' has the variants {', '.join((DIRECT, *_TILES))}, not {text!r}")
+    return _Algorithm(text)
+
+
+class _Algorithm:
+    """This backend's conv2d by one algorithm."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
+        if operator != "conv2d":
+            return f"no algorithm {self._name} for {operator}"
+        if self._name != DIRECT and not backends.allows_fast_algorithms():
+            return "exact arithmetic was asked for"
+        return unsupported(operator, device, dtype, **facts)
+
+    def fast_algorithm(self, operator: str, *args: object) -> str | None:
+        return None if self._name == DIRECT else "winograd"
+
+    def conv2d(self, *args: Any) -> None:
+        conv2d_by(self._name, *args)
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

@@ -24,7 +24,7 @@ def add_to(commands: Any) -> None:
     common.add_network_options(parser, batch=2)
     common.add_backend_option(parser)
     parser.add_argument("--data", metavar="NPZ", help="real inputs: an archive with `images` (N, 3, H, W) in uint8")
-    parser.add_argument("--exact", action="store_true", help="grant fast algorithms (Winograd) no allowance")
+    parser.add_argument("--exact", action="store_true", help="use no fast algorithm (Winograd), grant no allowance")
     parser.add_argument("--strict", action="store_true", help="fail where a kernel does not cover a call")
     parser.add_argument("--layers", action="store_true", help="show every operator call")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastcnn import backends
 from fastcnn.ops._arguments import require_tensor
 from fastcnn.ops._layout import may_overlap, overlaps_itself, pixel_stride, same_memory
 
@@ -183,7 +184,7 @@ class Operator:
 
             @staticmethod
             def forward(*args: Any) -> Tensor:
-                with torch._C._AutoDispatchBelowAutograd():
+                with backends.recording(), torch._C._AutoDispatchBelowAutograd():
                     return operator.functional(*args)
 
             @staticmethod

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastcnn.backends import Call, current_choice, intercept, use_backend
+from fastcnn.backends import Call, allows_fast_algorithms, current_choice, intercept, use_backend
+from fastcnn.backends import exact as keep_exact
 from fastcnn.verification.accuracy import FAST_ALGORITHM_ALLOWANCE, Judgement, judge
 from fastcnn.verification.calls import fast_algorithm, isolated, judge_outputs, outputs_of
 from fastcnn.verification.naming import CallNames
@@ -49,7 +50,7 @@ def verify(
             on the backend ``"reference"``.
         backend: the backend to verify; default: the choice in force.
         per_layer: check every operator call too.
-        exact: grant fast algorithms (Winograd) no allowance.
+        exact: use no fast algorithm (Winograd) and grant no allowance.
         strict: raise :class:`fastcnn.backends.UnsupportedError` where a kernel does not cover a call.
         name: what to call the network in the result; default: its class.
         progress: called with the name of each stage and layer as it begins.
@@ -66,7 +67,8 @@ def verify(
     chosen = backend or chosen
     tell = progress or (lambda text: None)
     watcher = _Watcher(model, per_layer=per_layer, exact=exact, tell=tell)
-    with _evaluating(model), use_backend(chosen, strict=strict or already_strict):
+    keeps_exact = exact or not allows_fast_algorithms()
+    with _evaluating(model), use_backend(chosen, strict=strict or already_strict), keep_exact(keeps_exact):
         tell("fastcnn")
         with intercept(watcher):
             ours = _tensors(model(*arguments))

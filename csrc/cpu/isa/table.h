@@ -32,6 +32,28 @@ struct Conv2dProblem {
   int64_t blocks_per_task;  // column blocks per task
 };
 
+// One Winograd convolution, ready to run. Filled by conv2d_winograd.cpp.
+struct WinogradProblem {
+  TensorView out, input;
+  int64_t pad_top, pad_left;
+  int tile;  // outputs to a tile's side, 4 or 2
+  const float* packed_weight;
+  int64_t channel_vectors, column_blocks;
+  // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
+  const float* input_scale;
+  const float* input_shift;
+  bool input_relu;
+  const float* scale;
+  const float* bias;
+  TensorView residual;
+  bool relu;
+  // How the work is cut: see isa/conv2d_winograd.cpp.
+  int64_t tiles_h, tiles_w, tiles;  // in an image's height and width; in the batch
+  int64_t tiles_per_block, blocks;
+  float* shared_input;       // this and the next: only where the transformed input is shared
+  int64_t vectors_per_task;  // channel vectors to an input task
+};
+
 enum class PoolKind : int32_t { max, average, adaptive };
 
 // One pooling, ready to run. Filled by pool2d.cpp.
@@ -107,6 +129,11 @@ struct KernelTable {
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).
   void (*conv2d_task)(const Conv2dProblem&, int64_t index, void* scratch);
   void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
+  int64_t (*winograd_input_bytes)(const WinogradProblem&);    // transformed input of a tile block
+  int64_t (*winograd_product_bytes)(const WinogradProblem&);  // products of a tile block and a column block
+  void (*winograd_fused_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: input, then products
+  void (*winograd_input_task)(const WinogradProblem&, int64_t index);
+  void (*winograd_product_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: products
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);

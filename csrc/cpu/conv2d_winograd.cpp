@@ -1,0 +1,192 @@
+// Winograd convolution on the CPU: weight transform and the cut into tasks. The arithmetic is in
+// isa/conv2d_winograd.cpp.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "isa/table.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastcnn::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+float read_as_float(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
+  const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+int default_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// G, row by row: the filter polynomial's value at each finite point over the product of its distances to the others;
+// at infinity its leading coefficient.
+std::vector<double> filter_transform(int tile) {
+  const std::vector<double> points =
+      tile == 4 ? std::vector<double>{0, 0.625, -0.625, 1.5, -1.5} : std::vector<double>{0, 1, -1};
+  std::vector<double> rows;
+  for (const double p : points) {
+    double distances = 1;
+    for (const double q : points) distances *= p == q ? 1 : p - q;
+    rows.insert(rows.end(), {1 / distances, p / distances, p * p / distances});
+  }
+  rows.insert(rows.end(), {0, 0, 1});
+  return rows;
+}
+
+}  // namespace
+
+PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
+                                                       const int64_t strides[4], int tile)
+    : out_channels(shape[0]), in_channels(shape[1]), tile(tile), data_(nullptr, std::free) {
+  const KernelTable& table = kernels();
+  const int64_t block = table.column_block;
+  const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
+  const int t = tile + 2;
+  column_blocks = ceil_div(out_channels, block);
+  bytes_ = column_blocks * t * t * channels * block * 4;
+  data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
+  const std::vector<double> g = filter_transform(tile);
+  // A task is one channel of one column block: t*t rows of `block` values, zeros where k or c is beyond the end.
+  const auto transform = [&](int64_t task, void* scratch) {
+    const int64_t c = task % channels, first = task / channels * block;
+    double* values = static_cast<double*>(scratch);  // [r][s][block]
+    double* half = values + 9 * block;               // [i][s][block]
+    std::fill(values, half, 0.0);
+    const int64_t columns = c < in_channels ? std::min(block, out_channels - first) : 0;
+    for (int64_t k = 0; k < columns; ++k) {
+      for (int tap = 0; tap < 9; ++tap) {
+        const int64_t from = (first + k) * strides[0] + c * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
+        values[tap * block + k] = read_as_float(weight, dtype, from);
+      }
+    }
+    for (int i = 0; i < t; ++i) {
+      for (int64_t at = 0; at < 3 * block; ++at) {
+        half[3 * i * block + at] =
+            g[3 * i] * values[at] + g[3 * i + 1] * values[3 * block + at] + g[3 * i + 2] * values[6 * block + at];
+      }
+    }
+    float* to = data_.get() + first * t * t * channels + c * block;
+    for (int i = 0; i < t; ++i) {
+      const double* row = half + 3 * i * block;
+      for (int j = 0; j < t; ++j, to += channels * block) {
+        const double g0 = g[3 * j], g1 = g[3 * j + 1], g2 = g[3 * j + 2];
+        for (int64_t k = 0; k < block; ++k) {
+          to[k] = static_cast<float>(g0 * row[k] + g1 * row[block + k] + g2 * row[2 * block + k]);
+        }
+      }
+    }
+  };
+  const int64_t scratch_bytes = (9 + 3 * t) * block * 8;
+  parallel_tasks(column_blocks * channels, default_threads(), scratch_bytes, transform);
+}
+
+Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
+                               const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
+                               int threads)
+    : problem_(std::make_unique<WinogradProblem>()), vectors_(nullptr, std::free), threads_(threads) {
+  const KernelTable& table = kernels();
+  // Epilogue vectors, padded to whole column blocks so that the kernel reads them without a test.
+  const int64_t padded = weight.column_blocks * table.column_block;
+  vectors_.reset(static_cast<float*>(allocate_aligned(2 * padded * 4)));
+  float *scale = vectors_.get(), *bias = scale + padded;
+  std::fill(scale, bias, 1.0f);
+  std::fill(bias, bias + padded, 0.0f);
+  if (epilogue.scale != nullptr) std::copy_n(epilogue.scale, weight.out_channels, scale);
+  if (epilogue.bias != nullptr) std::copy_n(epilogue.bias, weight.out_channels, bias);
+
+  WinogradProblem& p = *problem_;
+  p.out = out;
+  p.input = input;
+  p.pad_top = geometry.pad_top;
+  p.pad_left = geometry.pad_left;
+  p.tile = weight.tile;
+  p.packed_weight = weight.data();
+  p.channel_vectors = ceil_div(weight.in_channels, table.vector_width);
+  p.column_blocks = weight.column_blocks;
+  p.input_scale = prologue.scale;
+  p.input_shift = prologue.shift;
+  p.input_relu = prologue.relu;
+  p.scale = scale;
+  p.bias = bias;
+  p.residual = epilogue.residual;
+  p.relu = epilogue.activation == Activation::relu;
+  p.tiles_h = ceil_div(out.h, weight.tile);
+  p.tiles_w = ceil_div(out.w, weight.tile);
+  p.tiles = out.n * p.tiles_h * p.tiles_w;
+
+  // A thread more must save more than it costs to wake: some 20 microseconds of products.
+  constexpr int64_t kFlopsPerThread = 2'000'000;
+  const int64_t channels = p.channel_vectors * table.vector_width;
+  const int64_t flops = 2 * (p.tile + 2) * (p.tile + 2) * p.tiles * channels * p.column_blocks * table.column_block;
+  threads = threads_ = static_cast<int>(std::clamp<int64_t>(flops / kFlopsPerThread, 1, threads));
+
+  // Fused: blocks of as many micro-tiles as their transformed input leaves room for in an L2 of 1 MiB, and at least
+  // one; of nearly equal size, and where there are few, as many for each thread.
+  const int64_t tile_bytes = (p.tile + 2) * (p.tile + 2) * channels * 4;
+  const int64_t micro = table.micro_rows;
+  constexpr int64_t kBlockBytes = 768 << 10, kMaxMicroTiles = 2, kMaxSharedMicroTiles = 4;
+  const int64_t room = std::clamp<int64_t>(kBlockBytes / (tile_bytes * micro), 1, kMaxMicroTiles) * micro;
+  int64_t blocks = ceil_div(p.tiles, room);
+  // Shared: where weights beyond L2 would be streamed again and again for a few tiles each and the transformed input
+  // is small enough to be reread from L3 instead; or where there are too few blocks to keep the threads busy.
+  constexpr int64_t kLargeWeightBytes = 4 << 20, kSharedBytes = 4 << 20;
+  const bool rereads_weights = weight.bytes() >= kLargeWeightBytes && p.tiles * tile_bytes <= kSharedBytes;
+  shared_ = rereads_weights || (threads > 1 && blocks < 2 * threads);
+  if (shared_) {
+    blocks = ceil_div(p.tiles, kMaxSharedMicroTiles * micro);
+  } else if (blocks < 8 * threads) {
+    blocks = ceil_div(blocks, threads) * threads;
+  }
+  p.tiles_per_block = ceil_div(p.tiles, blocks);
+  p.blocks = ceil_div(p.tiles, p.tiles_per_block);
+  p.vectors_per_task = std::max<int64_t>(1, p.channel_vectors * p.blocks / (4 * threads));
+}
+
+Conv2dWinograd::Conv2dWinograd(Conv2dWinograd&&) noexcept = default;
+Conv2dWinograd::~Conv2dWinograd() = default;
+
+void Conv2dWinograd::run() const {
+  run(problem_->out.data, problem_->input.data, problem_->residual.data);
+}
+
+void Conv2dWinograd::run(void* out, void* input, void* residual) const {
+  const KernelTable& table = kernels();
+  WinogradProblem problem = *problem_;
+  problem.out.data = out;
+  problem.input.data = input;
+  problem.residual.data = residual;
+  if (!shared_) {
+    parallel_tasks(problem.blocks, threads_,
+                   table.winograd_input_bytes(problem) + table.winograd_product_bytes(problem),
+                   [&](int64_t task, void* scratch) { table.winograd_fused_task(problem, task, scratch); });
+    return;
+  }
+  constexpr int kSharedSlot = 1;
+  problem.shared_input =
+      static_cast<float*>(thread_scratch<kSharedSlot>(problem.blocks * table.winograd_input_bytes(problem)));
+  if (problem.shared_input == nullptr) throw std::bad_alloc();
+  parallel_tasks(ceil_div(problem.channel_vectors, problem.vectors_per_task) * problem.blocks, threads_, 0,
+                 [&](int64_t task, void*) { table.winograd_input_task(problem, task); });
+  parallel_tasks(problem.column_blocks * problem.blocks, threads_, table.winograd_product_bytes(problem),
+                 [&](int64_t task, void* scratch) { table.winograd_product_task(problem, task, scratch); });
+}
+
+void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
+                     const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
+  Conv2dWinograd(out, input, weight, prologue, epilogue, geometry, threads).run();
+}
+
+}  // namespace fastcnn::cpu

@@ -1,0 +1,416 @@
+"""Winograd convolution against float64, and the rule that says when it serves."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.accuracy import assert_accurate, relative_error
+from support.layout import GuardedSlice, sliced
+from torch import Tensor
+
+import fastcnn
+from fastcnn import _native, ops
+from fastcnn.backends import cpp
+
+TILES = (4, 2)
+
+
+@pytest.fixture(autouse=True)
+def _allowed():
+    with fastcnn.exact(False):
+        yield
+
+
+# What the accuracy rule grants fast algorithms, and what these points keep to with room for small sums.
+STATED, USUAL = 1e-5, 1e-6
+
+
+class Case(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    padding: tuple[int, int] = (1, 1)  # top, left
+    padding_end: tuple[int, int] = (1, 1)  # bottom, right
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        p = self.h + self.padding[0] + self.padding_end[0] - 2
+        q = self.w + self.padding[1] + self.padding_end[1] - 2
+        return self.n, self.k, p, q
+
+
+CASES = [
+    Case(1, 1, 1, 1, 1),
+    Case(1, 3, 1, 1, 5),
+    Case(3, 5, 1, 9, 3),
+    Case(1, 16, 7, 7, 33),
+    Case(1, 33, 13, 11, 16),
+    Case(3, 64, 5, 17, 64),
+    Case(1, 100, 14, 14, 100),
+    Case(2, 33, 8, 8, 1),
+    Case(1, 16, 31, 29, 64),
+    Case(1, 5, 3, 3, 16, (0, 0), (0, 0)),  # a single output
+    Case(2, 16, 9, 10, 33, (0, 0), (0, 0)),
+    Case(1, 17, 6, 7, 35, (2, 2), (2, 2)),
+    Case(1, 3, 2, 3, 100, (5, 4), (6, 3)),  # tiles that see nothing but padding
+    Case(2, 16, 9, 6, 20, (0, 1), (1, 0)),
+    Case(1, 20, 6, 6, 40, (1, 0), (0, 2)),
+    Case(1, 512, 6, 6, 40),
+    Case(3, 37, 23, 19, 130),  # several tile blocks and column blocks
+]
+
+
+class Arguments(NamedTuple):
+    """The tensors of one call, and what an exact convolution makes of them."""
+
+    x: Tensor
+    w: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    input_scale: Tensor | None
+    input_shift: Tensor | None
+    relu: bool
+
+    def reference(self, case: Case, dtype: torch.dtype) -> Tensor:
+        x, w = self.x.to(dtype).contiguous(), self.w.to(dtype)
+        if self.input_scale is not None and self.input_shift is not None:
+            x = x * self.input_scale.to(dtype).view(-1, 1, 1) + self.input_shift.to(dtype).view(-1, 1, 1)
+            x = F.relu(x)
+        (top, left), (bottom, right) = case.padding, case.padding_end
+        y = F.conv2d(F.pad(x, (left, right, top, bottom)), w)
+        if self.scale is not None:
+            y = y * self.scale.to(dtype).view(-1, 1, 1)
+        if self.bias is not None:
+            y = y + self.bias.to(dtype).view(-1, 1, 1)
+        if self.residual is not None:
+            y = y + self.residual.to(dtype)
+        return F.relu(y) if self.relu else y
+
+    def run(self, case: Case, tile: int, out: Tensor, threads: int) -> None:
+        packed = _native.PackedConv2dWinogradWeight(self.w, tile)
+        _native.cpu_conv2d_winograd(
+            out, self.x, packed, self.scale, self.bias, self.residual, self.input_scale, self.input_shift,
+            self.input_scale is not None, self.relu, case.padding, threads,
+        )  # fmt: skip
+
+
+def arguments(case: Case, dtype: torch.dtype, *, full: bool, slices: bool) -> Arguments:
+    generator = torch.Generator().manual_seed(sum(case.out_shape))
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    lay = sliced if slices else lambda t: t.contiguous(memory_format=torch.channels_last)
+    x, w = draw(case.n, case.c, case.h, case.w).to(dtype), draw(case.k, case.c, 3, 3).to(dtype)
+    if not full:
+        return Arguments(lay(x), w, None, None, None, None, None, False)
+    return Arguments(
+        lay(x), w, draw(case.k), draw(case.k), lay(draw(*case.out_shape).to(dtype)), draw(case.c), draw(case.c), True
+    )
+
+
+def check(case: Case, tile: int, dtype: torch.dtype, full: bool, threads: int) -> None:
+    """One call into a poisoned slice: right everywhere, nothing written beside it."""
+    given = arguments(case, dtype, full=full, slices=full)
+    out = GuardedSlice(case.out_shape, dtype)
+    given.run(case, tile, out.view, threads)
+    out.assert_guards_intact()
+    exact = given.reference(case, torch.float64)
+    if dtype == torch.float32:
+        assert relative_error(out.view, exact) <= USUAL
+    else:
+        assert_accurate(out.view, given.reference(case, torch.float32).to(dtype), exact)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_float64(case: Case, tile: int, dtype: torch.dtype, full: bool):
+    check(case, tile, dtype, full, threads=2)
+
+
+def check_kernels() -> None:
+    """Everything once, for whichever instruction set is in use."""
+    for case in CASES:
+        for tile in TILES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for full in (False, True):
+                    check(case, tile, dtype, full, threads=1 if full else 3)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa: str):
+    if isa not in _native.cpu_instruction_sets():
+        pytest.skip(f"this processor or build has no {isa}")
+    folder = os.path.dirname(__file__)
+    paths = [folder, os.path.dirname(folder)]
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_conv2d_winograd as t; t.check_kernels()"
+    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    "case", [Case(1, 64, 61, 53, 64), Case(1, 300, 14, 14, 310), Case(3, 40, 30, 7, 50), Case(1, 16, 4, 4, 16)], ids=str
+)
+def test_the_same_bits_on_any_number_of_threads(case: Case, tile: int):
+    """Fewer threads cut the work differently, into blocks of other sizes or with the transformed input shared."""
+    given = arguments(case, torch.float32, full=True, slices=False)
+    results = []
+    for threads in (1, 2, 3, 4):
+        out = torch.full(case.out_shape, float("nan")).contiguous(memory_format=torch.channels_last)
+        given.run(case, tile, out, threads)
+        results.append(out)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_an_image_does_not_depend_on_its_batch(tile: int):
+    case = Case(5, 24, 13, 10, 40)
+    given = arguments(case, torch.float32, full=False, slices=False)
+    out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
+    given.run(case, tile, out, 2)
+    alone = torch.empty_like(out[3:4]).contiguous(memory_format=torch.channels_last)
+    given._replace(x=given.x[3:4]).run(case._replace(n=1), tile, alone, 2)
+    assert torch.equal(out[3:4], alone)
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["normal", "non-negative"])
+@pytest.mark.parametrize("channels", [16, 64, 256, 512])
+@pytest.mark.parametrize("tile", TILES)
+def test_error_keeps_far_below_the_stated_one(tile: int, channels: int, relu: bool):
+    case = Case(1, channels, 16, 16, 32)
+    given = arguments(case, torch.float32, full=False, slices=False)
+    if relu:
+        given = given._replace(x=given.x.relu())
+    out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
+    given.run(case, tile, out, 2)
+    error = relative_error(out, given.reference(case, torch.float64))
+    assert error <= USUAL < STATED
+
+
+def test_a_nan_reaches_its_tiles_and_nothing_else():
+    case = Case(1, 16, 16, 16, 16)
+    given = arguments(case, torch.float32, full=False, slices=False)
+    clean = given.reference(case, torch.float64)
+    given.x[0, 3, 1, 2] = float("nan")
+    out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
+    given.run(case, 4, out, 2)
+    assert out[..., :3, 1:4].isnan().all()  # wherever the exact result is NaN
+    assert not out[..., 4:, :].isnan().any()
+    assert not out[..., 4:].isnan().any()
+    assert relative_error(out[..., 4:], clean[..., 4:]) <= USUAL
+
+
+# ---- memory safety ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_named():
+    packed = _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 3), 4)
+
+    def run(out: Tensor, x: Tensor, threads: int = 1, **changed: Tensor) -> None:
+        vectors = {"scale": None, "bias": None, "residual": None, "input_scale": None, "input_shift": None, **changed}
+        _native.cpu_conv2d_winograd(
+            out, x, packed, **vectors, input_relu=False, relu=False, padding=(1, 1), threads=threads
+        )
+
+    nhwc = lambda *shape: torch.randn(*shape).contiguous(memory_format=torch.channels_last)  # noqa: E731
+    out, x = nhwc(1, 8, 6, 6), nhwc(1, 16, 6, 6)
+    run(out, x)
+    with pytest.raises(ValueError, match="input must have shape"):
+        run(out, nhwc(1, 15, 6, 6))
+    with pytest.raises(ValueError, match="out must have shape"):
+        run(nhwc(1, 9, 6, 6), x)
+    with pytest.raises(ValueError, match="channels-last"):
+        run(torch.randn(1, 8, 6, 6), x)
+    with pytest.raises(TypeError, match="out must have the input's dtype"):
+        run(out.bfloat16(), x)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        run(out.half(), x.half())
+    with pytest.raises(ValueError, match="residual must have shape"):
+        run(out, x, residual=nhwc(1, 8, 6, 5))
+    with pytest.raises(ValueError, match="bias must be contiguous with 8 values"):
+        run(out, x, bias=torch.randn(9))
+    with pytest.raises(ValueError, match="input_scale must be contiguous with 16 values"):
+        run(out, x, input_scale=torch.randn(8))
+    with pytest.raises(ValueError, match="threads must be positive"):
+        run(out, x, threads=0)
+    with pytest.raises(ValueError, match=r"weight must have shape \(K, C, 3, 3\)"):
+        _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 1), 4)
+    with pytest.raises(ValueError, match="tile must be 2 or 4"):
+        _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 3), 3)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 3).half(), 4)
+
+
+# ---- the choice -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[str]:
+    """The algorithm of each convolution that the C++ backend runs."""
+    seen: list[str] = []
+    plain = cpp.conv2d_by
+
+    def watching(algorithm: str, *args: object) -> None:
+        seen.append(algorithm)
+        plain(algorithm, *args)
+
+    monkeypatch.setattr(cpp, "conv2d_by", watching)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "shape", "k", "options"),
+    [
+        ("winograd4", (1, 64, 28, 28), 64, {}),
+        ("winograd4", (8, 8, 7, 7), 8, {}),
+        ("winograd2", (1, 64, 4, 4), 64, {}),  # one tile of 4x4
+        ("winograd2", (1, 512, 7, 7), 512, {}),  # large weights for few tiles
+        ("winograd4", (8, 512, 7, 7), 512, {}),
+        ("direct", (1, 3, 28, 28), 64, {}),
+        ("direct", (1, 64, 28, 28), 3, {}),
+        ("direct", (1, 64, 3, 3), 64, {}),
+        ("direct", (64, 64, 1, 1), 64, {}),  # nothing but overhanging tiles
+        ("direct", (1, 64, 28, 28), 64, {"stride": 2}),
+        ("direct", (1, 64, 28, 28), 64, {"dilation": 2}),
+        ("direct", (1, 64, 28, 28), 64, {"groups": 2}),
+    ],
+)
+@torch.no_grad()
+def test_which_algorithm_serves(served, algorithm: str, shape: tuple[int, ...], k: int, options: dict[str, int]):
+    x, w = torch.randn(shape), torch.randn(k, shape[1] // options.get("groups", 1), 3, 3)
+    y = ops.conv2d(x, w, padding=1, **options)
+    assert served == [algorithm]
+    exact = F.conv2d(x.double(), w.double(), padding=1, **options)
+    assert relative_error(y, exact) <= USUAL
+    verified = fastcnn.verify(Layer(w, options), x)
+    assert verified.passed, str(verified)
+    expected = None if algorithm == "direct" else "winograd"
+    assert [layer.algorithm for layer in verified.layers] == [expected]
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, weight: Tensor, options: dict[str, int]) -> None:
+        super().__init__()
+        self.weight, self.options = torch.nn.Parameter(weight), options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv2d(x, self.weight, padding=1, **self.options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_contiguous_and_channels_last_inputs(served, dtype: torch.dtype):
+    x, w = torch.randn(2, 24, 9, 11).to(dtype), torch.randn(17, 24, 3, 3).to(dtype)
+    reference, exact = F.conv2d(x, w, padding=1), F.conv2d(x.double(), w.double(), padding=1)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = ops.conv2d(x.contiguous(memory_format=memory_format), w, padding=1)
+        assert y.is_contiguous(memory_format=memory_format)
+        if dtype == torch.float32:
+            assert relative_error(y, exact) <= USUAL
+        else:
+            assert_accurate(y, reference, exact)
+    assert served == ["winograd4"] * 2
+
+
+def test_winograd_is_off_unless_asked_for(served):
+    contextvars.Context().run(ops.conv2d, torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3), padding=1)
+    assert served == ["direct"]
+
+
+@torch.no_grad()
+def test_exact_keeps_to_the_plain_sum(served):
+    x, layer = torch.randn(1, 16, 8, 8), Layer(torch.randn(16, 16, 3, 3), {})
+    with fastcnn.exact():
+        layer(x)
+        with fastcnn.use_backend("cpp"):
+            layer(x)
+        with fastcnn.exact(False):
+            layer(x)
+    layer(x)
+    assert served == ["direct", "direct", "winograd4", "winograd4"]
+    served.clear()
+    verified = fastcnn.verify(layer, x, exact=True)
+    assert verified.passed
+    assert verified.layers[0].algorithm is None
+    assert set(served) == {"direct"}
+
+
+@pytest.mark.parametrize(("value", "algorithm"), [("1", "direct"), ("0", "winograd4"), ("", "direct")])
+def test_exact_from_the_environment(value: str, algorithm: str):
+    code = (
+        "import torch, fastcnn; from fastcnn.backends import cpp; "
+        "print(cpp.conv2d_algorithm(torch.empty(1, 16, 8, 8), torch.empty(16, 16, 3, 3), (1, 1), (1, 1), 1))"
+    )
+    environment = {**os.environ, "FASTCNN_EXACT": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == algorithm, done.stderr
+
+
+def test_recorded_calls_keep_to_the_plain_sum(served):
+    x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3, requires_grad=True)
+    y = ops.conv2d(x, w, padding=1)
+    y.sum().backward()
+    assert served == ["direct"]
+    with torch.no_grad():
+        ops.conv2d(x, w, padding=1)
+    ops.conv2d(x, w.detach(), padding=1)
+    assert served == ["direct", "winograd4", "winograd4"]
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_transformed_again():
+    x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    ops.conv2d(x, w, padding=1)
+    w.mul_(-2)
+    exact = F.conv2d(x.double(), w.double(), padding=1)
+    assert relative_error(ops.conv2d(x, w, padding=1), exact) <= USUAL
+
+
+# ---- variants for the tuner -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_tuner_times_every_algorithm_and_exact_overrules_its_choice(served, monkeypatch):
+    import fastcnn.tuning
+    from fastcnn.tuning.tuner import tune
+
+    layer, x = Layer(torch.randn(16, 16, 3, 3), {}), torch.randn(1, 16, 12, 12)
+    fastcnn.tuning.forget()
+    try:
+        report = tune(layer, x, rounds=3, save=False, again=True)
+        (call,) = report.calls
+        names = {c.name: c.rejected for c in call.candidates}
+        assert {"cpp", "cpp:direct", "cpp:winograd4", "cpp:winograd2"} <= names.keys()
+        assert not any(names.values())
+        fastcnn.tuning._adopt(x.device, {call.key: "cpp:winograd2"})
+        served.clear()
+        layer(x)
+        with fastcnn.exact():
+            layer(x)
+        assert served == ["winograd2", "direct"]
+    finally:
+        fastcnn.tuning.forget()
+
+
+def test_variants_are_offered_where_they_can_run():
+    x, w, out = torch.empty(1, 16, 8, 8), torch.empty(16, 16, 3, 3), torch.empty(1, 16, 4, 4)
+    args = (out, x, w, None, None, None, None, None, False, "none")
+    assert cpp.variants("conv2d", *args, (1, 1), (1, 1), (1, 1), 1) == ("direct", "winograd4", "winograd2")
+    assert cpp.variants("conv2d", *args, (2, 2), (1, 1), (1, 1), 1) == ()
+    assert cpp.variants("linear", out, x, w, None, "none") == ()
+    with pytest.raises(ValueError, match="winograd4 serves 3x3"):
+        cpp.variant("winograd4").conv2d(*args, (2, 2), (1, 1), (1, 1), 1)
+    with pytest.raises(ValueError, match="not 'winograd6'"):
+        cpp.variant("winograd6")
+    assert "algorithm" in cpp.variant("winograd4").unsupported("linear", x.device, x.dtype)
