@@ -6,16 +6,9 @@
 #include "isa/table.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "preparation.h"
 
 namespace fastcnn::cpu {
-namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-}  // namespace
-
 void batch_statistics(float* mean, float* var, const TensorView& input, int threads) {
   // Nothing here depends on `threads`: the same sums in the same order, whoever computes them.
   constexpr int64_t kMaxRowTasks = 32, kChannelsPerTask = 256, kBlockValues = 16384;

@@ -5,14 +5,11 @@
 
 #include "isa/table.h"
 #include "kernels.h"
+#include "preparation.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 Work work_of(ChannelAffineProblem problem, const std::shared_ptr<float>& vectors, int threads) {
   constexpr int64_t kTasksPerThread = 4, kValuesPerTask = 1 << 14;

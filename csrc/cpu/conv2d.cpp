@@ -4,25 +4,10 @@
 
 #include "isa/table.h"
 #include "kernels.h"
+#include "preparation.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
-namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-float read_as_float(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
-  const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-}  // namespace
-
 PackedConv2dWeight::PackedConv2dWeight(const int64_t shape[4], int64_t groups)
     : out_channels(shape[0]),
       in_channels(shape[1] * groups),
@@ -100,19 +85,10 @@ int64_t cut_grouped(Conv2dProblem& problem) {
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
   const KernelTable& table = kernels();
-  // Epilogue vectors, padded to whole column blocks of each group so that the kernel reads them without a test.
   const int64_t groups = weight.spans_groups ? 1 : weight.groups;
   const int64_t group_out = weight.out_channels / groups;
   const int64_t padded = weight.column_blocks * (weight.spans_groups ? table.vector_width : table.column_block);
-  const std::shared_ptr<float> vectors(static_cast<float*>(allocate_aligned(2 * groups * padded * 4)), std::free);
-  float* scale = vectors.get();
-  float* bias = scale + groups * padded;
-  std::fill(scale, bias, 1.0f);
-  std::fill(bias, bias + groups * padded, 0.0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    if (epilogue.scale != nullptr) std::copy_n(epilogue.scale + g * group_out, group_out, scale + g * padded);
-    if (epilogue.bias != nullptr) std::copy_n(epilogue.bias + g * group_out, group_out, bias + g * padded);
-  }
+  const EpilogueVectors vectors(epilogue, groups, group_out, padded);
 
   Conv2dProblem problem;
   problem.out = out;
@@ -125,8 +101,8 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   problem.input_scale = prologue.scale;
   problem.input_shift = prologue.shift;
   problem.input_relu = prologue.relu;
-  problem.scale = scale;
-  problem.bias = bias;
+  problem.scale = vectors.scale;
+  problem.bias = vectors.bias;
   problem.residual = epilogue.residual;
   problem.relu = epilogue.activation == Activation::relu;
 
@@ -138,11 +114,15 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   work.threads = threads;
   if (weight.spans_groups) {
     work.tasks = cut_grouped(problem);
-    work.run = [problem, vectors, &table](int64_t task, void*) { table.conv2d_grouped_task(problem, task); };
+    work.run = [problem, memory = vectors.memory, &table](int64_t task, void*) {
+      table.conv2d_grouped_task(problem, task);
+    };
   } else {
     work.tasks = cut_dense(problem, threads);
     work.scratch_bytes = table.conv2d_scratch_bytes(problem);
-    work.run = [problem, vectors, &table](int64_t task, void* scratch) { table.conv2d_task(problem, task, scratch); };
+    work.run = [problem, memory = vectors.memory, &table](int64_t task, void* scratch) {
+      table.conv2d_task(problem, task, scratch);
+    };
   }
   return {work};
 }

@@ -7,21 +7,10 @@
 #include "isa/table.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "preparation.h"
 
 namespace fastcnn::cpu {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-float read_as_float(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
-  const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
 
 int default_threads() {
 #ifdef _OPENMP
@@ -96,16 +85,11 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType
 Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                                const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
                                int threads)
-    : problem_(std::make_unique<WinogradProblem>()), vectors_(nullptr, std::free), threads_(threads) {
+    : problem_(std::make_unique<WinogradProblem>()), threads_(threads) {
   const KernelTable& table = kernels();
-  // Epilogue vectors, padded to whole column blocks so that the kernel reads them without a test.
   const int64_t padded = weight.column_blocks * table.column_block;
-  vectors_.reset(static_cast<float*>(allocate_aligned(2 * padded * 4)));
-  float *scale = vectors_.get(), *bias = scale + padded;
-  std::fill(scale, bias, 1.0f);
-  std::fill(bias, bias + padded, 0.0f);
-  if (epilogue.scale != nullptr) std::copy_n(epilogue.scale, weight.out_channels, scale);
-  if (epilogue.bias != nullptr) std::copy_n(epilogue.bias, weight.out_channels, bias);
+  const EpilogueVectors vectors(epilogue, 1, weight.out_channels, padded);
+  vectors_ = vectors.memory;
 
   WinogradProblem& p = *problem_;
   p.out = out;
@@ -119,8 +103,8 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   p.input_scale = prologue.scale;
   p.input_shift = prologue.shift;
   p.input_relu = prologue.relu;
-  p.scale = scale;
-  p.bias = bias;
+  p.scale = vectors.scale;
+  p.bias = vectors.bias;
   p.residual = epilogue.residual;
   p.relu = epilogue.activation == Activation::relu;
   p.tiles_h = ceil_div(out.h, weight.tile);
@@ -159,15 +143,8 @@ Conv2dWinograd::Conv2dWinograd(Conv2dWinograd&&) noexcept = default;
 Conv2dWinograd::~Conv2dWinograd() = default;
 
 void Conv2dWinograd::run() const {
-  run(problem_->out.data, problem_->input.data, problem_->residual.data);
-}
-
-void Conv2dWinograd::run(void* out, void* input, void* residual) const {
   const KernelTable& table = kernels();
   WinogradProblem problem = *problem_;
-  problem.out.data = out;
-  problem.input.data = input;
-  problem.residual.data = residual;
   if (!shared_) {
     parallel_tasks(problem.blocks, threads_,
                    table.winograd_input_bytes(problem) + table.winograd_product_bytes(problem),

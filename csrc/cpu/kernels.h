@@ -68,12 +68,11 @@ class Conv2dWinograd {
                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
   Conv2dWinograd(Conv2dWinograd&&) noexcept;
   ~Conv2dWinograd();
-  void run() const;                                        // on the memory it was made for
-  void run(void* out, void* input, void* residual) const;  // on other memory of the same layout
+  void run() const;
 
  private:
   std::unique_ptr<WinogradProblem> problem_;
-  std::unique_ptr<float, void (*)(void*)> vectors_;  // the epilogue's, padded
+  std::shared_ptr<float> vectors_;  // the epilogue's, padded
   int threads_;
   bool shared_;  // how the work is cut: see isa/conv2d_winograd.cpp
 };

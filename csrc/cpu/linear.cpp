@@ -4,17 +4,10 @@
 
 #include "isa/table.h"
 #include "kernels.h"
+#include "preparation.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
-namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-}  // namespace
-
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
                   Activation activation, int threads) {
   const KernelTable& table = kernels();

@@ -3,14 +3,11 @@
 
 #include "isa/table.h"
 #include "kernels.h"
+#include "preparation.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Below this many values read, a second thread costs more than it saves (starting a team: some microseconds).
 constexpr int64_t kValuesPerThread = 32 * 1024;

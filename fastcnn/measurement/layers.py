@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn._table import text_table
-from fastcnn.backends import Call, backend_module, intercept, use_backend
+from fastcnn.backends import Call, intercept, use_backend
 from fastcnn.measurement.flops import call_flops
+from fastcnn.verification.calls import fast_algorithm
 from fastcnn.verification.naming import CallNames
 
 
@@ -89,13 +90,12 @@ def layer_times(model: nn.Module, input: Tensor, *, backend: str | None = None, 
 
 
 def _described(name: str, call: Call) -> dict[str, Any]:
-    ask: Any = getattr(backend_module(call.backend), "fast_algorithm", None)
     tensors = [argument for argument in call.args if isinstance(argument, Tensor)]
     return {
         "name": name,
         "operator": call.operator,
         "backend": call.backend,
-        "algorithm": ask(call.operator, *call.args) if ask is not None and call.dtype == torch.float32 else None,
+        "algorithm": fast_algorithm(call),
         "out_shape": tuple(tensors[0].shape),
         "flops": call_flops(call),
         "bytes": sum(t.numel() * t.element_size() for t in tensors),
