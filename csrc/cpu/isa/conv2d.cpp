@@ -159,6 +159,9 @@ struct MicroTarget {
   int64_t columns;     // valid output channels, <= kColumnBlock
   const float* scale;  // at this block
   const float* bias;
+  // Weights of the block that follows, fetched into L2 meanwhile: each step of the reduction touches one address.
+  const char* ahead;
+  int64_t ahead_step;
 };
 
 // One row's epilogue for any storage type and any number of valid channels.
@@ -183,6 +186,38 @@ static void finish_row(const MicroTarget& target, int row, const float* sums) {
   }
 }
 
+// Sums that do not fill whole fp32 vectors of the output: by way of memory, row by row.
+template <int Rows, int Vectors>
+static __attribute__((noinline)) void finish_rows(const MicroTarget& target, const float* sums) {
+  for (int i = 0; i < Rows; ++i) {
+    if (target.problem->out.dtype == DType::f32) {
+      finish_row<float>(target, i, sums + i * Vectors * kVectorWidth);
+    } else {
+      finish_row<uint16_t>(target, i, sums + i * Vectors * kVectorWidth);
+    }
+  }
+}
+
+// What the epilogue reads and writes, asked for before the sums are formed.
+template <int Rows>
+static inline void prefetch_epilogue(const MicroTarget& target) {
+  const TensorView& out = target.problem->out;
+  const TensorView& residual = target.problem->residual;
+  const int64_t item = size_in_bytes(out.dtype), last = (target.columns - 1) * item;
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t pixel = target.pixels[i].out;
+    const char* to = static_cast<const char*>(out.data) + (pixel * out.pixel_stride + target.channel) * item;
+    __builtin_prefetch(to, 1, 3);
+    __builtin_prefetch(to + last, 1, 3);
+    if (residual) {
+      const char* from =
+          static_cast<const char*>(residual.data) + (pixel * residual.pixel_stride + target.channel) * item;
+      __builtin_prefetch(from, 0, 3);
+      __builtin_prefetch(from + last, 0, 3);
+    }
+  }
+}
+
 template <int Rows, int Vectors>
 static void micro_kernel(const float* panel, const float* weight, int64_t depth, const MicroTarget& target) {
   Vector sum[Rows][Vectors];
@@ -191,7 +226,11 @@ static void micro_kernel(const float* panel, const float* weight, int64_t depth,
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
   }
+  if (target.finish) prefetch_epilogue<Rows>(target);
+  const char* ahead = target.ahead;
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += target.ahead_step;
     Vector w[Vectors];
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) w[j] = load(weight + k * kColumnBlock + j * kVectorWidth);
@@ -222,37 +261,35 @@ static void micro_kernel(const float* panel, const float* weight, int64_t depth,
     return;
   }
   const Conv2dProblem& problem = *target.problem;
-  if (problem.out.dtype == DType::f32 && target.columns == Vectors * kVectorWidth) {
-    Vector scale[Vectors], bias[Vectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) {
-      scale[j] = load(target.scale + j * kVectorWidth);
-      bias[j] = load(target.bias + j * kVectorWidth);
-    }
+  if (problem.out.dtype != DType::f32 || target.columns != Vectors * kVectorWidth) {
+    alignas(64) float sums[Rows * Vectors * kVectorWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const int64_t pixel = target.pixels[i].out;
-      float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
 #pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        Vector value = sum[i][j] * scale[j] + bias[j];
-        if (problem.residual) {
-          value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
-                        target.channel + j * kVectorWidth);
-        }
-        if (problem.relu) value = relu(value);
-        store(out + j * kVectorWidth, value);
-      }
+      for (int j = 0; j < Vectors; ++j) store(sums + (i * Vectors + j) * kVectorWidth, sum[i][j]);
     }
+    finish_rows<Rows, Vectors>(target, sums);
     return;
   }
+  Vector scale[Vectors], bias[Vectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) {
+    scale[j] = load(target.scale + j * kVectorWidth);
+    bias[j] = load(target.bias + j * kVectorWidth);
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    alignas(64) float sums[Vectors * kVectorWidth];
-    for (int j = 0; j < Vectors; ++j) store(sums + j * kVectorWidth, sum[i][j]);
-    if (problem.out.dtype == DType::f32) {
-      finish_row<float>(target, i, sums);
-    } else {
-      finish_row<uint16_t>(target, i, sums);
+    const int64_t pixel = target.pixels[i].out;
+    float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      Vector value = sum[i][j] * scale[j] + bias[j];
+      if (problem.residual) {
+        value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
+                      target.channel + j * kVectorWidth);
+      }
+      if (problem.relu) value = relu(value);
+      store(out + j * kVectorWidth, value);
     }
   }
 }
@@ -333,6 +370,10 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
   // Micro-tiles of nearly equal height: 49 pixels are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
   const int64_t micro_tiles = (rows + kMicroRows - 1) / kMicroRows;
 
+  const float* first_weight = problem.packed_weight + group * group_weights + first_block * reduction * kColumnBlock;
+  // Where this task's weights end, another's begin, or those of all: prefetching beyond is harmless.
+  const int64_t following = row_task + 1 < row_tasks ? 0 : (last_block - first_block) * reduction * kColumnBlock;
+
   for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
     const int64_t end = begin + problem.chunk < reduction ? begin + problem.chunk : reduction;
     if (problem.input.dtype == DType::f32) {
@@ -345,6 +386,14 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
     target.partial_stride = partial_stride;
     target.load_partial = begin > 0;
     target.finish = end == reduction;
+    if (problem.prefetch_input) {
+      // The pixels of the next task, spread over this one's steps; nothing where they are not adjacent in memory.
+      const int64_t steps = (last_block - first_block) * micro_tiles * (end - begin);
+      const int64_t item = size_in_bytes(problem.input.dtype);
+      target.ahead = static_cast<const char*>(problem.input.data) +
+                     ((first_pixel + rows) * problem.input.pixel_stride + begin) * item;
+      target.ahead_step = rows * problem.input.pixel_stride * item / steps;
+    }
     for (int64_t block = first_block; block < last_block; ++block) {
       const float* weight = problem.packed_weight + group * group_weights + (block * reduction + begin) * kColumnBlock;
       const int64_t columns_left = problem.group_out - block * kColumnBlock;
@@ -352,6 +401,13 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
       target.channel = group * problem.group_out + block * kColumnBlock;
       target.scale = problem.scale + (group * problem.column_blocks + block) * kColumnBlock;
       target.bias = problem.bias + (group * problem.column_blocks + block) * kColumnBlock;
+      if (!problem.prefetch_input) {
+        const float* next = block + 1 < last_block ? weight + reduction * kColumnBlock
+                            : end < reduction      ? first_weight + end * kColumnBlock
+                                                   : first_weight + following;
+        target.ahead = reinterpret_cast<const char*>(next);
+        target.ahead_step = kColumnBlock * 4 / micro_tiles;
+      }
       int64_t row = 0;
       for (int64_t tile = 0; tile < micro_tiles; ++tile) {
         const int64_t height = (rows - row + micro_tiles - tile - 1) / (micro_tiles - tile);
@@ -360,6 +416,7 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
         const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
         kernels[height](panel + row * kPanelStride, weight, end - begin, target);
         row += height;
+        target.ahead += (end - begin) * target.ahead_step;
       }
     }
   }

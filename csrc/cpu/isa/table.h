@@ -30,6 +30,7 @@ struct Conv2dProblem {
   int64_t chunk;            // reduction values per pass
   int64_t tile_rows;        // output pixels per task
   int64_t blocks_per_task;  // column blocks per task
+  bool prefetch_input;      // fetch the next task's pixels ahead, not the next weights
 };
 
 // One Winograd convolution, ready to run. Filled by conv2d_winograd.cpp.
