@@ -64,6 +64,13 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
   const int64_t chunks = ceil_div(reduction, table.max_chunk);
   problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
+  const Conv2dGeometry& g = problem.geometry;
+  const bool adjacent_pixels = g.filter_h * g.filter_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 &&
+                               g.pad_left == 0 && problem.out.h == problem.input.h && problem.out.w == problem.input.w;
+  // Rows a multiple of 4 KiB apart meet in one set of L1, which holds fewer lines than a micro-tile has rows.
+  problem.in_place = adjacent_pixels && problem.input.dtype == DType::f32 && problem.input_scale == nullptr &&
+                     problem.input_shift == nullptr && !problem.input_relu &&
+                     problem.input.pixel_stride * 4 % 4096 != 0;
   constexpr int64_t kMaxMicroTilesPerTask = 8, kL2Bytes = 512 << 10;
   constexpr double kGatherCycles = 3, kTaskCycles = 1500;  // for a vector; for a task
   constexpr double kLaterBytesPerCycle = 8;                // of weights that are not in L2
@@ -79,7 +86,8 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       const double weight_bytes = static_cast<double>(blocks) * reduction * table.column_block * 4;
       const double products = static_cast<double>(tile_rows) * blocks * reduction;
       const double stream = weight_bytes > kL2Bytes ? weight_bytes / kLaterBytesPerCycle : 0;
-      const double gather = static_cast<double>(tile_rows) * reduction / table.vector_width * kGatherCycles;
+      const double gather =
+          static_cast<double>(tile_rows) * reduction / table.vector_width * (problem.in_place ? 0 : kGatherCycles);
       const double task = std::max(products, stream) + gather + kTaskCycles;
       const double cost = task * ceil_div(row_tasks * column_tasks * groups, threads);
       if (best == 0 || cost < best) {
@@ -89,9 +97,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       }
     }
   }
-  const bool one_tap = problem.geometry.filter_h * problem.geometry.filter_w == 1;
-  problem.prefetch_input = one_tap && problem.geometry.stride_h == 1 && problem.geometry.stride_w == 1 &&
-                           problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
+  problem.prefetch_input = adjacent_pixels && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
   return ceil_div(pixels, problem.tile_rows) * ceil_div(problem.column_blocks, problem.blocks_per_task) * groups;
 }
 

@@ -218,8 +218,15 @@ static inline void prefetch_epilogue(const MicroTarget& target) {
   }
 }
 
-template <int Rows, int Vectors>
-static void micro_kernel(const float* panel, const float* weight, int64_t depth, const MicroTarget& target) {
+// Rows lie `stride` floats apart, kPanelStride in a panel. To keep the inner loop to few registers, every third row has
+// a pointer of its own.
+template <int Rows, int Vectors, bool InPanel>
+static void micro_kernel(const float* panel, int64_t stride, const float* weight, int64_t depth,
+                         const MicroTarget& target) {
+  if (InPanel) stride = kPanelStride;
+  const float* third[(Rows + 2) / 3];
+#pragma GCC unroll 8
+  for (int i = 0; i < (Rows + 2) / 3; ++i) third[i] = panel + 3 * i * stride;
   Vector sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
@@ -236,9 +243,13 @@ static void micro_kernel(const float* panel, const float* weight, int64_t depth,
     for (int j = 0; j < Vectors; ++j) w[j] = load(weight + k * kColumnBlock + j * kVectorWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vector x = broadcast(panel[i * kPanelStride + k]);
+      const Vector x = broadcast(InPanel ? panel[i * kPanelStride + k] : third[i / 3][i % 3 * stride]);
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
+    }
+    if (!InPanel) {
+#pragma GCC unroll 8
+      for (int i = 0; i < (Rows + 2) / 3; ++i) ++third[i];
     }
   }
   // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
@@ -294,21 +305,23 @@ static void micro_kernel(const float* panel, const float* weight, int64_t depth,
   }
 }
 
-using MicroKernel = void (*)(const float*, const float*, int64_t, const MicroTarget&);
+using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, const MicroTarget&);
 
-template <int Vectors>
+template <int Vectors, bool InPanel>
 struct MicroKernels {
   MicroKernel by_rows[kMicroRows + 1] = {};
   constexpr MicroKernels() { fill<kMicroRows>(); }
   template <int Rows>
   constexpr void fill() {
-    by_rows[Rows] = micro_kernel<Rows, Vectors>;
+    by_rows[Rows] = micro_kernel<Rows, Vectors, InPanel>;
     if constexpr (Rows > 1) fill<Rows - 1>();
   }
 };
 
-constexpr MicroKernels<1> kOneVector;
-constexpr MicroKernels<2> kTwoVectors;
+constexpr MicroKernels<1, true> kOneVector;
+constexpr MicroKernels<2, true> kTwoVectors;
+constexpr MicroKernels<1, false> kOneVectorInPlace;
+constexpr MicroKernels<2, false> kTwoVectorsInPlace;
 
 // ---- tasks
 // ------------------------------------------------------------------------------------------------------------
@@ -376,7 +389,12 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
 
   for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
     const int64_t end = begin + problem.chunk < reduction ? begin + problem.chunk : reduction;
-    if (problem.input.dtype == DType::f32) {
+    const float* from = panel;
+    int64_t stride = kPanelStride;
+    if (problem.in_place) {
+      stride = problem.input.pixel_stride;
+      from = static_cast<const float*>(problem.input.data) + first_pixel * stride + group * problem.group_in + begin;
+    } else if (problem.input.dtype == DType::f32) {
       gather_panel<float>(problem, pixels, rows, group * problem.group_in, begin, end, panel);
     } else {
       gather_panel<uint16_t>(problem, pixels, rows, group * problem.group_in, begin, end, panel);
@@ -408,13 +426,16 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
         target.ahead = reinterpret_cast<const char*>(next);
         target.ahead_step = kColumnBlock * 4 / micro_tiles;
       }
+      const bool one_vector = target.columns <= kVectorWidth;
+      const MicroKernel* in_place = one_vector ? kOneVectorInPlace.by_rows : kTwoVectorsInPlace.by_rows;
+      const MicroKernel* in_panel = one_vector ? kOneVector.by_rows : kTwoVectors.by_rows;
+      const MicroKernel* kernels = problem.in_place ? in_place : in_panel;
       int64_t row = 0;
       for (int64_t tile = 0; tile < micro_tiles; ++tile) {
         const int64_t height = (rows - row + micro_tiles - tile - 1) / (micro_tiles - tile);
         target.partial = partial + row * partial_stride + (block - first_block) * kColumnBlock;
         target.pixels = pixels + row;
-        const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
-        kernels[height](panel + row * kPanelStride, weight, end - begin, target);
+        kernels[height](from + row * stride, stride, weight, end - begin, target);
         row += height;
         target.ahead += (end - begin) * target.ahead_step;
       }

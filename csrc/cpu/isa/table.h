@@ -30,6 +30,7 @@ struct Conv2dProblem {
   int64_t chunk;            // reduction values per pass
   int64_t tile_rows;        // output pixels per task
   int64_t blocks_per_task;  // column blocks per task
+  bool in_place;            // pixels are read where they lie, not gathered: 1x1, stride 1, fp32, no prologue
   bool prefetch_input;      // fetch the next task's pixels ahead, not the next weights
 };
 
