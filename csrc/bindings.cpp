@@ -284,7 +284,8 @@ py::dict build_info() {
 void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 #endif
 
-void bind_plan(py::module_& m);  // bindings_plan.cpp
+void bind_plan(py::module_& m);    // bindings_plan.cpp
+void bind_limits(py::module_& m);  // bindings_limits.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcnn's compiled kernels. Use fastcnn.ops; these functions check memory safety only.";
@@ -325,6 +326,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_batch_statistics", &cpu_batch_statistics, py::arg("mean"), py::arg("var"), py::arg("input"),
         py::arg("threads"));
   bind_plan(m);
+  bind_limits(m);
 #if FASTCNN_CUDA
   bind_cuda(m);
 #endif

@@ -162,15 +162,22 @@ class PyPlan {
   }
 
   void run(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
-    if (threads < 1) throw py::value_error("threads must be positive, is " + std::to_string(threads));
-    if (inputs.size() != plan_->input_count() || outputs.size() != plan_->output_count()) {
-      throw py::value_error("a plan must be given as many inputs and outputs as it has");
-    }
-    std::vector<void*> in, out;
-    for (size_t i = 0; i < inputs.size(); ++i) in.push_back(memory(inputs[i], "input", 2 + i));
-    for (size_t i = 0; i < outputs.size(); ++i) out.push_back(memory(outputs[i], "output", 2 + inputs.size() + i));
+    const auto [in, out] = memories(inputs, outputs, threads);
     py::gil_scoped_release release;
     plan_->run(in, out, threads);
+  }
+
+  // [([step, ...], seconds), ...]: see cpu/plan.h.
+  py::list profile(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
+    const auto [in, out] = memories(inputs, outputs, threads);
+    std::vector<cpu::Plan::Timed> timed;
+    {
+      py::gil_scoped_release release;
+      timed = plan_->profile(in, out, threads);
+    }
+    py::list result;
+    for (const cpu::Plan::Timed& entry : timed) result.append(py::make_tuple(entry.steps, entry.seconds));
+    return result;
   }
 
   void fill_arena(int value) {
@@ -182,6 +189,20 @@ class PyPlan {
   int64_t phase_count() const { return plan_->phase_count(); }
 
  private:
+  // Where the caller's tensors lie, checked.
+  std::pair<std::vector<void*>, std::vector<void*>> memories(const std::vector<py::object>& inputs,
+                                                             const std::vector<py::object>& outputs,
+                                                             int threads) const {
+    if (threads < 1) throw py::value_error("threads must be positive, is " + std::to_string(threads));
+    if (inputs.size() != plan_->input_count() || outputs.size() != plan_->output_count()) {
+      throw py::value_error("a plan must be given as many inputs and outputs as it has");
+    }
+    std::vector<void*> in, out;
+    for (size_t i = 0; i < inputs.size(); ++i) in.push_back(memory(inputs[i], "input", 2 + i));
+    for (size_t i = 0; i < outputs.size(); ++i) out.push_back(memory(outputs[i], "output", 2 + inputs.size() + i));
+    return {in, out};
+  }
+
   static void require_bytes(int64_t bytes) {
     if (bytes < 0 || bytes > (int64_t{1} << 40)) throw py::value_error("a region must have 0 to 2^40 bytes");
   }
@@ -314,6 +335,7 @@ void bind_plan(py::module_& m) {
       .def("map", &PyPlan::map)
       .def("sum_last", &PyPlan::sum_last)
       .def("run", &PyPlan::run)
+      .def("profile", &PyPlan::profile)
       .def("fill_arena", &PyPlan::fill_arena)
       .def_property_readonly("arena_bytes", &PyPlan::arena_bytes)
       .def_property_readonly("step_count", &PyPlan::step_count)

@@ -167,14 +167,23 @@ void Plan::append(const std::vector<const Step*>& group, int threads) {
   close();
 }
 
-void Plan::execute() {
+void Plan::execute(Stamps* stamps) {
+  // Each stamp has one writer: whoever ran the work of a serial phase, or one thread behind a phase's barrier.
+  const auto stamp = [stamps](size_t entry) {
+    if (stamps != nullptr) (*stamps)[entry + 1] = std::chrono::steady_clock::now();
+  };
+  if (stamps != nullptr) (*stamps)[0] = std::chrono::steady_clock::now();
   if (team_ == 1) {
     void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
     if (scratch_bytes_ > 0 && scratch == nullptr) throw std::bad_alloc();
+    size_t entry = 0;
     for (const Phase& phase : phases_) {
       for (const Work* work : phase.works) {
         for (int64_t task = 0; task < work->tasks; ++task) work->run(task, scratch);
+        stamp(entry);
+        entry += phase.serial;
       }
+      entry += !phase.serial;
     }
     return;
   }
@@ -186,13 +195,16 @@ void Plan::execute() {
     if (scratch_bytes_ > 0 && scratch == nullptr) out_of_memory = true;
 #pragma omp barrier
     if (!out_of_memory) {
+      size_t entry = 0;
       for (size_t i = 0; i < phases_.size(); ++i) {
         const Phase& phase = phases_[i];
         if (phase.serial) {
           // The first thread that comes runs it all.
           if (next_[i].fetch_add(1, std::memory_order_relaxed) == 0) {
-            for (const Work* work : phase.works) {
-              for (int64_t task = 0; task < work->tasks; ++task) work->run(task, scratch);
+            for (size_t at = 0; at < phase.works.size(); ++at) {
+              const Work& work = *phase.works[at];
+              for (int64_t task = 0; task < work.tasks; ++task) work.run(task, scratch);
+              stamp(entry + at);
             }
           }
         } else {
@@ -203,14 +215,18 @@ void Plan::execute() {
           }
         }
 #pragma omp barrier
+        entry += phase.entries();
+        if (!phase.serial) {
+#pragma omp master
+          stamp(entry - 1);
+        }
       }
     }
   }
   if (out_of_memory) throw std::bad_alloc();
 }
 
-void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+void Plan::place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
   bool moved = false;
   const auto place = [&](size_t region, void* data) {
     moved = moved || bases_[region] != data;
@@ -219,7 +235,37 @@ void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outpu
   for (size_t i = 0; i < inputs.size(); ++i) place(2 + i, inputs[i]);
   for (size_t i = 0; i < outputs.size(); ++i) place(2 + inputs_ + i, outputs[i]);
   prepare(threads, moved);
+}
+
+void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  place_and_prepare(inputs, outputs, threads);
   execute();
+}
+
+std::vector<Plan::Timed> Plan::profile(const std::vector<void*>& inputs, const std::vector<void*>& outputs,
+                                       int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  place_and_prepare(inputs, outputs, threads);
+  std::vector<Timed> timed;
+  const auto step_of = [&](const Work* work) {
+    const auto owner = std::find_if(steps_.begin(), steps_.end(), [&](const Step& step) {
+      return std::any_of(step.works.begin(), step.works.end(), [&](const Work& own) { return &own == work; });
+    });
+    return static_cast<int64_t>(owner - steps_.begin());
+  };
+  for (const Phase& phase : phases_) {
+    for (size_t at = 0; at < phase.works.size(); ++at) {
+      if (at == 0 || phase.serial) timed.push_back({{}, 0});
+      timed.back().steps.push_back(step_of(phase.works[at]));
+    }
+  }
+  Stamps stamps(timed.size() + 1);
+  execute(&stamps);
+  for (size_t i = 0; i < timed.size(); ++i) {
+    timed[i].seconds = std::chrono::duration<double>(stamps[i + 1] - stamps[i]).count();
+  }
+  return timed;
 }
 
 }  // namespace fastcnn::cpu

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -46,6 +47,12 @@ class Plan {
 
   // inputs and outputs: as many, and as long, as were announced. One run at a time: others wait.
   void run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  // run() with a watch: what each phase took. Works that one thread ran in a row have an entry each.
+  struct Timed {
+    std::vector<int64_t> steps;  // whose works these are; several where steps ran side by side
+    double seconds;
+  };
+  std::vector<Timed> profile(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
   void fill_arena(int value);
 
   int64_t arena_bytes() const { return sizes_[0]; }
@@ -67,12 +74,15 @@ class Plan {
     std::vector<const Work*> works;
     int64_t tasks;
     bool serial;
+    size_t entries() const { return serial ? works.size() : 1; }  // of a profile
   };
 
   bool may_join(const std::vector<const Step*>& group, const Step& step) const;
   void append(const std::vector<const Step*>& group, int threads);
   void prepare(int threads, bool moved);
-  void execute();
+  void place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  using Stamps = std::vector<std::chrono::steady_clock::time_point>;  // the start, then the end of each entry
+  void execute(Stamps* stamps = nullptr);
 
   std::mutex mutex_;
   std::unique_ptr<char, void (*)(void*)> arena_;

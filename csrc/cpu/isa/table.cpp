@@ -32,6 +32,9 @@ const KernelTable& kernel_table() {
       linear_task,
       channel_affine_task,
       batch_statistics_task,
+      fma_loop,
+      bf16_dot_loop,
+      read_loop,
   };
   return table;
 }

@@ -144,6 +144,10 @@ struct KernelTable {
   void (*linear_task)(const LinearProblem&, int64_t index, void* scratch);
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
   void (*batch_statistics_task)(const BatchStatisticsProblem&, int64_t index);
+  // Loops that reach the machine's limits: see isa/machine_limits.cpp. The first two return the operations done.
+  double (*fma_loop)(int64_t iterations, float* mean);
+  double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
+  float (*read_loop)(const float* data, int64_t count);
 };
 
 namespace portable {

@@ -22,5 +22,8 @@ void linear_pack_task(const LinearProblem& problem, int64_t index);
 void linear_task(const LinearProblem& problem, int64_t index, void* scratch);
 void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
 void batch_statistics_task(const BatchStatisticsProblem& problem, int64_t index);
+double fma_loop(int64_t iterations, float* mean);
+double bf16_dot_loop(int64_t iterations, float* mean);
+float read_loop(const float* data, int64_t count);
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA
