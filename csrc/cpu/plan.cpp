@@ -123,7 +123,12 @@ void Plan::prepare(int threads, bool moved) {
     group.push_back(&step);
   }
   append(group, threads);
-  next_.reset(new std::atomic<int64_t>[phases_.size()]);
+  counter_count_ = 0;
+  for (Phase& phase : phases_) {
+    phase.first_counter = counter_count_;
+    counter_count_ += phase.serial ? 1 : phase.works.size() * team_;
+  }
+  counters_.reset(new Counter[counter_count_]);
   threads_ = threads;
 }
 
@@ -167,6 +172,28 @@ void Plan::append(const std::vector<const Step*>& group, int threads) {
   close();
 }
 
+// The tasks of a phase that fall to this thread. Each work's tasks are cut into as many runs as there are threads; a
+// thread does its own run of every work, then helps with the others'. So it mostly meets the same part of the picture
+// in every layer, in its own cache.
+void Plan::draw_tasks(const Phase& phase, void* scratch) {
+#ifdef _OPENMP
+  const int64_t me = omp_get_thread_num();
+#else
+  const int64_t me = 0;
+#endif
+  for (int64_t distance = 0; distance < team_; ++distance) {
+    const int64_t run = (me + distance) % team_;
+    for (size_t at = 0; at < phase.works.size(); ++at) {
+      const int64_t tasks = tasks_of(*phase.works[at]);
+      const int64_t begin = tasks * run / team_, end = tasks * (run + 1) / team_;
+      std::atomic<int64_t>& next = counters_[phase.first_counter + at * team_ + run].next;
+      for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        run_task(*phase.works[at], task, scratch);
+      }
+    }
+  }
+}
+
 void Plan::execute(Stamps* stamps) {
   // Each stamp has one writer: whoever ran the work of a serial phase, or one thread behind a phase's barrier.
   const auto stamp = [stamps](size_t entry) {
@@ -187,7 +214,7 @@ void Plan::execute(Stamps* stamps) {
     }
     return;
   }
-  for (size_t i = 0; i < phases_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
+  for (size_t i = 0; i < counter_count_; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
   std::atomic<bool> out_of_memory{false};
 #pragma omp parallel num_threads(team_)
   {
@@ -200,7 +227,7 @@ void Plan::execute(Stamps* stamps) {
         const Phase& phase = phases_[i];
         if (phase.serial) {
           // The first thread that comes runs it all.
-          if (next_[i].fetch_add(1, std::memory_order_relaxed) == 0) {
+          if (counters_[phase.first_counter].next.fetch_add(1, std::memory_order_relaxed) == 0) {
             for (size_t at = 0; at < phase.works.size(); ++at) {
               const Work& work = *phase.works[at];
               for (int64_t task = 0; task < work.tasks; ++task) work.run(task, scratch);
@@ -208,11 +235,7 @@ void Plan::execute(Stamps* stamps) {
             }
           }
         } else {
-          for (int64_t task; (task = next_[i].fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) {
-            size_t at = 0;
-            while (task >= tasks_of(*phase.works[at])) task -= tasks_of(*phase.works[at++]);
-            run_task(*phase.works[at], task, scratch);
-          }
+          draw_tasks(phase, scratch);
         }
 #pragma omp barrier
         entry += phase.entries();
