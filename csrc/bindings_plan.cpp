@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/strided.h"
+#include "cpu/workspace.h"
 #include "python_tensor.h"
 
 namespace py = pybind11;
@@ -42,21 +43,23 @@ class PyPlan {
               const py::object& scale, const py::object& bias, const py::object& residual,
               const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu, Pair stride,
               Pair padding, Pair dilation) {
-    const Operand y = operand(out, "out"), x = operand(input, "input");
-    const TensorView yv = view(y, "out"), xv = view(x, "input");
-    require_shape(xv, "input", yv.n, weight->in_channels, xv.h, xv.w);
-    require_shape(yv, "out", xv.n, weight->out_channels, yv.h, yv.w);
-    require_one_dtype({y, x});
-    if (padding[0] < 0 || padding[1] < 0) throw py::value_error("padding must not be negative");
     const Conv2dGeometry geometry =
         conv2d_geometry(weight->filter_h, weight->filter_w, weight->groups, stride, padding, dilation);
-    const Operand s = vector(scale, "scale", yv.c), b = vector(bias, "bias", yv.c),
-                  is = vector(input_scale, "input_scale", xv.c), it = vector(input_shift, "input_shift", xv.c);
-    const Operand r = residual_of(residual, yv);
-    plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::conv2d_work(view(y, at), view(x, at), *weight, {floats(is, at), floats(it, at), input_relu},
-                              {floats(s, at), floats(b, at), view(r, at), activation_of(relu)}, geometry, threads);
-    });
+    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+                [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue,
+                    int threads) { return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads); });
+  }
+
+  void conv2d_winograd(const py::tuple& out, const py::tuple& input,
+                       std::shared_ptr<cpu::PackedConv2dWinogradWeight> weight, const py::object& scale,
+                       const py::object& bias, const py::object& residual, const py::object& input_scale,
+                       const py::object& input_shift, bool input_relu, bool relu, Pair padding) {
+    const Conv2dGeometry geometry = conv2d_geometry(3, 3, 1, {1, 1}, padding, {1, 1});
+    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+                [=, workspace = workspace_](const TensorView& y, const TensorView& x, const Prologue& prologue,
+                                            const Epilogue& epilogue, int threads) {
+                  return cpu::conv2d_winograd_work(y, x, *weight, prologue, epilogue, geometry, threads, workspace);
+                });
   }
 
   void linear(const py::tuple& out, const py::tuple& input, const py::tuple& weight, const py::object& bias,
@@ -67,9 +70,9 @@ class PyPlan {
     require_shape(wv, "weight", wv.n, xv.c, 1, 1);
     require_one_dtype({y, x, w});
     const Operand b = vector(bias, "bias", yv.c);
-    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+    plan_->add({y, x}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
-                              activation_of(relu), threads);
+                              activation_of(relu), threads, workspace);
     });
   }
 
@@ -187,6 +190,7 @@ class PyPlan {
   int64_t arena_bytes() const { return plan_->arena_bytes(); }
   int64_t step_count() const { return plan_->step_count(); }
   int64_t phase_count() const { return plan_->phase_count(); }
+  int64_t workspace_bytes() const { return workspace_->bytes(); }
 
  private:
   // Where the caller's tensors lie, checked.
@@ -284,6 +288,27 @@ class PyPlan {
     return r;
   }
 
+  // Checks a convolution's operands and adds it; make(out, input, prologue, epilogue, threads) gives its works.
+  template <typename Weight, typename Make>
+  void convolution(const py::tuple& out, const py::tuple& input, const Weight& weight, const Conv2dGeometry& geometry,
+                   const py::object& scale, const py::object& bias, const py::object& residual,
+                   const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu,
+                   Make make) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = view(y, "out"), xv = view(x, "input");
+    require_shape(xv, "input", yv.n, weight.in_channels, xv.h, xv.w);
+    require_shape(yv, "out", xv.n, weight.out_channels, yv.h, yv.w);
+    require_one_dtype({y, x});
+    if (geometry.pad_top < 0 || geometry.pad_left < 0) throw py::value_error("padding must not be negative");
+    const Operand s = vector(scale, "scale", yv.c), b = vector(bias, "bias", yv.c),
+                  is = vector(input_scale, "input_scale", xv.c), it = vector(input_shift, "input_shift", xv.c);
+    const Operand r = residual_of(residual, yv);
+    plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
+      return make(view(y, at), view(x, at), {floats(is, at), floats(it, at), input_relu},
+                  {floats(s, at), floats(b, at), view(r, at), activation_of(relu)}, threads);
+    });
+  }
+
   template <typename Prepare>
   void pool(const py::tuple& out, const py::tuple& input, Prepare prepare) {
     const Operand y = operand(out, "out"), x = operand(input, "input");
@@ -315,6 +340,8 @@ class PyPlan {
 
   py::object constants_;
   std::unique_ptr<cpu::Plan> plan_;
+  // Of all steps with several works: the plan runs those of one step at a time.
+  std::shared_ptr<cpu::Workspace> workspace_ = std::make_shared<cpu::Workspace>();
 };
 
 }  // namespace
@@ -324,6 +351,7 @@ void bind_plan(py::module_& m) {
       .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
       .def("conv2d", &PyPlan::conv2d)
+      .def("conv2d_winograd", &PyPlan::conv2d_winograd)
       .def("linear", &PyPlan::linear)
       .def("channel_affine", &PyPlan::channel_affine)
       .def("max_pool2d", &PyPlan::max_pool2d)
@@ -339,5 +367,6 @@ void bind_plan(py::module_& m) {
       .def("fill_arena", &PyPlan::fill_arena)
       .def_property_readonly("arena_bytes", &PyPlan::arena_bytes)
       .def_property_readonly("step_count", &PyPlan::step_count)
-      .def_property_readonly("phase_count", &PyPlan::phase_count);
+      .def_property_readonly("phase_count", &PyPlan::phase_count)
+      .def_property_readonly("workspace_bytes", &PyPlan::workspace_bytes);
 }

@@ -52,8 +52,7 @@ struct WinogradProblem {
   // How the work is cut: see isa/conv2d_winograd.cpp.
   int64_t tiles_h, tiles_w, tiles;  // in an image's height and width; in the batch
   int64_t tiles_per_block, blocks;
-  float* shared_input;       // this and the next: only where the transformed input is shared
-  int64_t vectors_per_task;  // channel vectors to an input task
+  int64_t vectors_per_task;  // channel vectors to an input task, where the transformed input is shared
 };
 
 enum class PoolKind : int32_t { max, average, adaptive };
@@ -93,7 +92,6 @@ struct LinearProblem {
   int64_t rows, columns, depth;  // M, K, C
   const float* bias;
   bool relu;
-  float* packed_input;  // for many rows: room for [panel][c][column_block]; null for few
   int64_t columns_per_task, panels_per_task;
 };
 
@@ -134,14 +132,17 @@ struct KernelTable {
   int64_t (*winograd_input_bytes)(const WinogradProblem&);    // transformed input of a tile block
   int64_t (*winograd_product_bytes)(const WinogradProblem&);  // products of a tile block and a column block
   void (*winograd_fused_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: input, then products
-  void (*winograd_input_task)(const WinogradProblem&, int64_t index);
-  void (*winograd_product_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: products
+  // Where the transformed input of all blocks is shared. scratch: products
+  void (*winograd_input_task)(const WinogradProblem&, float* shared, int64_t index);
+  void (*winograd_product_task)(const WinogradProblem&, const float* shared, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);
   int64_t (*linear_scratch_bytes)(const LinearProblem&);
-  void (*linear_pack_task)(const LinearProblem&, int64_t index);
-  void (*linear_task)(const LinearProblem&, int64_t index, void* scratch);
+  // For many rows: packed has room for [panel][c][column_block].
+  void (*linear_pack_task)(const LinearProblem&, float* packed, int64_t index);
+  void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
+  void (*linear_many_rows_task)(const LinearProblem&, const float* packed, int64_t index, void* scratch);
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
   void (*batch_statistics_task)(const BatchStatisticsProblem&, int64_t index);
   // Loops that reach the machine's limits: see isa/machine_limits.cpp. The first two return the operations done.

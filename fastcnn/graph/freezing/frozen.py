@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten, treespec_loads
 
-from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.aten import aten_rules
 from fastcnn.graph.freezing.capture import capture
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
@@ -37,7 +37,7 @@ class FrozenModel(nn.Module):
     threads are safe; they run one after the other, since there is one arena. No gradient is recorded.
     """
 
-    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[_native.PackedConv2dWeight]) -> None:
+    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
         super().__init__()
         self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
         self._plan = build_plan(recipe, constants, self._weights)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.capture import Captured
 from fastcnn.graph.freezing.program import Attribute, Buffer, PackedWeight, Program, Step, View, channels_last_strides
 
@@ -37,7 +37,7 @@ class Lowering:
         self._captured, self._rules = captured, rules
         self._values: dict[Node, Any] = {}  # View or constant Tensor, or a tuple of them
         self._buffers: dict[int, Buffer] = {}  # by the fake storage's identity
-        self._weights: dict[tuple[int, int], int] = {}
+        self._weights: dict[tuple[int, int, str], int] = {}
         self._constants: dict[int, Buffer] = {}
         self._kept: list[Tensor] = []  # keeps identities of constants unique
         self._errors: list[str] = []
@@ -219,16 +219,16 @@ class Lowering:
             value = value.detach().float().contiguous()
         return self.as_view(value)
 
-    def conv_weight(self, value: View | Tensor, groups: int, dtype: torch.dtype) -> int:
+    def conv_weight(self, value: View | Tensor, groups: int, dtype: torch.dtype, algorithm: str) -> int:
         if isinstance(value, View):
             raise Unsupported("weight depends on the input")
         if value.dtype != dtype:
             raise Unsupported(f"weight is {value.dtype}, the input {dtype}")
-        key = (id(value), groups)
+        key = (id(value), groups, algorithm)
         if key not in self._weights:
             self._kept.append(value)
             k, c, r, s = value.shape
-            packed = PackedWeight(_native.PackedConv2dWeight(value.detach(), groups), (k, c, r, s), groups)
+            packed = PackedWeight(cpp.pack_weight(value, groups, algorithm), (k, c, r, s), groups, algorithm)
             self._weights[key] = len(self.program.weights)
             self.program.weights.append(packed)
         return self._weights[key]
@@ -277,14 +277,20 @@ def _in_schema_order(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _conv2d(low: Lowering, out: View, args: list[Any]) -> None:
     input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, in_scale, in_shift, relu = args
     x = low.as_pixels(input)
-    packed = low.conv_weight(weight, groups, x.dtype)
+    algorithm = cpp.conv2d_algorithm(out.shape, weight.shape, tuple(stride), tuple(dilation), groups)
+    packed = low.conv_weight(weight, groups, x.dtype, algorithm)
     vectors = (low.vector(scale, "scale"), low.vector(bias, "bias"))
     r = None if residual is None else low.as_pixels(residual)
     prologue = (low.vector(in_scale, "input_scale"), low.vector(in_shift, "input_shift"))
-    attributes = (relu, activation == "relu", tuple(stride), tuple(padding[:2]), tuple(dilation))
+    acts, top_left = (relu, activation == "relu"), tuple(padding[:2])
+    direct = algorithm == cpp.DIRECT
+    name = "conv2d" if direct else "conv2d_winograd"
+    attributes: tuple[Attribute, ...] = (
+        (*acts, tuple(stride), top_left, tuple(dilation)) if direct else (*acts, top_left)
+    )
     low.filled_as_pixels(
         out,
-        lambda y: low.emit("conv2d", y, x, *vectors, r, *prologue, attributes=attributes, weight=packed),
+        lambda y: low.emit(name, y, x, *vectors, r, *prologue, attributes=attributes, weight=packed),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.ops._layout import pixel_stride
 
 Attribute = int | float | bool | str | tuple[int, ...]
@@ -81,7 +81,7 @@ class View:
 class Step:
     """One call of the native plan: ``plan.operator(out, *inputs, *attributes)``.
 
-    For ``conv2d`` the packed weight ``weight`` (its place in :attr:`Program.weights`) follows the first input.
+    For convolutions the packed weight ``weight`` (its place in :attr:`Program.weights`) follows the first input.
     """
 
     operator: str
@@ -96,11 +96,12 @@ class Step:
 
 @dataclass
 class PackedWeight:
-    """A convolution's weight, packed for this processor's instruction set."""
+    """A convolution's weight, packed for this processor's instruction set and one of the C++ backend's algorithms."""
 
-    packed: _native.PackedConv2dWeight
+    packed: cpp.PackedWeight
     shape: tuple[int, int, int, int]
     groups: int
+    algorithm: str
 
 
 @dataclass
