@@ -53,7 +53,7 @@ class Lowering:
                 self._node(node)
             except Unsupported as reason:
                 self._errors.append(f"  {_described(node)}: {reason}")
-                self._values[node] = None
+                self._values[node] = self._stand_in(node)
         if self._errors:
             raise ValueError("model cannot be frozen; no native step covers\n" + "\n".join(self._errors))
         return self.program
@@ -121,6 +121,16 @@ class Lowering:
         self._values[node] = view
         if not known and not allocates:
             self.rule(target)(self, view, positional)
+
+    def _stand_in(self, node: Node) -> Any:
+        """For a node that was refused, so that those after it are looked at too; None where there can be no view."""
+        fake = node.meta.get("val")
+        try:
+            if isinstance(fake, Tensor):
+                return self._view_of(fake)
+            return tuple(self._view_of(f) for f in fake)  # type: ignore[union-attr]
+        except (Unsupported, TypeError, AttributeError):
+            return None
 
     def rule(self, target: Any) -> Rule:
         """How an operator is lowered; raises :class:`Unsupported`."""
