@@ -31,6 +31,8 @@ const KernelTable& kernel_table() {
       linear_pack_task,
       linear_task,
       channel_affine_task,
+      map_block,
+      rows_task,
       batch_statistics_task,
   };
   return table;

@@ -21,6 +21,8 @@ int64_t linear_scratch_bytes(const LinearProblem& problem);
 void linear_pack_task(const LinearProblem& problem, int64_t index);
 void linear_task(const LinearProblem& problem, int64_t index, void* scratch);
 void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
+void map_block(const MapProblem& problem);
+void rows_task(const RowsProblem& problem, int64_t index);
 void batch_statistics_task(const BatchStatisticsProblem& problem, int64_t index);
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -24,7 +24,7 @@ from fastcnn.graph.freezing.frozen import FrozenModel
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_frozen(
