@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cpu/rows.h"
 #include "cpu/strided.h"
 #include "cpu/workspace.h"
 #include "python_tensor.h"
@@ -70,7 +71,7 @@ class PyPlan {
     require_shape(wv, "weight", wv.n, xv.c, 1, 1);
     require_one_dtype({y, x, w});
     const Operand b = vector(bias, "bias", yv.c);
-    plan_->add({y, x}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
+    plan_->add({y, x, w}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
                               activation_of(relu), threads, workspace);
     });
@@ -133,34 +134,63 @@ class PyPlan {
                [=](const cpu::Plan::Bases& at, int threads) { return cpu::fill_work(strided(y, at), value, threads); });
   }
 
-  void map(const py::tuple& out, const py::tuple& a, const py::object& b, const std::string& name) {
-    static const std::vector<std::string> names = {"add", "subtract", "multiply", "tanh", "negate", "square"};
+  void map(const py::tuple& out, const py::tuple& a, const py::object& b, const std::string& name, float alpha,
+           float beta) {
+    // In the order of cpu::Map.
+    static const std::vector<std::string> names = {
+        "add",         "subtract",  "multiply", "divide",     "maximum", "minimum", "negate",     "absolute",
+        "square",      "sqrt",      "rsqrt",    "reciprocal", "exp",     "tanh",    "sigmoid",    "silu",
+        "hardsigmoid", "hardswish", "gelu",     "gelu_tanh",  "mish",    "clamp",   "leaky_relu", "elu"};
     const auto found = std::find(names.begin(), names.end(), name);
     if (found == names.end()) throw py::value_error("map must be known, is " + name);
     const auto kind = static_cast<cpu::Map>(found - names.begin());
     const Operand y = operand(out, "out"), left = operand(a, "a");
     const Operand right = b.is_none() ? Operand{} : operand(b.cast<py::tuple>(), "b");
-    const bool binary = kind <= cpu::Map::multiply;
+    const bool binary = kind < cpu::Map::negate;
     if (binary == b.is_none())
       throw py::value_error("map " + name + " must have " + (binary ? "two" : "one") + " input");
     require_same_shape(y, left);
     require_one_dtype({y, left});
     if (binary) require_same_shape(y, right), require_one_dtype({y, right});
     plan_->add({y, left, right}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::map_work(kind, strided(y, at), strided(left, at), binary ? strided(right, at) : cpu::Strided{},
-                           threads);
+      return cpu::map_work(kind, alpha, beta, strided(y, at), strided(left, at),
+                           binary ? strided(right, at) : cpu::Strided{}, threads);
     });
   }
 
-  void sum_last(const py::tuple& out, const py::tuple& input) {
+  void reduce_last(const py::tuple& out, const py::tuple& input, const std::string& name, float factor) {
+    if (name != "sum" && name != "max") throw py::value_error("reduction must be sum or max, is " + name);
+    const auto reduction = name == "sum" ? cpu::Reduction::sum : cpu::Reduction::max;
     const Operand y = operand(out, "out"), x = operand(input, "input");
     std::vector<int64_t> shape = x.shape;
-    if (shape.empty()) throw py::value_error("input must have a dimension to sum over");
+    if (shape.empty()) throw py::value_error("input must have a dimension to reduce");
     shape.pop_back();
     if (shape != y.shape) throw py::value_error("out must have the input's shape but for its last dimension");
     require_one_dtype({y, x});
     plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::sum_last_work(strided(y, at), strided(x, at), threads);
+      return cpu::reduce_last_work(reduction, strided(y, at), strided(x, at), factor, threads);
+    });
+  }
+
+  void layer_norm(const py::tuple& out, const py::tuple& input, const py::object& weight, const py::object& bias,
+                  float eps) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = matrix(y, "out"), xv = matrix(x, "input");
+    require_shape(yv, "out", xv.n, xv.c, 1, 1);
+    require_one_dtype({y, x});
+    const Operand w = vector(weight, "weight", xv.c), b = vector(bias, "bias", xv.c);
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::layer_norm_work(placed(yv, y, at), placed(xv, x, at), floats(w, at), floats(b, at), eps, threads);
+    });
+  }
+
+  void softmax(const py::tuple& out, const py::tuple& input) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = matrix(y, "out"), xv = matrix(x, "input");
+    require_shape(yv, "out", xv.n, xv.c, 1, 1);
+    require_one_dtype({y, x});
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::softmax_work(placed(yv, y, at), placed(xv, x, at), threads);
     });
   }
 
@@ -361,7 +391,9 @@ void bind_plan(py::module_& m) {
       .def("copy", &PyPlan::copy)
       .def("fill", &PyPlan::fill)
       .def("map", &PyPlan::map)
-      .def("sum_last", &PyPlan::sum_last)
+      .def("reduce_last", &PyPlan::reduce_last)
+      .def("layer_norm", &PyPlan::layer_norm)
+      .def("softmax", &PyPlan::softmax)
       .def("run", &PyPlan::run)
       .def("profile", &PyPlan::profile)
       .def("fill_arena", &PyPlan::fill_arena)

@@ -32,6 +32,8 @@ const KernelTable& kernel_table() {
       linear_few_rows_task,
       linear_many_rows_task,
       channel_affine_task,
+      map_block,
+      rows_task,
       batch_statistics_task,
       fma_loop,
       bf16_dot_loop,

@@ -110,6 +110,63 @@ struct ChannelAffineProblem {
   int64_t rows_per_task;
 };
 
+// Functions of one value (x) or two (x, z). alpha and beta are a map's own settings.
+enum class Map : int32_t {
+  add,       // x + alpha z
+  subtract,  // x - alpha z
+  multiply,
+  divide,
+  maximum,
+  minimum,
+  negate,  // the first function of one value
+  absolute,
+  square,
+  sqrt,
+  rsqrt,
+  reciprocal,
+  exp,
+  tanh,
+  sigmoid,
+  silu,         // x sigmoid(x)
+  hardsigmoid,  // clamp(x + 3, 0, 6) / 6
+  hardswish,    // x hardsigmoid(x)
+  gelu,         // x Phi(x)
+  gelu_tanh,    // its approximation by tanh
+  mish,         // x tanh(log(1 + exp(x)))
+  clamp,        // to alpha ... beta; ReLU6 is clamp to 0 ... 6
+  leaky_relu,   // x, or alpha x below 0
+  elu           // beta x, or alpha (exp(x) - 1) below 0
+};
+
+// Rows of one element-wise pass, ready to run. Filled by strided.cpp.
+struct MapProblem {
+  Map map;
+  DType dtype;
+  float alpha, beta;
+  void* out;
+  const void* a;
+  const void* b;  // null for functions of one value
+  int64_t rows, columns;
+  int64_t out_row, a_row, b_row, out_column, a_column, b_column;  // strides
+};
+
+enum class RowsKind : int32_t { layer_norm, softmax };
+
+// One layer normalisation or softmax, ready to run. Filled by rows.cpp.
+struct RowsProblem {
+  RowsKind kind;
+  DType dtype;
+  void* out;
+  const void* input;
+  int64_t out_stride, input_stride;  // from one row to the next
+  int64_t rows, columns;
+  // RowsKind::layer_norm only.
+  const float* weight;
+  const float* bias;
+  float eps;
+  int64_t rows_per_task;
+};
+
 // Sums over the pixels of a batch. Filled by batch_statistics.cpp.
 struct BatchStatisticsProblem {
   TensorView input;
@@ -144,6 +201,8 @@ struct KernelTable {
   void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
   void (*linear_many_rows_task)(const LinearProblem&, const float* packed, int64_t index, void* scratch);
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
+  void (*map_block)(const MapProblem&);
+  void (*rows_task)(const RowsProblem&, int64_t index);
   void (*batch_statistics_task)(const BatchStatisticsProblem&, int64_t index);
   // Loops that reach the machine's limits: see isa/machine_limits.cpp. The first two return the operations done.
   double (*fma_loop)(int64_t iterations, float* mean);

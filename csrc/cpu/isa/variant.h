@@ -22,6 +22,8 @@ void linear_pack_task(const LinearProblem& problem, float* packed, int64_t index
 void linear_few_rows_task(const LinearProblem& problem, int64_t index);
 void linear_many_rows_task(const LinearProblem& problem, const float* packed, int64_t index, void* scratch);
 void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
+void map_block(const MapProblem& problem);
+void rows_task(const RowsProblem& problem, int64_t index);
 void batch_statistics_task(const BatchStatisticsProblem& problem, int64_t index);
 double fma_loop(int64_t iterations, float* mean);
 double bf16_dot_loop(int64_t iterations, float* mean);

@@ -22,7 +22,7 @@ ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs f
 OPERATORS = frozenset(
     {
         "conv2d", "conv2d_winograd", "linear", "channel_affine", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
-        "local_response_norm", "copy", "fill", "map", "sum_last",
+        "local_response_norm", "copy", "fill", "map", "reduce_last", "layer_norm", "softmax",
     }
 )  # fmt: skip
 
