@@ -56,7 +56,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 _MOVERS = (
     "cat concat flatten view reshape permute transpose contiguous getattr getitem size chunk split unbind "
     "stack dim squeeze unsqueeze dropout dropout_ Dropout Dropout2d Identity Flatten Unflatten "
-    "channel_shuffle clone detach to pad type_as expand expand_as float half floordiv"
+    "_assert channel_shuffle clone detach to pad type_as expand expand_as float half floordiv"
 )
 MOVERS = frozenset(_MOVERS.split())
 
@@ -113,6 +113,33 @@ def refusal(module: nn.Module) -> str | None:
 def bound(node: fx.Node, name: str) -> dict[str, Any]:
     """A functional node's arguments by name."""
     return {**dict(zip(SIGNATURES[name], node.args, strict=False)), **node.kwargs}
+
+
+def first_argument(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def statistics(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
+    """Whose running statistics a batch norm updates: a key that is the same for two calls of one layer."""
+    if node.op == "call_module":  # one module under two names is still one
+        return id(modules[str(node.target)])
+    mean = bound(node, "bn").get("running_mean")
+    return mean.target if isinstance(mean, fx.Node) and mean.op == "get_attr" else mean
+
+
+def makes_a_new_tensor(node: fx.Node) -> bool:
+    """Whether the result certainly shares no memory with another value."""
+    name = getattr(node.target, "__name__", "")
+    if node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("fastcnn."):
+        return name in _NEW_CALLS
+    if node.op == "call_module" or name.endswith("_") or node.kwargs.get("out") is not None:
+        return False
+    return node.op == "call_function" and name in ("add", "sub", "mul", "truediv", "conv2d", "cat", "concat")
+
+
+_NEW_CALLS = frozenset(
+    ["conv_bn", "conv_act", "bn_act", "bn_act_conv", "linear_act", "add_act", "max_pool2d", "avg_pool2d"]
+)
 
 
 def may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
