@@ -1,9 +1,9 @@
 """What a rewritten graph calls: :mod:`fastcnn.nn.fusing` on the user's own modules, and the same on bare tensors.
 
 A layer is given as the user's module or, where the user called a function (``F.conv2d(x, w, b)``), as a dictionary of
-its arguments without the input. A graph does not know shapes and dtypes. What fastcnn's operators ask of them is checked
-here in each call; a case they do not take (a residual that is broadcast, an addition in place of another dtype) is
-computed as the user wrote it.
+its arguments without the input. A graph does not know shapes and dtypes. What fastcnn's operators ask of them is
+checked here in each call; a case they do not take (a residual that is broadcast, an addition in place of another dtype)
+is computed as the user wrote it.
 
 Common arguments: ``residual`` is added before ``activation``; ``writes`` says which operand an addition in place
 (``+=``) was written into, ``"result"`` or ``"residual"``: it keeps that one's dtype and shape. ``out`` is where to
@@ -239,10 +239,7 @@ def _folded(bn: Settings, conv_bias: Tensor | None = None) -> tuple[Tensor, Tens
 def _add_and_act(y: Any, residual: Any, writes: str | None, activation: Activation, out: Tensor | None) -> Any:
     """As the user wrote it."""
     if residual is not None:
-        if writes is None:
-            y = y + residual
-        else:
-            y = y.add_(residual) if writes == "result" else residual.add_(y)
+        y = y + residual if writes is None else y.add_(residual) if writes == "result" else residual.add_(y)
     return fusing._one_by_one(y, (), None, activation, out)
 
 

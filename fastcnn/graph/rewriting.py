@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx, nn
 
 from fastcnn.graph import kinds, roles
+from fastcnn.graph.concatenation import concatenate_in_place
+from fastcnn.graph.layouts import keep_channels_last
 from fastcnn.graph.patterns import PATTERNS, FusedCall, Match, ModuleAt, Pattern, writes_in_place
 
 
@@ -54,9 +56,11 @@ def rewrite(
             if matched is not None:
                 new, site = _replace(graph, *matched)
                 found[new] = site
+    notes = finder.notes() | concatenate_in_place(graph, modules)
+    left = _left(graph, modules, opaque or {}, notes)
+    keep_channels_last(graph, modules)
     graph.lint()
-    sites = {node: found[node] for node in graph.nodes if node in found}
-    return sites, _left(graph, modules, opaque or {}, finder.notes())
+    return {node: found[node] for node in graph.nodes if node in found}, left
 
 
 def _ask_inputs_for_their_rank(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:

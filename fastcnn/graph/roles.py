@@ -127,19 +127,27 @@ def statistics(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
     return mean.target if isinstance(mean, fx.Node) and mean.op == "get_attr" else mean
 
 
-def makes_a_new_tensor(node: fx.Node) -> bool:
-    """Whether the result certainly shares no memory with another value."""
+def makes_a_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> bool:
+    """Whether the result certainly shares no memory with another value. ``modules``: to ask for those of torch.nn."""
+    if node.op == "call_module":
+        module = None if modules is None else modules[str(node.target)]
+        known = type(module).__name__ in NEW and type(module).__module__.startswith("torch.nn.")
+        return known and module is not None and not has_hooks(module) and not getattr(module, "inplace", False)
+    if node.op == "call_method":
+        return str(node.target) in NEW
     name = getattr(node.target, "__name__", "")
-    if node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("fastcnn."):
-        return name in _NEW_CALLS
-    if node.op == "call_module" or name.endswith("_") or node.kwargs.get("out") is not None:
+    if node.op != "call_function" or name not in NEW or node.kwargs.get("out") is not None:
         return False
-    return node.op == "call_function" and name in ("add", "sub", "mul", "truediv", "conv2d", "cat", "concat")
+    return not node.kwargs.get("inplace") and not any(a is True for a in node.args)
 
 
-_NEW_CALLS = frozenset(
-    ["conv_bn", "conv_act", "bn_act", "bn_act_conv", "linear_act", "add_act", "max_pool2d", "avg_pool2d"]
+_NEW = (
+    "conv_bn conv_act bn_act bn_act_conv linear_act add_act "  # fastcnn's
+    "add sub mul truediv neg pow exp sqrt rsqrt mean sum matmul conv2d linear batch_norm layer_norm group_norm "
+    "max_pool2d avg_pool2d adaptive_avg_pool2d local_response_norm cat concat stack "
+    "Conv2d Linear BatchNorm2d LayerNorm GroupNorm MaxPool2d AvgPool2d LocalResponseNorm"
 )
+NEW = frozenset(_NEW.split()) | {name for name in ACTIVATIONS if not name.endswith("_")}
 
 
 def may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
