@@ -67,13 +67,14 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   const Conv2dGeometry& g = problem.geometry;
   const bool adjacent_pixels = g.filter_h * g.filter_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 &&
                                g.pad_left == 0 && problem.out.h == problem.input.h && problem.out.w == problem.input.w;
+  const bool prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
   // Rows a multiple of 4 KiB apart meet in one set of L1, which holds fewer lines than a micro-tile has rows.
-  problem.in_place = adjacent_pixels && problem.input.dtype == DType::f32 && problem.input_scale == nullptr &&
-                     problem.input_shift == nullptr && !problem.input_relu &&
-                     problem.input.pixel_stride * 4 % 4096 != 0;
+  problem.in_place =
+      adjacent_pixels && problem.input.dtype == DType::f32 && !prologue && problem.input.pixel_stride * 4 % 4096 != 0;
   constexpr int64_t kMaxMicroTilesPerTask = 8, kL2Bytes = 512 << 10;
-  constexpr double kGatherCycles = 3, kTaskCycles = 1500;  // for a vector; for a task
-  constexpr double kLaterBytesPerCycle = 8;                // of weights that are not in L2
+  constexpr double kTaskCycles = 1500;
+  constexpr double kLaterBytesPerCycle = 8;                              // of weights that are not in L2
+  const double vector_cycles = problem.in_place ? 0 : prologue ? 5 : 3;  // to gather a vector
   const int64_t pixels = problem.out.pixels();
   const int64_t micro_tiles = ceil_div(pixels, table.micro_rows);
   double best = 0;
@@ -86,8 +87,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       const double weight_bytes = static_cast<double>(blocks) * reduction * table.column_block * 4;
       const double products = static_cast<double>(tile_rows) * blocks * reduction;
       const double stream = weight_bytes > kL2Bytes ? weight_bytes / kLaterBytesPerCycle : 0;
-      const double gather =
-          static_cast<double>(tile_rows) * reduction / table.vector_width * (problem.in_place ? 0 : kGatherCycles);
+      const double gather = static_cast<double>(tile_rows) * reduction / table.vector_width * vector_cycles;
       const double task = std::max(products, stream) + gather + kTaskCycles;
       const double cost = task * ceil_div(row_tasks * column_tasks * groups, threads);
       if (best == 0 || cost < best) {
@@ -139,6 +139,8 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   }
   Work work;
   work.threads = threads;
+  work.constants = weight.data();
+  work.constant_bytes = weight.bytes();
   if (weight.spans_groups) {
     work.tasks = cut_grouped(problem);
     work.run = [problem, memory = vectors.memory, &table](int64_t task, void*) {

@@ -75,6 +75,7 @@ class Plan {
     std::vector<const Work*> works;
     int64_t tasks;
     bool serial;
+    std::vector<std::pair<const char*, int64_t>> ahead;  // constants of the next phase: where, how many bytes
     size_t first_counter = 0;  // one for each work and thread; of a serial phase, one
     size_t entries() const { return serial ? works.size() : 1; }  // of a profile
   };
@@ -88,6 +89,7 @@ class Plan {
   void prepare(int threads, bool moved);
   void place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
   using Stamps = std::vector<std::chrono::steady_clock::time_point>;  // the start, then the end of each entry
+  void fetch_ahead(const Phase& phase, int64_t task) const;
   void draw_tasks(const Phase& phase, void* scratch);
   void execute(Stamps* stamps = nullptr);
 

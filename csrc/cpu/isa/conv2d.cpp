@@ -57,19 +57,31 @@ static inline void copy_run(float* to, const T* from, int64_t count) {
   store(to + count - kVectorWidth, load(from + count - kVectorWidth));
 }
 
-// In place: the prologue of channels [c, c + count).
-static inline void apply_prologue(float* values, const Conv2dProblem& problem, int64_t c, int64_t count) {
-  const float* scale = problem.input_scale;
-  const float* shift = problem.input_shift;
-  if (scale != nullptr) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= scale[c + i];
+// The prologue of channels [c, ...), one vector of them at a time.
+struct ChannelPrologue {
+  const float* scale;
+  const float* shift;
+  bool has_relu;
+
+  Vector operator()(Vector x, int64_t i, int64_t lanes) const {
+    if (scale != nullptr) x *= lanes < kVectorWidth ? load_some(scale + i, lanes) : load(scale + i);
+    if (shift != nullptr) x += lanes < kVectorWidth ? load_some(shift + i, lanes) : load(shift + i);
+    return has_relu ? relu(x) : x;
   }
-  if (shift != nullptr) {
-    for (int64_t i = 0; i < count; ++i) values[i] += shift[c + i];
+};
+
+// copy_run with the prologue applied on the way.
+template <typename T>
+static inline void copy_run(float* to, const T* from, int64_t count, const ChannelPrologue& prologue) {
+  if (count < kVectorWidth) {
+    store_some(to, prologue(load_some(from, count), 0, count), count);
+    return;
   }
-  if (problem.input_relu) {
-    for (int64_t i = 0; i < count; ++i) values[i] = relu(values[i]);
+  for (int64_t i = 0; i + kVectorWidth < count; i += kVectorWidth) {
+    store(to + i, prologue(load(from + i), i, kVectorWidth));
   }
+  const int64_t last = count - kVectorWidth;
+  store(to + last, prologue(load(from + last), last, kVectorWidth));
 }
 
 // Reduction values [begin, end) of all pixels, tap by tap: each tap is a run of adjacent channels.
@@ -83,13 +95,20 @@ static void gather_taps(const Conv2dProblem& problem, const Pixel* pixels, int64
   int64_t tap = begin / channels, c = begin % channels;
   while (begin < end) {
     const int64_t count = channels - c < end - begin ? channels - c : end - begin;
+    const ChannelPrologue prologue = {problem.input_scale ? problem.input_scale + channel0 + c : nullptr,
+                                      problem.input_shift ? problem.input_shift + channel0 + c : nullptr,
+                                      problem.input_relu};
     const int64_t dh = tap / g.filter_w * g.dilation_h, dw = tap % g.filter_w * g.dilation_w;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t h = pixels[i].ih + dh, w = pixels[i].iw + dw;
       float* to = panel + i * kPanelStride;
       if (h >= 0 && h < x.h && w >= 0 && w < x.w) {
-        copy_run(to, data + (pixels[i].input_row + h * x.w + w) * x.pixel_stride + channel0 + c, count);
-        if (has_prologue) apply_prologue(to, problem, channel0 + c, count);
+        const T* from = data + (pixels[i].input_row + h * x.w + w) * x.pixel_stride + channel0 + c;
+        if (has_prologue) {
+          copy_run(to, from, count, prologue);
+        } else {
+          copy_run(to, from, count);
+        }
       } else {
         zero_fill(to, count);
       }
