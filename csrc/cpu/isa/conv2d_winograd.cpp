@@ -195,12 +195,13 @@ static void transform_block(const WinogradProblem& problem, int64_t block, int64
 // ---- products -----------------------------------------------------------------------------------------------------
 
 // sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; all channels of one point. Channels are summed in
-// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it.
+// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it. Meanwhile the
+// weights at `ahead` are fetched into L2, `ahead_step` floats further with every channel.
 constexpr int64_t kChunkVectors = kWinogradChunk / kVectorWidth;
 
 template <int Rows, int Vectors>
 static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, int64_t channel_vectors,
-                         float* sums) {
+                         float* sums, const float* ahead, int64_t ahead_step) {
   for (int64_t begin = 0; begin < channel_vectors; begin += kChunkVectors) {
     const int64_t left = channel_vectors - begin;
     const int64_t count = left < kChunkVectors ? left : kChunkVectors;
@@ -222,6 +223,9 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
           for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
         }
         weight += kColumnBlock;
+        __builtin_prefetch(ahead, 0, 2);
+        if (kColumnBlock > 16) __builtin_prefetch(ahead + 16, 0, 2);
+        ahead += ahead_step;
       }
       panel += vector_stride;
     }
@@ -240,7 +244,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
   }
 }
 
-using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*);
+using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, const float*, int64_t);
 
 template <int Vectors>
 struct MicroKernels {
@@ -310,7 +314,8 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   const int64_t first = column * kColumnBlock;
   const int64_t columns = problem.out.c - first < kColumnBlock ? problem.out.c - first : kColumnBlock;
   const MicroKernel* kernels = columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
-  // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2.
+  // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
+  // weights, so that reading them from memory takes its time beside the products, not before.
   const int64_t micro_tiles = (tiles.count + kMicroRows - 1) / kMicroRows;
   for (int point = 0; point < kPoints; ++point) {
     int64_t row = 0;
@@ -318,7 +323,9 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
       kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
                       weight + point * channels * kColumnBlock, problem.channel_vectors,
-                      products + point * product_stride + row * kColumnBlock);
+                      products + point * product_stride + row * kColumnBlock,
+                      weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock,
+                      kColumnBlock / micro_tiles);
       row += height;
     }
   }
