@@ -195,8 +195,8 @@ def operators_of(frozen: fastcnn.graph.freezing.FrozenModel) -> list[str]:
     return [step.operator for step in frozen._recipe.steps]
 
 
-# Batch, channels in and out, height and width: many blocks of tiles; few, so that threads share out the output channels;
-# tiles of 2x2.
+# Batch, channels in and out, height and width. Many blocks of tiles; few, so that threads share out the output
+# channels; tiles of 2x2.
 WINOGRAD = {"blocks": (2, 40, 33, 61, 53), "columns": (2, 256, 300, 16, 11), "2x2": (1, 512, 300, 7, 7)}
 
 

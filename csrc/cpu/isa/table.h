@@ -58,8 +58,8 @@ struct WinogradProblem {
   TensorView residual;
   bool relu;
   // How the work is cut: see isa/conv2d_winograd.cpp.
-  int64_t tiles_h, tiles_w;   // in an image's height and width
-  int64_t tiles;  // in the batch
+  int64_t tiles_h, tiles_w;  // in an image's height and width
+  int64_t tiles;             // in the batch
   int64_t tiles_per_block, blocks, columns_per_task;
 };
 
