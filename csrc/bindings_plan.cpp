@@ -47,6 +47,9 @@ class PyPlan {
     require_shape(xv, "input", yv.n, weight->in_channels, xv.h, xv.w);
     require_shape(yv, "out", xv.n, weight->out_channels, yv.h, yv.w);
     require_one_dtype({y, x});
+    if (weight->bf16_pairs && x.dtype != DType::bf16) {
+      throw py::type_error("input must be bfloat16, as the weight that was packed");
+    }
     if (padding[0] < 0 || padding[1] < 0) throw py::value_error("padding must not be negative");
     const Conv2dGeometry geometry =
         conv2d_geometry(weight->filter_h, weight->filter_w, weight->groups, stride, padding, dilation);

@@ -32,6 +32,7 @@ const KernelTable& kernel_table() {
       linear_task,
       channel_affine_task,
       batch_statistics_task,
+      nullptr,
   };
   return table;
 }

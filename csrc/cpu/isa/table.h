@@ -118,6 +118,8 @@ struct BatchStatisticsProblem {
   int64_t pixels_per_task, pixels_per_block, channels_per_task;
 };
 
+struct Bf16Kernels;
+
 struct KernelTable {
   const char* name;
   int vector_width;  // floats per vector
@@ -142,6 +144,7 @@ struct KernelTable {
   void (*linear_task)(const LinearProblem&, int64_t index, void* scratch);
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
   void (*batch_statistics_task)(const BatchStatisticsProblem&, int64_t index);
+  const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
 };
 
 namespace portable {
@@ -151,6 +154,9 @@ namespace avx2 {
 const KernelTable& kernel_table();
 }
 namespace avx512 {
+const KernelTable& kernel_table();
+}
+namespace avx512_bf16 {
 const KernelTable& kernel_table();
 }
 

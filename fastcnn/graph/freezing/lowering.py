@@ -228,7 +228,7 @@ class Lowering:
         if key not in self._weights:
             self._kept.append(value)
             k, c, r, s = value.shape
-            packed = PackedWeight(_native.PackedConv2dWeight(value.detach(), groups), (k, c, r, s), groups)
+            packed = PackedWeight(_native.PackedConv2dWeight(value.detach(), groups), (k, c, r, s), groups, value.dtype)
             self._weights[key] = len(self.program.weights)
             self.program.weights.append(packed)
         return self._weights[key]

@@ -101,6 +101,7 @@ class PackedWeight:
     packed: _native.PackedConv2dWeight
     shape: tuple[int, int, int, int]
     groups: int
+    dtype: torch.dtype
 
 
 @dataclass

@@ -65,7 +65,7 @@ class Recipe:
     arena_bytes: int
     activation_bytes: int  # of all activations side by side, as the captured graph allocates them
     steps: list[StepRecipe]
-    weights: list[tuple[tuple[int, ...], int]]  # shape and groups of each packed weight
+    weights: list[tuple[tuple[int, ...], int, str]]  # shape, groups and dtype of each packed weight
     structure: str  # of the result: a pytree specification in JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Recipe:
             int(data["arena_bytes"]),
             int(data["activation_bytes"]),
             [step(v) for v in data["steps"]],
-            [(tuple(shape), int(groups)) for shape, groups in data["weights"]],
+            [(tuple(shape), int(groups), str(dtype)) for shape, groups, dtype in data["weights"]],
             str(data["structure"]),
         )
 
@@ -149,7 +149,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
         arena_bytes,
         activation_bytes,
         steps,
-        [(w.shape, w.groups) for w in program.weights],
+        [(w.shape, w.groups, dtype_name(w.dtype)) for w in program.weights],
         treespec_dumps(structure),
     )
     return recipe, constants

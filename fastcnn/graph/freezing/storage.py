@@ -24,7 +24,7 @@ from fastcnn.graph.freezing.frozen import FrozenModel
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_frozen(
@@ -104,7 +104,7 @@ def _rebuilt(header: dict[str, Any], payload: memoryview) -> FrozenModel:
         constants.copy_(torch.frombuffer(bytearray(payload[: lengths[0]]), dtype=torch.uint8))
     at = lengths[0]
     weights = []
-    for length, (shape, groups) in zip(lengths[1:], recipe.weights, strict=True):
-        weights.append(_native.PackedConv2dWeight.from_packed(payload[at : at + length], shape, groups))
+    for length, (shape, groups, dtype) in zip(lengths[1:], recipe.weights, strict=True):
+        weights.append(_native.PackedConv2dWeight.from_packed(payload[at : at + length], shape, groups, dtype))
         at += length
     return FrozenModel(recipe, constants, weights)

@@ -1,0 +1,45 @@
+// What processors with bf16 dot products (AVX512-BF16) provide beside the table of table.h: convolution of bf16 tensors
+// in bf16 arithmetic. The arithmetic is in isa/conv2d_bf16.cpp, packing and the cut into tasks in conv2d_bf16.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/types.h"
+
+namespace fastcnn::cpu {
+
+constexpr int64_t kBf16MicroRows = 14;     // output pixels per micro-tile: 14 x 2 accumulators of 32 registers
+constexpr int64_t kBf16ColumnBlock = 32;   // output channels per micro-tile
+constexpr int64_t kBf16MaxChunk = 4608;    // reduction values per pass, even
+constexpr int64_t kBf16MaxTileRows = 112;  // output pixels per task
+
+// One convolution, ready to run. Filled by conv2d_bf16.cpp.
+struct Conv2dBf16Problem {
+  TensorView out, input;
+  Conv2dGeometry geometry;
+  const uint16_t* packed_weight;
+  int64_t group_in, group_out, column_blocks;
+  // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
+  const float* input_scale;
+  const float* input_shift;
+  bool input_relu;
+  const float* scale;
+  const float* bias;
+  TensorView residual;
+  bool relu;
+  // How the work is cut: see isa/conv2d_bf16.cpp.
+  bool in_place;            // the input is read where it lies
+  int64_t row_values;       // reduction values of a filter row, and a zero where that number is odd
+  int64_t chunk;            // reduction values per pass, even
+  int64_t panel_stride;     // values from one pixel of the gathered panel to the next
+  int64_t tile_rows;        // output pixels per task
+  int64_t blocks_per_task;  // column blocks per task
+};
+
+// The entries of an instruction set with bf16 dot products.
+struct Bf16Kernels {
+  int64_t (*conv2d_scratch_bytes)(const Conv2dBf16Problem&);
+  void (*conv2d_task)(const Conv2dBf16Problem&, int64_t index, void* scratch);
+};
+
+}  // namespace fastcnn::cpu
