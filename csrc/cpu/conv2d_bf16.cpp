@@ -34,48 +34,73 @@ void pack_bf16_pairs(const PackedConv2dWeight& shape, const uint16_t* weight, co
 
 namespace {
 
+Bf16Path choose_path(const Conv2dBf16Problem& problem, bool identity) {
+  const Conv2dGeometry& g = problem.geometry;
+  // Pixels a multiple of 4 KiB apart would share one set of L1.
+  const auto one_set = [](int64_t stride) { return stride % 2048 == 0; };
+  if (g.filter_h == 1 && g.filter_w == 1) {
+    const bool same_pixels = g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 && g.pad_left == 0 &&
+                             problem.out.h == problem.input.h && problem.out.w == problem.input.w;
+    const bool in_place = same_pixels && identity && problem.group_in % 2 == 0 && !one_set(problem.input.pixel_stride);
+    return in_place ? Bf16Path::in_place : Bf16Path::panel;
+  }
+  const bool fits = problem.out.w >= kBf16MicroRows / 2 && problem.out.w <= kBf16MaxTiles * kBf16MicroRows &&
+                    g.dilation_w == 1 && !one_set(g.stride_w * problem.group_in);
+  return fits ? Bf16Path::strip : Bf16Path::panel;
+}
+
 // How many pixels and column blocks a task owns: of some candidates the one whose last thread is done first, by an
 // estimate in cycles.
-int64_t cut(Conv2dBf16Problem& problem, int threads) {
-  const int64_t groups = problem.geometry.groups;
-  const int64_t pixels = problem.out.pixels();
-  const int64_t micro_tiles = ceil_div(pixels, kBf16MicroRows);
-  const int64_t reduction = problem.geometry.filter_h * problem.row_values;
-  const int64_t block_cycles = reduction / 2;  // per pixel and column block
-  const bool prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
-  const int64_t taps = problem.geometry.filter_h * problem.geometry.filter_w;
-  const int64_t gather_cycles = problem.in_place ? 0 : reduction / (prologue ? 6 : 16) + 8 * taps;  // per pixel
+int64_t cut(Conv2dBf16Problem& problem, bool identity, int threads) {
+  const Conv2dGeometry& g = problem.geometry;
+  const TensorView& out = problem.out;
+  const bool strip = problem.path == Bf16Path::strip;
+  const int64_t reduction = g.filter_h * problem.row_values;
+  const int64_t block_cycles = reduction / 2;  // per output pixel and column block
+  // What it takes to bring a pixel's values, per value, and per run of them.
+  const int64_t value_cycles_16 = identity ? 1 : 3, run_cycles = 8;
   // Weights beyond L2 come from L3 or memory for every task.
   constexpr int64_t kCachedWeightBytes = 512 << 10, kBytesPerCycle = 12, kTaskCycles = 500;
+  constexpr int64_t kStripBytes = 384 << 10;
   const int64_t block_bytes = reduction * kBf16ColumnBlock * 2;
   const bool streams = problem.column_blocks * block_bytes > kCachedWeightBytes;
   const int64_t stream_cycles = streams ? block_bytes / kBytesPerCycle : 0;  // per column block
 
+  // A strip's unit of rows is an output row, else a micro-tile of pixels.
+  const int64_t unit_tiles = strip ? ceil_div(out.w, kBf16MicroRows) : 1;
+  const int64_t units = strip ? out.h : ceil_div(out.pixels(), kBf16MicroRows);
   int64_t best = INT64_MAX, tasks = 0;
-  for (const int64_t tiles : {8, 4, 2, 1}) {
-    if (tiles > 1 && tiles / 2 >= micro_tiles) continue;
-    const int64_t rows = ceil_div(pixels, ceil_div(micro_tiles, tiles));
-    const int64_t row_tasks = ceil_div(pixels, rows);
+  for (int64_t wanted = kBf16MaxUnits; wanted >= 1; wanted /= 2) {
+    if (wanted > 1 && (wanted / 2 >= units || wanted * unit_tiles > kBf16MaxTiles)) continue;
+    int64_t rows, row_tasks, pixels, bring_cycles;
+    if (strip) {
+      rows = ceil_div(out.h, ceil_div(out.h, wanted));
+      row_tasks = out.n * ceil_div(out.h, rows);
+      pixels = rows * out.w;
+      const int64_t strip_rows = (rows - 1) * g.stride_h + (g.filter_h - 1) * g.dilation_h + 1;
+      if (wanted > 1 && strip_rows * problem.strip_pitch * 2 > kStripBytes) continue;
+      bring_cycles = strip_rows * (problem.strip_pitch * value_cycles_16 / 16 + run_cycles);
+    } else {
+      rows = pixels = ceil_div(out.pixels(), ceil_div(units, wanted));
+      row_tasks = ceil_div(out.pixels(), rows);
+      const bool in_place = problem.path == Bf16Path::in_place;
+      bring_cycles = in_place ? 0 : pixels * (reduction * value_cycles_16 / 16 + g.filter_h * g.filter_w * run_cycles);
+    }
     for (int64_t splits = 1; splits < 2 * problem.column_blocks && splits <= 32; splits *= 2) {
       const int64_t blocks = ceil_div(problem.column_blocks, splits);
-      const int64_t count = row_tasks * ceil_div(problem.column_blocks, blocks) * groups;
-      const int64_t compute = blocks * rows * block_cycles;
-      const int64_t cycles = std::max(compute, blocks * stream_cycles) + rows * gather_cycles + kTaskCycles;
+      const int64_t count = row_tasks * ceil_div(problem.column_blocks, blocks) * g.groups;
+      const int64_t compute = blocks * pixels * block_cycles;
+      const int64_t cycles = std::max(compute, blocks * stream_cycles) + bring_cycles + kTaskCycles;
       const int64_t total = ceil_div(count, threads) * cycles;
       if (total < best) {
         best = total;
         tasks = count;
         problem.tile_rows = rows;
+        problem.row_tasks = row_tasks;
         problem.blocks_per_task = blocks;
       }
     }
   }
-  const int64_t chunks = ceil_div(reduction, kBf16MaxChunk);
-  problem.chunk = problem.in_place ? reduction : ceil_div(ceil_div(reduction, chunks), 32) * 32;
-  // Room behind a pixel's values for a whole vector, and no multiple of 256 bytes, so that pixels spread over the
-  // cache's sets.
-  problem.panel_stride = ceil_div(problem.chunk, 32) * 32 + 32;
-  if (problem.panel_stride % 128 == 0) problem.panel_stride += 32;
   return tasks;
 }
 
@@ -103,11 +128,16 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
   problem.residual = epilogue.residual;
   problem.relu = epilogue.activation == Activation::relu;
   problem.row_values = bf16_row_values(weight.filter_w, weight.group_in);
-  // Pixels a multiple of 4 KiB apart would share one set of L1.
-  const bool one_set = input.pixel_stride % 2048 == 0;
-  problem.in_place = weight.filter_h == 1 && weight.filter_w == 1 && geometry.stride_h == 1 && geometry.stride_w == 1 &&
-                     geometry.pad_top == 0 && geometry.pad_left == 0 && out.h == input.h && out.w == input.w &&
-                     prologue.identity() && weight.group_in % 2 == 0 && !one_set;
+  problem.path = choose_path(problem, prologue.identity());
+  const int64_t reduction = weight.filter_h * problem.row_values;
+  const int64_t chunks = problem.path == Bf16Path::panel ? ceil_div(reduction, kBf16MaxChunk) : 1;
+  problem.chunk = chunks == 1 ? reduction : ceil_div(ceil_div(reduction, chunks), 32) * 32;
+  // Room behind a pixel's values for a whole vector, and no multiple of 256 bytes, so that pixels spread over the
+  // cache's sets.
+  problem.panel_stride = ceil_div(problem.chunk, 32) * 32 + 32;
+  if (problem.panel_stride % 128 == 0) problem.panel_stride += 32;
+  problem.strip_pixels = (out.w - 1) * geometry.stride_w + weight.filter_w;
+  problem.strip_pitch = ceil_div(problem.strip_pixels * weight.group_in, 32) * 32 + 32;
 
   constexpr int64_t kSerialWork = 1 << 19;  // multiplications not worth waking a thread for
   if (out.pixels() * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {
@@ -115,7 +145,7 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
   }
   Work work;
   work.threads = threads;
-  work.tasks = cut(problem, threads);
+  work.tasks = cut(problem, prologue.identity(), threads);
   work.scratch_bytes = table.conv2d_scratch_bytes(problem);
   work.run = [problem, memory = vectors.memory, &table](int64_t task, void* scratch) {
     table.conv2d_task(problem, task, scratch);

@@ -9,11 +9,18 @@
 // a row, over its S*C/groups values (s, c), with one zero behind them where that number is odd; two adjacent values
 // make a pair. Weights: [group][column block][pair][32 channels][2].
 //
-// Work: a task owns `tile_rows` pixels x `blocks_per_task` column blocks. A 1x1 filter with stride 1 reads the input in
-// place: its pixels lie one pixel stride apart. Everything else is first gathered, bf16 as it is, into a panel
-// [pixel][panel_stride], in chunks of at most kBf16MaxChunk reduction values; border zeros, strides, dilation and the
-// prologue are dealt with there, once per value. Then, for every column block and every micro-tile of up to 14 pixels:
-// broadcast a pair of each pixel and multiply it with two vectors of weights.
+// Work: a task owns some pixels x `blocks_per_task` column blocks. For every column block and every micro-tile of up to
+// 14 pixels it broadcasts a pair of each pixel and multiplies it with two vectors of weights. Where the pairs are read:
+//
+//   in place  a 1x1 filter with stride 1: pixels lie one pixel stride apart in the input.
+//   strip     the input rows that a few output rows need are copied, bf16 as they are, with their border zeros and the
+//             prologue applied. In the strip each filter row of an output pixel is one run, and the runs of neighbouring
+//             pixels lie one stride apart.
+//   panel     what is left (dilation, strided 1x1, narrow outputs): each pixel's reduction values are gathered into
+//             [pixel][panel_stride], in chunks of at most kBf16MaxChunk.
+//
+// A micro-tile's pixels are two equally spaced series of up to 7, which need not continue each other: two output rows of
+// 7 pixels are one micro-tile.
 //
 // Kept in registers: 14 x 2 accumulators, two weight vectors, one broadcast. In L1 or L2: the micro-tile's input, read
 // as 14 streams. In L2: the task's panel and a column block's weights. A broadcast is loaded into a register for both
@@ -30,7 +37,7 @@
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
-constexpr int kRows = kBf16MicroRows;
+constexpr int kRows = kBf16MicroRows, kHalfRows = kRows / 2;
 constexpr int64_t kBlock = kBf16ColumnBlock;
 constexpr int64_t kLanes = 32;  // bf16 values in a vector
 static_assert(kVectorWidth == 16, "written for vectors of 512 bits");
@@ -75,6 +82,10 @@ static inline void copy_run(uint16_t* to, const uint16_t* from, int64_t count) {
   if (i < count) _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(first_halves(count - i), from + i));
 }
 
+static inline bool has_prologue(const Conv2dBf16Problem& problem) {
+  return problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
+}
+
 // 16 values of a prologue vector; lanes that do not exist read as zero.
 static inline Vector vector_at(const float* values, int64_t i, int64_t count, float otherwise) {
   if (values == nullptr) return broadcast(otherwise);
@@ -101,7 +112,7 @@ static inline void prologue_run(uint16_t* to, const uint16_t* from, const Conv2d
 // is one run.
 template <bool Adjacent>
 static inline void gather_pixel(const Conv2dBf16Problem& problem, const Pixel& pixel, int64_t channel0, int64_t begin,
-                                int64_t end, bool has_prologue, uint16_t* panel) {
+                                int64_t end, bool prologue, uint16_t* panel) {
   const Conv2dGeometry& g = problem.geometry;
   const TensorView& x = problem.input;
   const int64_t channels = problem.group_in, length = g.filter_w * channels;
@@ -128,7 +139,7 @@ static inline void gather_pixel(const Conv2dBf16Problem& problem, const Pixel& p
         const uint16_t* source = data + (h * x.w + w) * x.pixel_stride + c;
         if (w < 0 || w >= x.w) {
           zero_run(row + from, count);
-        } else if (has_prologue) {
+        } else if (prologue) {
           prologue_run(row + from, source, problem, channel0 + c, count);
         } else {
           copy_run(row + from, source, count);
@@ -143,15 +154,47 @@ static inline void gather_pixel(const Conv2dBf16Problem& problem, const Pixel& p
 static void gather_panel(const Conv2dBf16Problem& problem, const Pixel* pixels, int64_t rows, int64_t channel0,
                          int64_t begin, int64_t end, uint16_t* panel) {
   const Conv2dGeometry& g = problem.geometry;
-  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
+  const bool prologue = has_prologue(problem);
   const bool adjacent = g.groups == 1 && problem.input.pixel_stride == problem.input.c && g.dilation_w == 1 &&
-                        g.filter_w > 1 && !has_prologue;
+                        g.filter_w > 1 && !prologue;
   for (int64_t i = 0; i < rows; ++i, panel += problem.panel_stride) {
     if (adjacent) {
       gather_pixel<true>(problem, pixels[i], channel0, begin, end, false, panel);
     } else {
-      gather_pixel<false>(problem, pixels[i], channel0, begin, end, has_prologue, panel);
+      gather_pixel<false>(problem, pixels[i], channel0, begin, end, prologue, panel);
     }
+  }
+}
+
+// Channels [channel0, channel0 + C/groups) of input rows [h, h + rows) of image n with their left and right padding,
+// `strip_pitch` values a row.
+static void fill_strip(const Conv2dBf16Problem& problem, int64_t n, int64_t h, int64_t rows, int64_t channel0,
+                       uint16_t* strip) {
+  const TensorView& x = problem.input;
+  const int64_t channels = problem.group_in, width = problem.strip_pixels;
+  const int64_t left = clamped(problem.geometry.pad_left, 0, width);
+  const int64_t inside = clamped(x.w, 0, width - left);  // input pixels that are read
+  const bool prologue = has_prologue(problem);
+  for (int64_t i = 0; i < rows; ++i, ++h, strip += problem.strip_pitch) {
+    if (h < 0 || h >= x.h) {
+      zero_run(strip, width * channels);
+      continue;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + (n * x.h + h) * x.w * x.pixel_stride + channel0;
+    uint16_t* to = strip + left * channels;
+    zero_run(strip, left * channels);
+    if (!prologue && x.pixel_stride == channels) {
+      copy_run(to, from, inside * channels);
+    } else {
+      for (int64_t w = 0; w < inside; ++w, from += x.pixel_stride) {
+        if (prologue) {
+          prologue_run(to + w * channels, from, problem, channel0, channels);
+        } else {
+          copy_run(to + w * channels, from, channels);
+        }
+      }
+    }
+    zero_run(to + inside * channels, (width - left - inside) * channels);
   }
 }
 
@@ -198,45 +241,67 @@ static inline void finish_row(const MicroTarget& target, const Vector* scale, co
   }
 }
 
-// One pair of `Rows` pixels, `stride` bytes apart from `x[0]` on; x[1] and x[2] are 5 and 10 pixels on, so that every
-// pixel's address is one operand of a load.
-template <int Rows, int Vectors>
+// A pair of each of `Rows` pixels. Pixels lie `stride` bytes apart, 7 from x[0] and 7 from x[1] on, so that every pixel's
+// address is one operand of a load. Single: only the pair's first value, the second is zero.
+template <int Rows, int Vectors, bool Single>
 static inline __attribute__((always_inline)) void add_pair(const char* const* x, int64_t stride, int64_t stride3,
-                                                           const uint16_t* weight, __m512 (*sum)[Vectors]) {
+                                                           int64_t stride5, const uint16_t* weight,
+                                                           __m512 (*sum)[Vectors]) {
   __m512bh w[Vectors];
 #pragma GCC unroll 2
   for (int j = 0; j < Vectors; ++j) w[j] = (__m512bh)_mm512_loadu_si512(weight + j * kLanes);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    const char* from = x[i / 5] + (i % 5 == 3 ? stride3 : i % 5 * stride);
-    int32_t pair;
-    __builtin_memcpy(&pair, from, 4);
-    const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+    const int at = i % kHalfRows;
+    const char* from = x[i / kHalfRows] + (at == 3   ? stride3
+                                           : at == 5 ? stride5
+                                           : at == 6 ? 2 * stride3
+                                                     : at * stride);
+    __m512bh value;
+    if constexpr (Single) {
+      uint16_t half;
+      __builtin_memcpy(&half, from, 2);
+      value = (__m512bh)_mm512_set1_epi32(half);
+    } else {
+      int32_t pair;
+      __builtin_memcpy(&pair, from, 4);
+      value = (__m512bh)_mm512_set1_epi32(pair);
+    }
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], value, w[j]);
   }
 }
 
+// Where a micro-tile's pixels are read: `runs` runs of `values` reduction values each, `pitch` bytes apart.
+struct Source {
+  const char* first;   // of pixel 0
+  const char* second;  // of pixel 7
+  int64_t stride;      // bytes from one pixel to the next
+  int64_t runs, values, pitch;
+};
+
 template <int Rows, int Vectors>
-static void micro_kernel(const uint16_t* input, int64_t pixel_stride, const uint16_t* weight, int64_t pairs,
-                         const MicroTarget& target) {
+static void micro_kernel(const Source& source, const uint16_t* weight, const MicroTarget& target) {
   __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_setzero_ps();
   }
-  int64_t stride = 2 * pixel_stride, stride3 = 3 * stride;
-  const char* x[3];
-  x[0] = reinterpret_cast<const char*>(input);
-  x[1] = Rows > 5 ? x[0] + 5 * stride : x[0];
-  x[2] = Rows > 10 ? x[0] + 10 * stride : x[0];
-  for (; pairs > 0; --pairs) {
-    // Keeps the compiler from making 14 pointers of these.
-    __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(stride), "+r"(stride3));
-    add_pair<Rows, Vectors>(x, stride, stride3, weight, sum);
-    x[0] += 4, x[1] += 4, x[2] += 4;
-    weight += 2 * kBlock;
+  int64_t stride = source.stride, stride3 = 3 * stride, stride5 = 5 * stride;
+  for (int64_t run = 0; run < source.runs; ++run) {
+    const char* x[2] = {source.first + run * source.pitch, source.second + run * source.pitch};
+    for (int64_t pairs = source.values / 2; pairs > 0; --pairs) {
+      // Keeps the compiler from making 14 pointers of these.
+      __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(stride), "+r"(stride3), "+r"(stride5));
+      add_pair<Rows, Vectors, false>(x, stride, stride3, stride5, weight, sum);
+      x[0] += 4, x[1] += 4;
+      weight += 2 * kBlock;
+    }
+    if (source.values % 2 != 0) {
+      add_pair<Rows, Vectors, true>(x, stride, stride3, stride5, weight, sum);
+      weight += 2 * kBlock;
+    }
   }
   // A chunk is summed by itself and then added to the earlier ones.
   if (target.load_partial) {
@@ -273,7 +338,7 @@ static void micro_kernel(const uint16_t* input, int64_t pixel_stride, const uint
   }
 }
 
-using MicroKernel = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, const MicroTarget&);
+using MicroKernel = void (*)(const Source&, const uint16_t*, const MicroTarget&);
 
 template <int Vectors>
 struct MicroKernels {
@@ -305,75 +370,147 @@ static void locate_pixels(const Conv2dBf16Problem& problem, int64_t first, int64
   }
 }
 
-static int64_t panel_bytes(const Conv2dBf16Problem& problem) {
-  return problem.in_place ? 0 : (problem.tile_rows * problem.panel_stride * 2 + 63) / 64 * 64;
+// Input rows that `rows` output rows of an image read.
+static int64_t strip_rows(const Conv2dBf16Problem& problem, int64_t rows) {
+  const Conv2dGeometry& g = problem.geometry;
+  return (rows - 1) * g.stride_h + (g.filter_h - 1) * g.dilation_h + 1;
+}
+
+static int64_t input_bytes(const Conv2dBf16Problem& problem) {
+  if (problem.path == Bf16Path::in_place) return 0;
+  const int64_t values = problem.path == Bf16Path::strip ? strip_rows(problem, problem.tile_rows) * problem.strip_pitch + kLanes
+                                                     : problem.tile_rows * problem.panel_stride;
+  return (values * 2 + 63) / 64 * 64;
+}
+
+// A micro-tile of a task.
+struct Tile {
+  int64_t height;
+  int64_t pixel;          // first output pixel
+  int64_t first, second;  // where pixels 0 and 7 are read, in values from the task's input on
+};
+
+// A task's column blocks, all its micro-tiles for each. Weights of `depth` of the reduction's values, from `begin` on.
+static void multiply(const Conv2dBf16Problem& problem, int64_t group, int64_t first_block, int64_t last_block,
+                     const Tile* tiles, int64_t count, const uint16_t* input, Source source, int64_t begin,
+                     MicroTarget target, float* partial) {
+  const int64_t reduction = problem.geometry.filter_h * problem.row_values;
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t index = group * problem.column_blocks + block;
+    const uint16_t* weight = problem.packed_weight + (index * reduction + begin) * kBlock;
+    const int64_t columns_left = problem.group_out - block * kBlock;
+    target.columns = columns_left < kBlock ? columns_left : kBlock;
+    target.channel = group * problem.group_out + block * kBlock;
+    target.scale = problem.scale + index * kBlock;
+    target.bias = problem.bias + index * kBlock;
+    const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
+    for (const Tile* tile = tiles; tile < tiles + count; ++tile) {
+      source.first = reinterpret_cast<const char*>(input + tile->first);
+      source.second = reinterpret_cast<const char*>(input + tile->second);
+      target.pixel = tile->pixel;
+      target.partial = partial + (tile->pixel - tiles->pixel) * target.partial_stride + (block - first_block) * kBlock;
+      kernels[tile->height](source, weight, target);
+    }
+  }
+}
+
+// Cuts `pixels` equally spaced ones into micro-tiles of nearly equal height: 49 are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
+static Tile* cut_series(Tile* tile, int64_t pixels, int64_t pixel, int64_t first, int64_t stride) {
+  for (int64_t left = (pixels + kRows - 1) / kRows; left > 0; --left, ++tile) {
+    const int64_t height = (pixels + left - 1) / left;
+    *tile = {height, pixel, first, first + (height > kHalfRows ? kHalfRows * stride : 0)};
+    pixels -= height;
+    pixel += height;
+    first += height * stride;
+  }
+  return tile;
+}
+
+// Task (row_task, column blocks) of a problem whose rows come from a strip.
+static void strip_task(const Conv2dBf16Problem& problem, int64_t row_task, int64_t group, int64_t first_block,
+                       int64_t last_block, uint16_t* strip) {
+  const Conv2dGeometry& g = problem.geometry;
+  const int64_t out_h = problem.out.h, out_w = problem.out.w;
+  const int64_t tasks = (out_h + problem.tile_rows - 1) / problem.tile_rows;  // of an image
+  const int64_t n = row_task / tasks, p0 = row_task % tasks * problem.tile_rows;
+  const int64_t rows = out_h - p0 < problem.tile_rows ? out_h - p0 : problem.tile_rows;
+  fill_strip(problem, n, p0 * g.stride_h - g.pad_top, strip_rows(problem, rows), group * problem.group_in, strip);
+
+  const int64_t stride = g.stride_w * problem.group_in, row_pitch = g.stride_h * problem.strip_pitch;
+  Tile tiles[kBf16MaxTiles];
+  Tile* end = tiles;
+  for (int64_t p = 0; p < rows; ++p) {
+    const int64_t pixel = (n * out_h + p0 + p) * out_w;
+    if (out_w == kHalfRows && p + 1 < rows) {
+      *end++ = {kRows, pixel, p * row_pitch, (p + 1) * row_pitch};
+      ++p;
+    } else {
+      end = cut_series(end, out_w, pixel, p * row_pitch, stride);
+    }
+  }
+  MicroTarget target = {};
+  target.problem = &problem;
+  target.finish = true;
+  const Source source = {nullptr, nullptr, 2 * stride, g.filter_h, g.filter_w * problem.group_in,
+                         2 * g.dilation_h * problem.strip_pitch};
+  multiply(problem, group, first_block, last_block, tiles, end - tiles, strip, source, 0, target, nullptr);
+}
+
+// The same in place or from a panel.
+static void pixels_task(const Conv2dBf16Problem& problem, int64_t row_task, int64_t group, int64_t first_block,
+                        int64_t last_block, void* memory) {
+  const int64_t first_pixel = row_task * problem.tile_rows;
+  const int64_t left = problem.out.pixels() - first_pixel;
+  const int64_t rows = left < problem.tile_rows ? left : problem.tile_rows;
+  const int64_t reduction = problem.geometry.filter_h * problem.row_values, channel0 = group * problem.group_in;
+  const bool in_place = problem.path == Bf16Path::in_place;
+  uint16_t* panel = static_cast<uint16_t*>(memory);
+  float* partial = reinterpret_cast<float*>(static_cast<char*>(memory) + input_bytes(problem));
+  const uint16_t* input = panel;
+  int64_t stride = problem.panel_stride;
+  Pixel pixels[kBf16MaxUnits * kRows];
+  if (in_place) {
+    stride = problem.input.pixel_stride;
+    input = static_cast<const uint16_t*>(problem.input.data) + first_pixel * stride + channel0;
+  } else {
+    locate_pixels(problem, first_pixel, rows, pixels);
+  }
+  Tile tiles[kBf16MaxTiles];
+  const int64_t count = cut_series(tiles, rows, first_pixel, 0, stride) - tiles;
+  MicroTarget target = {};
+  target.problem = &problem;
+  target.partial_stride = problem.blocks_per_task * kBlock;
+  for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
+    const int64_t end = begin + problem.chunk < reduction ? begin + problem.chunk : reduction;
+    if (!in_place) gather_panel(problem, pixels, rows, channel0, begin, end, panel);
+    target.load_partial = begin > 0;
+    target.finish = end == reduction;
+    const Source source = {nullptr, nullptr, 2 * stride, 1, end - begin, 0};
+    multiply(problem, group, first_block, last_block, tiles, count, input, source, begin, target, partial);
+  }
 }
 
 }  // namespace
 
 int64_t conv2d_bf16_scratch_bytes(const Conv2dBf16Problem& problem) {
   const bool one_chunk = problem.chunk >= problem.geometry.filter_h * problem.row_values;
-  return panel_bytes(problem) + (one_chunk ? 0 : problem.tile_rows * problem.blocks_per_task * kBlock * 4);
+  return input_bytes(problem) + (one_chunk ? 0 : problem.tile_rows * problem.blocks_per_task * kBlock * 4);
 }
 
 void conv2d_bf16_task(const Conv2dBf16Problem& problem, int64_t index, void* memory) {
-  const int64_t pixels_total = problem.out.pixels();
   const int64_t column_tasks = (problem.column_blocks + problem.blocks_per_task - 1) / problem.blocks_per_task;
-  const int64_t row_tasks = (pixels_total + problem.tile_rows - 1) / problem.tile_rows;
   // Column tasks vary slowest, so that threads that run side by side share weights.
-  const int64_t row_task = index % row_tasks;
-  const int64_t column_task = index / row_tasks % column_tasks;
-  const int64_t group = index / row_tasks / column_tasks;
-
-  const int64_t first_pixel = row_task * problem.tile_rows;
-  const int64_t rows = pixels_total - first_pixel < problem.tile_rows ? pixels_total - first_pixel : problem.tile_rows;
+  const int64_t row_task = index % problem.row_tasks;
+  const int64_t column_task = index / problem.row_tasks % column_tasks;
+  const int64_t group = index / problem.row_tasks / column_tasks;
   const int64_t first_block = column_task * problem.blocks_per_task;
   const int64_t last_block = first_block + problem.blocks_per_task < problem.column_blocks
                                  ? first_block + problem.blocks_per_task
                                  : problem.column_blocks;
-  const int64_t reduction = problem.geometry.filter_h * problem.row_values;
-  const int64_t channel0 = group * problem.group_in;
-  const int64_t micro_tiles = (rows + kRows - 1) / kRows;  // of nearly equal height
-
-  uint16_t* panel = static_cast<uint16_t*>(memory);
-  MicroTarget target;
-  target.problem = &problem;
-  target.partial_stride = problem.blocks_per_task * kBlock;
-  float* partial = reinterpret_cast<float*>(static_cast<char*>(memory) + panel_bytes(problem));
-
-  Pixel pixels[kBf16MaxTileRows];
-  const uint16_t* input = panel;
-  int64_t input_stride = problem.panel_stride;
-  if (problem.in_place) {
-    input_stride = problem.input.pixel_stride;
-    input = static_cast<const uint16_t*>(problem.input.data) + first_pixel * input_stride + channel0;
+  if (problem.path == Bf16Path::strip) {
+    strip_task(problem, row_task, group, first_block, last_block, static_cast<uint16_t*>(memory));
   } else {
-    locate_pixels(problem, first_pixel, rows, pixels);
-  }
-
-  for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
-    const int64_t end = begin + problem.chunk < reduction ? begin + problem.chunk : reduction;
-    if (!problem.in_place) gather_panel(problem, pixels, rows, channel0, begin, end, panel);
-    target.load_partial = begin > 0;
-    target.finish = end == reduction;
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const uint16_t* weight =
-          problem.packed_weight + ((group * problem.column_blocks + block) * reduction + begin) * kBlock;
-      const int64_t columns_left = problem.group_out - block * kBlock;
-      target.columns = columns_left < kBlock ? columns_left : kBlock;
-      target.channel = group * problem.group_out + block * kBlock;
-      target.scale = problem.scale + (group * problem.column_blocks + block) * kBlock;
-      target.bias = problem.bias + (group * problem.column_blocks + block) * kBlock;
-      const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
-      int64_t row = 0;
-      for (int64_t tile = 0; tile < micro_tiles; ++tile) {
-        const int64_t height = (rows - row + micro_tiles - tile - 1) / (micro_tiles - tile);
-        target.partial = partial + row * target.partial_stride + (block - first_block) * kBlock;
-        target.pixel = first_pixel + row;
-        kernels[height](input + row * input_stride, input_stride, weight, (end - begin) / 2, target);
-        row += height;
-      }
-    }
+    pixels_task(problem, row_task, group, first_block, last_block, memory);
   }
 }
 

@@ -11,7 +11,11 @@ namespace fastcnn::cpu {
 constexpr int64_t kBf16MicroRows = 14;     // output pixels per micro-tile: 14 x 2 accumulators of 32 registers
 constexpr int64_t kBf16ColumnBlock = 32;   // output channels per micro-tile
 constexpr int64_t kBf16MaxChunk = 4608;    // reduction values per pass, even
-constexpr int64_t kBf16MaxTileRows = 112;  // output pixels per task
+constexpr int64_t kBf16MaxTiles = 64;      // micro-tiles per task
+constexpr int64_t kBf16MaxUnits = 8;       // units of rows per task: output rows where there is a strip, else micro-tiles
+
+// Where the micro-kernel reads its input: see isa/conv2d_bf16.cpp.
+enum class Bf16Path : int32_t { in_place, strip, panel };
 
 // One convolution, ready to run. Filled by conv2d_bf16.cpp.
 struct Conv2dBf16Problem {
@@ -28,11 +32,14 @@ struct Conv2dBf16Problem {
   TensorView residual;
   bool relu;
   // How the work is cut: see isa/conv2d_bf16.cpp.
-  bool in_place;            // the input is read where it lies
+  Bf16Path path;
   int64_t row_values;       // reduction values of a filter row, and a zero where that number is odd
-  int64_t chunk;            // reduction values per pass, even
-  int64_t panel_stride;     // values from one pixel of the gathered panel to the next
-  int64_t tile_rows;        // output pixels per task
+  int64_t chunk;            // reduction values per pass, even; not for a strip
+  int64_t panel_stride;     // values from one pixel of a panel to the next
+  int64_t strip_pixels;     // input pixels of a strip's row, with padding
+  int64_t strip_pitch;      // values from one row of a strip to the next
+  int64_t tile_rows;        // output pixels per task; of a strip, output rows of one image
+  int64_t row_tasks;        // tasks that cover the output's pixels
   int64_t blocks_per_task;  // column blocks per task
 };
 
