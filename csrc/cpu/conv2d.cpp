@@ -24,10 +24,12 @@ PackedConv2dWeight::PackedConv2dWeight(DType dtype, const int64_t shape[4], int6
   const int64_t block = spans_groups ? table.vector_width : table.column_block;
   const int64_t taps = filter_h * filter_w;
   const int64_t reduction = taps * group_in;
-  bf16_pairs = dtype == DType::bf16 && table.bf16 != nullptr && !spans_groups;
+  bf16_pairs = dtype == DType::bf16 && table.bf16 != nullptr && !(spans_groups && group_in == 1);
   column_blocks = ceil_div(spans_groups ? out_channels : group_out, block);
   bytes_ = (spans_groups ? 1 : groups) * column_blocks * reduction * block * 4;
-  if (bf16_pairs) {
+  if (bf16_pairs && spans_groups) {
+    bytes_ /= 2;
+  } else if (bf16_pairs) {
     column_blocks = bf16_column_blocks(group_out);
     bytes_ = groups * column_blocks * filter_h * bf16_row_values(filter_w, group_in) * kBf16ColumnBlock * 2;
   }

@@ -1,5 +1,5 @@
 // Convolution in bf16 arithmetic on the CPU: weight packing and the cut into tasks. The arithmetic is in
-// isa/conv2d_bf16.cpp.
+// isa/conv2d_bf16.cpp and isa/conv2d_grouped_bf16.cpp.
 #include "conv2d_bf16.h"
 
 #include <algorithm>
@@ -12,20 +12,20 @@ namespace fastcnn::cpu {
 
 void pack_bf16_pairs(const PackedConv2dWeight& shape, const uint16_t* weight, const int64_t strides[4],
                      uint16_t* packed) {
+  // Where groups are spanned, a filter row's values are even in number anyway, and blocks are vectors.
   const int64_t row_values = bf16_row_values(shape.filter_w, shape.group_in);
   const int64_t reduction = shape.filter_h * row_values;
+  const int64_t width = shape.spans_groups ? kernels().vector_width : kBf16ColumnBlock;
   for (int64_t k = 0; k < shape.out_channels; ++k) {
-    const int64_t group = k / shape.group_out, column = k % shape.group_out;
-    uint16_t* block =
-        packed + (group * shape.column_blocks + column / kBf16ColumnBlock) * reduction * kBf16ColumnBlock;
-    uint16_t* to = block + column % kBf16ColumnBlock * 2;
+    const int64_t group = shape.spans_groups ? 0 : k / shape.group_out, column = k - group * shape.group_out;
+    uint16_t* to = packed + (group * shape.column_blocks + column / width) * reduction * width + column % width * 2;
     for (int64_t r = 0; r < shape.filter_h; ++r) {
       for (int64_t s = 0; s < shape.filter_w; ++s) {
         const uint16_t* from = weight + k * strides[0] + r * strides[2] + s * strides[3];
         const int64_t first = r * row_values + s * shape.group_in;
         for (int64_t c = 0; c < shape.group_in; ++c) {
           const int64_t value = first + c;
-          to[value / 2 * 2 * kBf16ColumnBlock + value % 2] = from[c * strides[1]];
+          to[value / 2 * 2 * width + value % 2] = from[c * strides[1]];
         }
       }
     }
@@ -59,8 +59,8 @@ int64_t cut(Conv2dBf16Problem& problem, bool identity, int threads) {
   const int64_t block_cycles = reduction / 2;  // per output pixel and column block
   // What it takes to bring a pixel's values, per value, and per run of them.
   const int64_t value_cycles_16 = identity ? 1 : 3, run_cycles = 8;
-  // Weights beyond L2 come from L3 or memory for every task.
-  constexpr int64_t kCachedWeightBytes = 512 << 10, kBytesPerCycle = 12, kTaskCycles = 500;
+  // Weights too large to stay in L2 come from L3 or memory for every task, for the most part beside the arithmetic.
+  constexpr int64_t kCachedWeightBytes = 192 << 10, kBytesPerCycle = 20, kTaskCycles = 500;
   constexpr int64_t kStripBytes = 384 << 10;
   const int64_t block_bytes = reduction * kBf16ColumnBlock * 2;
   const bool streams = problem.column_blocks * block_bytes > kCachedWeightBytes;
@@ -90,7 +90,7 @@ int64_t cut(Conv2dBf16Problem& problem, bool identity, int threads) {
       const int64_t blocks = ceil_div(problem.column_blocks, splits);
       const int64_t count = row_tasks * ceil_div(problem.column_blocks, blocks) * g.groups;
       const int64_t compute = blocks * pixels * block_cycles;
-      const int64_t cycles = std::max(compute, blocks * stream_cycles) + bring_cycles + kTaskCycles;
+      const int64_t cycles = compute + blocks * stream_cycles + bring_cycles + kTaskCycles;
       const int64_t total = ceil_div(count, threads) * cycles;
       if (total < best) {
         best = total;
@@ -110,7 +110,9 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
                        const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
                        int threads) {
   const Bf16Kernels& table = *kernels().bf16;
-  const EpilogueVectors vectors(epilogue, weight.groups, weight.group_out, weight.column_blocks * kBf16ColumnBlock);
+  const int64_t groups = weight.spans_groups ? 1 : weight.groups;
+  const int64_t width = weight.spans_groups ? kernels().vector_width : kBf16ColumnBlock;
+  const EpilogueVectors vectors(epilogue, groups, weight.out_channels / groups, weight.column_blocks * width);
 
   Conv2dBf16Problem problem;
   problem.out = out;
@@ -128,6 +130,21 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
   problem.residual = epilogue.residual;
   problem.relu = epilogue.activation == Activation::relu;
   problem.row_values = bf16_row_values(weight.filter_w, weight.group_in);
+  constexpr int64_t kSerialWork = 1 << 19;  // multiplications not worth waking a thread for
+  if (out.pixels() * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {
+    threads = 1;
+  }
+  Work work;
+  work.threads = threads;
+  if (weight.spans_groups) {
+    // One output row and enough channel blocks to be worth a task.
+    problem.blocks_per_task = std::min<int64_t>(8, problem.column_blocks);
+    work.tasks = out.n * out.h * ceil_div(problem.column_blocks, problem.blocks_per_task);
+    work.run = [problem, memory = vectors.memory, &table](int64_t task, void*) {
+      table.conv2d_grouped_task(problem, task);
+    };
+    return {work};
+  }
   problem.path = choose_path(problem, prologue.identity());
   const int64_t reduction = weight.filter_h * problem.row_values;
   const int64_t chunks = problem.path == Bf16Path::panel ? ceil_div(reduction, kBf16MaxChunk) : 1;
@@ -139,12 +156,6 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
   problem.strip_pixels = (out.w - 1) * geometry.stride_w + weight.filter_w;
   problem.strip_pitch = ceil_div(problem.strip_pixels * weight.group_in, 32) * 32 + 32;
 
-  constexpr int64_t kSerialWork = 1 << 19;  // multiplications not worth waking a thread for
-  if (out.pixels() * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {
-    threads = 1;
-  }
-  Work work;
-  work.threads = threads;
   work.tasks = cut(problem, prologue.identity(), threads);
   work.scratch_bytes = table.conv2d_scratch_bytes(problem);
   work.run = [problem, memory = vectors.memory, &table](int64_t task, void* scratch) {

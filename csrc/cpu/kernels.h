@@ -14,7 +14,7 @@
 namespace fastcnn::cpu {
 
 // Weights of a convolution rearranged for the micro-kernel of one instruction set (layouts: isa/conv2d.cpp,
-// isa/conv2d_grouped.cpp, isa/conv2d_bf16.cpp).
+// isa/conv2d_grouped.cpp, and the same with _bf16).
 class PackedConv2dWeight {
  public:
   // weight: (K, C/groups, R, S) with the given element strides, any of the three dtypes.
@@ -29,8 +29,8 @@ class PackedConv2dWeight {
   int64_t group_in, group_out;  // channels of one group
   // Narrow groups, as wide out as in: packed for isa/conv2d_grouped.cpp by vectors that span several groups.
   bool spans_groups;
-  // Of a bf16 weight, where the processor has bf16 dot products: packed in pairs for isa/conv2d_bf16.cpp, which takes
-  // bf16 tensors only.
+  // Of a bf16 weight, where the processor has bf16 dot products: packed in pairs for isa/conv2d_bf16.cpp or, where
+  // spans_groups, isa/conv2d_grouped_bf16.cpp, which take bf16 tensors only.
   bool bf16_pairs;
   int64_t column_blocks;  // blocks of output channels in a group, or vectors of channels over all where spans_groups
   const float* data() const { return data_.get(); }

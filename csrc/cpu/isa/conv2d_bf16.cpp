@@ -39,7 +39,9 @@ namespace {
 
 constexpr int kRows = kBf16MicroRows, kHalfRows = kRows / 2;
 constexpr int64_t kBlock = kBf16ColumnBlock;
-constexpr int64_t kLanes = 32;  // bf16 values in a vector
+constexpr int64_t kLanes = 32;                // bf16 values in a vector
+constexpr int64_t kPairBytes = kBlock * 4;    // weights of a pair and a column block
+constexpr int64_t kPrefetchDistance = 2048;
 static_assert(kVectorWidth == 16, "written for vectors of 512 bits");
 
 struct Pixel {
@@ -241,6 +243,20 @@ static inline void finish_row(const MicroTarget& target, const Vector* scale, co
   }
 }
 
+// What the epilogue will read and write.
+template <int Rows>
+static inline void prefetch_rows(const MicroTarget& target) {
+  const Conv2dBf16Problem& problem = *target.problem;
+  const char* out = static_cast<const char*>(problem.out.data) +
+                    2 * (target.pixel * problem.out.pixel_stride + target.channel);
+  for (int i = 0; i < Rows; ++i) __builtin_prefetch(out + 2 * i * problem.out.pixel_stride, 1, 3);
+  if (problem.residual) {
+    const char* residual = static_cast<const char*>(problem.residual.data) +
+                           2 * (target.pixel * problem.residual.pixel_stride + target.channel);
+    for (int i = 0; i < Rows; ++i) __builtin_prefetch(residual + 2 * i * problem.residual.pixel_stride, 0, 3);
+  }
+}
+
 // A pair of each of `Rows` pixels. Pixels lie `stride` bytes apart, 7 from x[0] and 7 from x[1] on, so that every pixel's
 // address is one operand of a load. Single: only the pair's first value, the second is zero.
 template <int Rows, int Vectors, bool Single>
@@ -278,6 +294,9 @@ struct Source {
   const char* second;  // of pixel 7
   int64_t stride;      // bytes from one pixel to the next
   int64_t runs, values, pitch;
+  // Weights that are needed next: brought to L2 meanwhile, `prefetch_step` bytes with every pair.
+  const char* prefetch;
+  int64_t prefetch_step;
 };
 
 template <int Rows, int Vectors>
@@ -288,6 +307,8 @@ static void micro_kernel(const Source& source, const uint16_t* weight, const Mic
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) sum[i][j] = _mm512_setzero_ps();
   }
+  if (target.finish) prefetch_rows<Rows>(target);
+  const char* prefetch = source.prefetch;
   int64_t stride = source.stride, stride3 = 3 * stride, stride5 = 5 * stride;
   for (int64_t run = 0; run < source.runs; ++run) {
     const char* x[2] = {source.first + run * source.pitch, source.second + run * source.pitch};
@@ -295,6 +316,10 @@ static void micro_kernel(const Source& source, const uint16_t* weight, const Mic
       // Keeps the compiler from making 14 pointers of these.
       __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(stride), "+r"(stride3), "+r"(stride5));
       add_pair<Rows, Vectors, false>(x, stride, stride3, stride5, weight, sum);
+      // A prefetch is dropped where too many are under way: so each line is asked for twice.
+      __builtin_prefetch(prefetch, 0, 2);
+      __builtin_prefetch(prefetch + 64, 0, 2);
+      prefetch += source.prefetch_step;
       x[0] += 4, x[1] += 4;
       weight += 2 * kBlock;
     }
@@ -390,11 +415,12 @@ struct Tile {
   int64_t first, second;  // where pixels 0 and 7 are read, in values from the task's input on
 };
 
-// A task's column blocks, all its micro-tiles for each. Weights of `depth` of the reduction's values, from `begin` on.
+// A task's column blocks, all its micro-tiles for each, over the reduction's values from `begin` on that `source` says.
 static void multiply(const Conv2dBf16Problem& problem, int64_t group, int64_t first_block, int64_t last_block,
                      const Tile* tiles, int64_t count, const uint16_t* input, Source source, int64_t begin,
                      MicroTarget target, float* partial) {
   const int64_t reduction = problem.geometry.filter_h * problem.row_values;
+  const int64_t depth_bytes = source.runs * ((source.values + 1) / 2) * kPairBytes;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t index = group * problem.column_blocks + block;
     const uint16_t* weight = problem.packed_weight + (index * reduction + begin) * kBlock;
@@ -404,7 +430,19 @@ static void multiply(const Conv2dBf16Problem& problem, int64_t group, int64_t fi
     target.scale = problem.scale + index * kBlock;
     target.bias = problem.bias + index * kBlock;
     const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
+    // A task's very first micro-tile brings its own weights a little ahead. All others share out the next block's.
+    const bool own = block == first_block, next = block + 1 < last_block;
+    const int64_t shares = own ? count - 1 : count;
     for (const Tile* tile = tiles; tile < tiles + count; ++tile) {
+      source.prefetch = reinterpret_cast<const char*>(weight);
+      source.prefetch_step = 0;
+      if (own && tile == tiles) {
+        source.prefetch += kPrefetchDistance;
+        source.prefetch_step = kPairBytes;
+      } else if (next) {
+        source.prefetch += reduction * kBlock * 2 + (tile - tiles - own) * (depth_bytes / shares);
+        source.prefetch_step = kPairBytes / shares;
+      }
       source.first = reinterpret_cast<const char*>(input + tile->first);
       source.second = reinterpret_cast<const char*>(input + tile->second);
       target.pixel = tile->pixel;
@@ -452,7 +490,7 @@ static void strip_task(const Conv2dBf16Problem& problem, int64_t row_task, int64
   target.problem = &problem;
   target.finish = true;
   const Source source = {nullptr, nullptr, 2 * stride, g.filter_h, g.filter_w * problem.group_in,
-                         2 * g.dilation_h * problem.strip_pitch};
+                         2 * g.dilation_h * problem.strip_pitch, nullptr, 0};
   multiply(problem, group, first_block, last_block, tiles, end - tiles, strip, source, 0, target, nullptr);
 }
 
@@ -485,7 +523,7 @@ static void pixels_task(const Conv2dBf16Problem& problem, int64_t row_task, int6
     if (!in_place) gather_panel(problem, pixels, rows, channel0, begin, end, panel);
     target.load_partial = begin > 0;
     target.finish = end == reduction;
-    const Source source = {nullptr, nullptr, 2 * stride, 1, end - begin, 0};
+    const Source source = {nullptr, nullptr, 2 * stride, 1, end - begin, 0, nullptr, 0};
     multiply(problem, group, first_block, last_block, tiles, count, input, source, begin, target, partial);
   }
 }
