@@ -65,6 +65,7 @@ int64_t cut(Conv2dBf16Problem& problem, bool identity, int threads) {
   const int64_t block_bytes = reduction * kBf16ColumnBlock * 2;
   const bool streams = problem.column_blocks * block_bytes > kCachedWeightBytes;
   const int64_t stream_cycles = streams ? block_bytes / kBytesPerCycle : 0;  // per column block
+  const int64_t start_cycles = kTaskCycles + 2 * stream_cycles;  // of a task, whose first block nobody prefetched
 
   // A strip's unit of rows is an output row, else a micro-tile of pixels.
   const int64_t unit_tiles = strip ? ceil_div(out.w, kBf16MicroRows) : 1;
@@ -90,8 +91,9 @@ int64_t cut(Conv2dBf16Problem& problem, bool identity, int threads) {
       const int64_t blocks = ceil_div(problem.column_blocks, splits);
       const int64_t count = row_tasks * ceil_div(problem.column_blocks, blocks) * g.groups;
       const int64_t compute = blocks * pixels * block_cycles;
-      const int64_t cycles = compute + blocks * stream_cycles + bring_cycles + kTaskCycles;
-      const int64_t total = ceil_div(count, threads) * cycles;
+      const int64_t cycles = compute + blocks * stream_cycles + bring_cycles + start_cycles;
+      // A part of a task more: small ones balance better where threads do not run at one speed.
+      const int64_t total = ceil_div(count, threads) * cycles + (threads > 1 ? cycles / 8 : 0);
       if (total < best) {
         best = total;
         tasks = count;
