@@ -44,11 +44,14 @@ struct Conv2dBf16Problem {
   int64_t blocks_per_task;  // column blocks per task
 };
 
+struct LinearProblem;  // table.h
+
 // The entries of an instruction set with bf16 dot products.
 struct Bf16Kernels {
   int64_t (*conv2d_scratch_bytes)(const Conv2dBf16Problem&);
   void (*conv2d_task)(const Conv2dBf16Problem&, int64_t index, void* scratch);
   void (*conv2d_grouped_task)(const Conv2dBf16Problem&, int64_t index);
+  void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
 };
 
 }  // namespace fastcnn::cpu

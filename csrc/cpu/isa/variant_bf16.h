@@ -9,5 +9,6 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 int64_t conv2d_bf16_scratch_bytes(const Conv2dBf16Problem& problem);
 void conv2d_bf16_task(const Conv2dBf16Problem& problem, int64_t index, void* scratch);
 void conv2d_grouped_bf16_task(const Conv2dBf16Problem& problem, int64_t index);
+void linear_few_rows_bf16_task(const LinearProblem& problem, int64_t index);
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA
