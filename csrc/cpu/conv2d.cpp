@@ -68,21 +68,48 @@ PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const in
 
 namespace {
 
-// Chunks of the reduction of equal length, in whole vectors; tasks of a few micro-tiles of pixels, so that a block of
-// weights is used several times from L2, and of as many column blocks as leave every thread some tasks to balance with.
+// Where a dense convolution is cut, by an estimate of cycles: a task of few column blocks gathers its pixels for little
+// work, and tasks that do not divide evenly among the threads leave one of them waiting.
 int64_t cut_dense(Conv2dProblem& problem, int threads) {
   const KernelTable& table = kernels();
   const int64_t groups = problem.geometry.groups;
   const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
   const int64_t chunks = ceil_div(reduction, table.max_chunk);
   problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
-  constexpr int64_t kMicroTilesPerTask = 4, kTasksPerThread = 6;
-  const int64_t wanted_tasks = threads > 1 ? kTasksPerThread * threads : 1;
+  const Conv2dGeometry& g = problem.geometry;
+  const bool adjacent_pixels = g.filter_h * g.filter_w == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 &&
+                               g.pad_left == 0 && problem.out.h == problem.input.h && problem.out.w == problem.input.w;
+  const bool prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
+  // Rows a multiple of 4 KiB apart meet in one set of L1, which holds fewer lines than a micro-tile has rows.
+  problem.in_place =
+      adjacent_pixels && problem.input.dtype == DType::f32 && !prologue && problem.input.pixel_stride * 4 % 4096 != 0;
+  constexpr int64_t kMaxMicroTilesPerTask = 8, kL2Bytes = 512 << 10;
+  constexpr double kTaskCycles = 1500;
+  constexpr double kLaterBytesPerCycle = 8;                              // of weights that are not in L2
+  const double vector_cycles = problem.in_place ? 0 : prologue ? 5 : 3;  // to gather a vector
   const int64_t pixels = problem.out.pixels();
-  const int64_t row_tasks = ceil_div(ceil_div(pixels, table.micro_rows), kMicroTilesPerTask);
-  problem.tile_rows = ceil_div(pixels, row_tasks);
-  const int64_t splits = std::clamp<int64_t>(ceil_div(wanted_tasks, row_tasks * groups), 1, problem.column_blocks);
-  problem.blocks_per_task = ceil_div(problem.column_blocks, splits);
+  const int64_t micro_tiles = ceil_div(pixels, table.micro_rows);
+  double best = 0;
+  for (int64_t tiles = 1; tiles <= kMaxMicroTilesPerTask; ++tiles) {
+    const int64_t tile_rows = ceil_div(pixels, ceil_div(micro_tiles, tiles));
+    const int64_t row_tasks = ceil_div(pixels, tile_rows);
+    for (int64_t blocks = 1; blocks <= problem.column_blocks; ++blocks) {
+      const int64_t column_tasks = ceil_div(problem.column_blocks, blocks);
+      if (ceil_div(problem.column_blocks, column_tasks) != blocks) continue;  // the same number in less equal parts
+      const double weight_bytes = static_cast<double>(blocks) * reduction * table.column_block * 4;
+      const double products = static_cast<double>(tile_rows) * blocks * reduction;
+      const double stream = weight_bytes > kL2Bytes ? weight_bytes / kLaterBytesPerCycle : 0;
+      const double gather = static_cast<double>(tile_rows) * reduction / table.vector_width * vector_cycles;
+      const double task = std::max(products, stream) + gather + kTaskCycles;
+      const double cost = task * ceil_div(row_tasks * column_tasks * groups, threads);
+      if (best == 0 || cost < best) {
+        best = cost;
+        problem.tile_rows = tile_rows;
+        problem.blocks_per_task = blocks;
+      }
+    }
+  }
+  problem.prefetch_input = adjacent_pixels && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
   return ceil_div(pixels, problem.tile_rows) * ceil_div(problem.column_blocks, problem.blocks_per_task) * groups;
 }
 
@@ -125,6 +152,8 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   }
   Work work;
   work.threads = threads;
+  work.constants = weight.data();
+  work.constant_bytes = weight.bytes();
   if (weight.spans_groups) {
     work.tasks = cut_grouped(problem);
     work.run = [problem, memory = vectors.memory, &table](int64_t task, void*) {

@@ -138,6 +138,8 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
   }
   Work work;
   work.threads = threads;
+  work.constants = weight.pairs();
+  work.constant_bytes = weight.bytes();
   if (weight.spans_groups) {
     // One output row and enough channel blocks to be worth a task.
     problem.blocks_per_task = std::min<int64_t>(8, problem.column_blocks);

@@ -1,7 +1,13 @@
 """What a rewritten graph calls: :mod:`fastcnn.nn.fusing` on the user's own modules, and the same on bare tensors.
 
-A graph does not know shapes and dtypes. What fastcnn's operators ask of them is checked here in each call; a case they
-do not take (a residual that is broadcast, an addition in place of another dtype) is computed as the user wrote it.
+A layer is given as the user's module or, where the user called a function (``F.conv2d(x, w, b)``), as a dictionary of
+its arguments without the input. A graph does not know shapes and dtypes. What fastcnn's operators ask of them is
+checked here in each call; a case they do not take (a residual that is broadcast, an addition in place of another dtype)
+is computed as the user wrote it.
+
+Common arguments: ``residual`` is added before ``activation``; ``writes`` says which operand an addition in place
+(``+=``) was written into, ``"result"`` or ``"residual"``: it keeps that one's dtype and shape. ``out`` is where to
+write, if the caller can do without a gradient.
 """
 
 from __future__ import annotations
@@ -14,123 +20,199 @@ from torch import Tensor, nn
 from fastcnn import ops
 from fastcnn.backends.derived import derived, operations_are_replaced
 from fastcnn.nn import fusing
-from fastcnn.nn._calls import _PLAIN_TENSORS
+from fastcnn.nn._calls import _PLAIN_TENSORS, uses_batch_statistics
 from fastcnn.nn.fusing import Activation
-from fastcnn.nn.modules import AdaptiveAvgPool2d, AvgPool2d, LocalResponseNorm, MaxPool2d
+from fastcnn.nn.modules import BatchNorm2d, Conv2d
 from fastcnn.ops._registration import autocasts, records_gradient
 
-_POOLS: dict[type[nn.Module], Any] = {
-    nn.MaxPool2d: MaxPool2d.forward,
-    nn.AvgPool2d: AvgPool2d.forward,
-    nn.AdaptiveAvgPool2d: AdaptiveAvgPool2d.forward,
-    nn.LocalResponseNorm: LocalResponseNorm.forward,
-}
+Settings = dict[str, Any]  # of a function: its arguments by name, without the input
+ConvLayer = nn.Conv2d | Settings
+NormLayer = nn.BatchNorm2d | Settings
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 
-# ---- on the user's modules -------------------------------------------------------------------------------------------
+# ---- the calls -------------------------------------------------------------------------------------------------------
 
 
 def conv_bn(
     x: Tensor,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
+    conv: ConvLayer,
+    bn: NormLayer,
     *,
     residual: Any = None,
-    in_place: bool = False,
+    writes: str | None = None,
     activation: Activation = "none",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``act(bn(conv(x)) + residual)``; ``in_place``: the addition was written ``+=``, which keeps the dtype."""
-    if residual is None or _fits(residual, _conv_shape(x, conv.weight, conv), x):
-        return fusing.conv_bn(x, conv, bn, residual=residual, activation=activation)
-    return _add_and_act(fusing.conv_bn(x, conv, bn, activation="none"), residual, in_place, activation)
+    """``act(bn(conv(x)) + residual)``."""
+    if residual is not None and not _fits(residual, conv_shape(x, conv), x):
+        y = conv_bn(x, conv, bn)
+        return _add_and_act(y, residual, writes, activation, out)
+    if not isinstance(conv, dict) and not isinstance(bn, dict):
+        return fusing.conv_bn(x, conv, bn, residual=residual, activation=activation, out=out)
+    name, filters, norm = fusing._fusable_name(activation), _filters(conv), _statistics(bn)
+    if name is None or filters is None or norm is None or autocasts(x.device.type):
+        return bn_act(conv_act(x, conv), bn, residual=residual, writes=writes, activation=activation, out=out)
+    scale, shift = _folded(norm, filters["bias"])
+    return ops.conv2d(x, **{**filters, "bias": shift}, scale=scale, residual=residual, activation=name, out=out)
 
 
 def conv_act(
-    x: Tensor, conv: nn.Conv2d, *, residual: Any = None, in_place: bool = False, activation: Activation = "none"
+    x: Tensor,
+    conv: ConvLayer,
+    *,
+    residual: Any = None,
+    writes: str | None = None,
+    activation: Activation = "none",
+    out: Tensor | None = None,
 ) -> Tensor:
     """``act(conv(x) + residual)``."""
-    if residual is None or _fits(residual, _conv_shape(x, conv.weight, conv), x):
-        return fusing.conv_act(x, conv, residual=residual, activation=activation)
-    return _add_and_act(fusing.conv_act(x, conv, activation="none"), residual, in_place, activation)
+    if residual is not None and not _fits(residual, conv_shape(x, conv), x):
+        return _add_and_act(conv_act(x, conv), residual, writes, activation, out)
+    if not isinstance(conv, dict):
+        return fusing.conv_act(x, conv, residual=residual, activation=activation, out=out)
+    name = fusing._fusable_name(activation)
+    if name is None:
+        return _add_and_act(ops.conv2d(x, **conv), residual, writes, activation, out)
+    return ops.conv2d(x, **conv, residual=residual, activation=name, out=out)
 
 
 def bn_act(
-    x: Tensor, bn: nn.BatchNorm2d, *, residual: Any = None, in_place: bool = False, activation: Activation = "none"
+    x: Tensor,
+    bn: NormLayer,
+    *,
+    residual: Any = None,
+    writes: str | None = None,
+    activation: Activation = "none",
+    out: Tensor | None = None,
 ) -> Tensor:
     """``act(bn(x) + residual)``."""
-    if residual is None or _fits(residual, x.shape, x):
-        return fusing.bn_act(x, bn, residual=residual, activation=activation)
-    return _add_and_act(fusing.bn_act(x, bn, activation="none"), residual, in_place, activation)
+    if residual is not None and not _fits(residual, x.shape, x, x.dtype):
+        return _add_and_act(bn_act(x, bn), residual, writes, activation, out)
+    if not isinstance(bn, dict):
+        return fusing.bn_act(x, bn, residual=residual, activation=activation, out=out)
+    name = fusing._fusable_name(activation)
+    if name is None:
+        return _add_and_act(ops.batch_norm(x, **bn), residual, writes, activation, out)
+    return ops.batch_norm(x, **bn, residual=residual, activation=name, out=out)
 
 
 def bn_act_conv(
     x: Tensor,
-    bn: nn.BatchNorm2d,
-    conv: nn.Conv2d,
+    bn: NormLayer,
+    conv: ConvLayer,
     *,
     preactivation: Activation = "none",
-    next_bn: nn.BatchNorm2d | None = None,
+    next_bn: NormLayer | None = None,
     residual: Any = None,
-    in_place: bool = False,
+    writes: str | None = None,
     activation: Activation = "none",
+    out: Tensor | None = None,
 ) -> Tensor:
     """``act(next_bn(conv(preactivation(bn(x)))) + residual)``: one call in eval mode."""
-    if residual is None or _fits(residual, _conv_shape(x, conv.weight, conv), x):
+    if residual is not None and not _fits(residual, conv_shape(x, conv), x):
+        y = bn_act_conv(x, bn, conv, preactivation=preactivation, next_bn=next_bn)
+        return _add_and_act(y, residual, writes, activation, out)
+    if not any(isinstance(layer, dict) for layer in (bn, conv, next_bn)):
         return fusing.bn_act_conv(
-            x, bn, conv, preactivation=preactivation, next_bn=next_bn, residual=residual, activation=activation
-        )
-    y = fusing.bn_act_conv(x, bn, conv, preactivation=preactivation, next_bn=next_bn)
-    return _add_and_act(y, residual, in_place, activation)
+            x, bn, conv, preactivation=preactivation, next_bn=next_bn, residual=residual, activation=activation, out=out
+        )  # type: ignore[arg-type]
+    before, filters, norm = fusing._fusable_name(preactivation), _filters(conv), _statistics(bn)
+    end: Settings = {"residual": residual, "writes": writes, "activation": activation, "out": out}
+    # Autocast rounds the convolution's input, not the batch norm's.
+    if before is None or filters is None or norm is None or x.dtype != fusing._dtype_of_convolution(x):
+        y = bn_act(x, bn, activation=preactivation)
+        return conv_act(y, conv, **end) if next_bn is None else conv_bn(y, conv, next_bn, **end)
+    input_scale, input_shift = _folded(norm)
+    given = {"input_scale": input_scale, "input_shift": input_shift, "input_activation": before}
+    name, next_norm = fusing._fusable_name(activation), None if next_bn is None else _statistics(next_bn)
+    if name is None or (next_bn is not None and next_norm is None):
+        y = ops.conv2d(x, **filters, **given)
+        return _add_and_act(y, residual, writes, activation, out) if next_bn is None else bn_act(y, next_bn, **end)
+    if next_norm is not None:
+        given["scale"], filters["bias"] = _folded(next_norm, filters["bias"])
+    return ops.conv2d(x, **filters, **given, residual=residual, activation=name, out=out)
 
 
-def linear_act(x: Tensor, linear: nn.Linear, *, activation: Activation = "none") -> Tensor:
+def linear_act(x: Tensor, linear: nn.Linear | Settings, *, activation: Activation = "none") -> Tensor:
     """``act(linear(x))``."""
-    return fusing.linear_act(x, linear, activation=activation)
+    if not isinstance(linear, dict):
+        return fusing.linear_act(x, linear, activation=activation)
+    name = fusing._fusable_name(activation)
+    if name is None:
+        return _add_and_act(ops.linear(x, **linear), None, None, activation, None)
+    return ops.linear(x, **linear, activation=name)
 
 
-def pool(x: Tensor, module: nn.Module) -> Any:
-    """A pooling or LRN module on fastcnn's operator; called as it is where it was given hooks or another class."""
-    forward = _POOLS.get(type(module))
-    kind = type(module)
-    if forward is None or fusing._is_watched() or not fusing._is_plain(module, kind, kind):
-        return module(x)
-    return forward(module, x)
-
-
-def add_act(x: Any, y: Any, *, activation: Activation = "none") -> Any:
+def add_act(
+    x: Any, y: Any, *, writes: str | None = None, activation: Activation = "none", out: Tensor | None = None
+) -> Any:  # fmt: skip
     """``act(x + y)``."""
     name = fusing._fusable_name(activation)
     tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
-    if name is None or fusing._is_watched() or not tensors or x.dtype != y.dtype or not _fits(y, x.shape, x):
-        return fusing._one_by_one(x + y, (), None, activation, None)
-    return ops.residual_add(x, y, activation=name)
+    if name is None or fusing._is_watched() or not tensors or not _fits(y, x.shape, x, x.dtype):
+        return _add_and_act(x, y, writes, activation, out)
+    return ops.residual_add(x, y, activation=name, out=out)
 
 
-# ---- on bare tensors: torch.nn.functional's arguments ----------------------------------------------------------------
+def pool(x: Tensor, module: nn.Module, *, out: Tensor | None = None) -> Any:
+    """A pooling or LRN module on fastcnn's operator; called as it is where it was given hooks or another class."""
+    function = _POOLS.get(type(module))
+    kind = type(module)
+    if function is None or fusing._is_watched() or not fusing._is_plain(module, kind, kind):
+        y = module(x)
+        return y if out is None else out.copy_(y)
+    return function(x, module, out)
 
 
-def functional_conv_bn(
-    conv: dict[str, Any],
-    bn: dict[str, Any],
-    *,
-    residual: Any = None,
-    in_place: bool = False,
-    activation: Activation = "none",
-) -> Tensor:
-    """``act(batch_norm(conv2d(**conv), **bn) + residual)``, folded where running statistics are used."""
-    training = bn.get("training", False)
-    x, weight, conv_bias = conv["input"], conv["weight"], conv.get("bias")
-    name = fusing._fusable_name(activation)
-    fits = residual is None or (_fits(residual, _conv_shape(x, weight, conv), x) and residual.dtype == x.dtype)
-    if training or name is None or not fits or autocasts(x.device.type):
-        y = ops.batch_norm(ops.conv2d(**conv), **bn)
-        return _add_and_act(y, residual, in_place, activation)
-    geometry = {key: conv[key] for key in ("stride", "padding", "dilation", "groups") if key in conv}
-    scale, shift = _folded(bn, conv_bias)
-    return ops.conv2d(x, weight, shift, scale=scale, residual=residual, activation=name, **geometry)
+def _max_pool(x: Tensor, m: Any, out: Tensor | None) -> Any:
+    geometry = (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+    return ops.max_pool2d(x, *geometry, out=out)
 
 
-def _folded(bn: dict[str, Any], conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _avg_pool(x: Tensor, m: Any, out: Tensor | None) -> Tensor:
+    geometry = (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
+    return ops.avg_pool2d(x, *geometry, out=out)
+
+
+def _adaptive_pool(x: Tensor, m: Any, out: Tensor | None) -> Tensor:
+    return ops.adaptive_avg_pool2d(x, m.output_size, out=out)
+
+
+def _local_response_norm(x: Tensor, m: Any, out: Tensor | None) -> Tensor:
+    return ops.local_response_norm(x, m.size, m.alpha, m.beta, m.k, out=out)
+
+
+_POOLS: dict[type[nn.Module], Any] = {
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_pool,
+    nn.LocalResponseNorm: _local_response_norm,
+}
+
+
+# ---- layers, however they were given ---------------------------------------------------------------------------------
+
+
+def _filters(conv: ConvLayer) -> Settings | None:
+    """A convolution's arguments for :func:`fastcnn.ops.conv2d`; None where calling the module would do more."""
+    if isinstance(conv, dict):
+        return {"bias": None, **conv}
+    if fusing._is_watched() or conv.padding_mode != "zeros" or not fusing._is_plain(conv, nn.Conv2d, Conv2d):
+        return None
+    return {"weight": conv.weight, "bias": conv.bias, **{name: getattr(conv, name) for name in _GEOMETRY}}
+
+
+def _statistics(bn: NormLayer) -> Settings | None:
+    """A batch norm's tensors and eps; None where it uses its batch's statistics, or calling it would do more."""
+    if isinstance(bn, dict):
+        return None if bn.get("training", False) else bn
+    if fusing._is_watched() or not fusing._is_plain(bn, nn.BatchNorm2d, BatchNorm2d) or uses_batch_statistics(bn):
+        return None
+    return {n: getattr(bn, n) for n in ("running_mean", "running_var", "weight", "bias", "eps")}
+
+
+def _folded(bn: Settings, conv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and shift, each (K,), of a batch norm in evaluation; kept until a tensor changes."""
     eps = bn.get("eps", 1e-5)
     given = (bn["running_mean"], bn["running_var"], bn.get("weight"), bn.get("bias"), conv_bias)
@@ -151,63 +233,31 @@ def _folded(bn: dict[str, Any], conv_bias: Tensor | None) -> tuple[Tensor, Tenso
     return derived(given[0], ("functional_batch_norm", eps), fold_for_keeping, *given[1:])
 
 
-def functional_conv_act(
-    conv: dict[str, Any], *, residual: Any = None, in_place: bool = False, activation: Activation = "none"
-) -> Tensor:
-    """``act(conv2d(**conv) + residual)``."""
-    x = conv["input"]
-    name = fusing._fusable_name(activation)
-    fits = residual is None or (
-        _fits(residual, _conv_shape(x, conv["weight"], conv), x) and residual.dtype == fusing._dtype_of_convolution(x)
-    )
-    if name is None or not fits:
-        return _add_and_act(ops.conv2d(**conv), residual, in_place, activation)
-    return ops.conv2d(**conv, residual=residual, activation=name)
-
-
-def functional_bn_act(
-    bn: dict[str, Any], *, residual: Any = None, in_place: bool = False, activation: Activation = "none"
-) -> Tensor:
-    """``act(batch_norm(**bn) + residual)``."""
-    x = bn["input"]
-    name = fusing._fusable_name(activation)
-    fits = residual is None or (_fits(residual, x.shape, x) and residual.dtype == x.dtype)
-    if name is None or not fits:
-        return _add_and_act(ops.batch_norm(**bn), residual, in_place, activation)
-    return ops.batch_norm(**bn, residual=residual, activation=name)
-
-
-def functional_linear_act(linear: dict[str, Any], *, activation: Activation = "none") -> Tensor:
-    """``act(linear(**linear))``."""
-    name = fusing._fusable_name(activation)
-    if name is None:
-        return fusing._one_by_one(ops.linear(**linear), (), None, activation, None)
-    return ops.linear(**linear, activation=name)
-
-
 # ---- what operators ask of a residual --------------------------------------------------------------------------------
 
 
-def _add_and_act(y: Tensor, residual: Any, in_place: bool, activation: Activation) -> Tensor:
+def _add_and_act(y: Any, residual: Any, writes: str | None, activation: Activation, out: Tensor | None) -> Any:
+    """As the user wrote it."""
     if residual is not None:
-        y = y.add_(residual) if in_place else y + residual
-    return fusing._one_by_one(y, (), None, activation, None)
+        y = y + residual if writes is None else y.add_(residual) if writes == "result" else residual.add_(y)
+    return fusing._one_by_one(y, (), None, activation, out)
 
 
-def _fits(residual: Any, shape: Any, like: Tensor) -> bool:
+def _fits(residual: Any, shape: Any, like: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether a residual is of the result's shape and dtype, so that it can be added in the epilogue."""
     if not isinstance(residual, Tensor) or residual.device != like.device:
         return False
-    return residual.dtype == fusing._dtype_of_convolution(like) and residual.shape == shape
+    return residual.dtype == (dtype or fusing._dtype_of_convolution(like)) and residual.shape == shape
 
 
-def _conv_shape(x: Tensor, weight: Tensor, settings: nn.Conv2d | dict[str, Any]) -> tuple[int, ...] | None:
+def conv_shape(x: Tensor, conv: ConvLayer) -> tuple[int, ...] | None:
     """(N, K, P, Q) of a convolution's result; None for an input that is not (N, C, H, W)."""
     if x.dim() != 4:
         return None
+    weight: Tensor = conv["weight"] if isinstance(conv, dict) else conv.weight
 
     def setting(name: str, default: Any) -> Any:
-        value = settings.get(name, default) if isinstance(settings, dict) else getattr(settings, name)
+        value = conv.get(name, default) if isinstance(conv, dict) else getattr(conv, name)
         return value if isinstance(value, str) else (value, value) if isinstance(value, int) else tuple(value) * 2
 
     stride, padding, dilation = setting("stride", 1), setting("padding", 0), setting("dilation", 1)

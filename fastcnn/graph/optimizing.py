@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastcnn.graph import roles
 from fastcnn.graph.classes import STATE, optimized_class, original_class
 from fastcnn.graph.plans import Plan, State, make
 from fastcnn.graph.rewriting import Left
@@ -123,8 +124,18 @@ def _optimize(module: nn.Module, arguments: tuple[Any, ...] | None) -> None:
             _optimize(submodules[name], None)
     if refused:
         for child in list(module.children()):
-            if STATE not in child.__dict__ and not _is_leaf(child):
+            if STATE in child.__dict__:
+                continue
+            if not _is_leaf(child):
                 _optimize(child, None)
+            elif roles.MODULES.get(type(child)) in _ALONE:
+                _optimize(child, None)
+                if not any(plan.sites for plan in plans_of(child, in_force=False)):
+                    restore(child)
+
+
+# What is worth a call of its own inside a forward that cannot be traced.
+_ALONE = ("conv", "linear", "max_pool", "avg_pool", "adaptive_pool", "lrn")
 
 
 def _first_plan(state: State, module: nn.Module, arguments: tuple[Any, ...] | None) -> Plan | None:

@@ -2,7 +2,7 @@
 
 A chain is a path through the graph on which each value has one reader: the next step. ``add`` takes its other operand
 as the residual. Rows are tried from top to bottom, so longer chains stand before their beginnings. ``build`` makes the
-call for chains of modules, ``build_functional`` for chains of functions (``F.conv2d(x, w, b)``); None: not fused.
+call; it takes layers as modules or as functions (``F.conv2d(x, w, b)``), in any mixture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from fastcnn import ops
 from fastcnn.graph import calls, roles
 
 
@@ -39,36 +40,33 @@ class Match:
 
     @property
     def input(self) -> Any:
-        first = self.nodes[0]
-        return first.args[0] if first.args else first.kwargs["input"]
+        return roles.first_argument(self.nodes[0])
 
     def node(self, step: str, which: int = 0) -> fx.Node | None:
         found = [n for s, n in zip(self.steps, self.nodes, strict=True) if s == step]
         return found[which] if len(found) > which else None
 
-    def module(self, step: str, which: int = 0) -> ModuleAt:
+    def layer(self, step: str, which: int = 0) -> ModuleAt | dict[str, Any]:
+        """The user's module, or a function's arguments without the input."""
         node = self.node(step, which)
         assert node is not None
-        return ModuleAt(str(node.target))
-
-    def settings(self, step: str) -> dict[str, Any]:
-        """A functional node's arguments; ``input`` among them only where the chain begins with it."""
-        node = self.node(step)
-        assert node is not None
+        if node.op == "call_module":
+            return ModuleAt(str(node.target))
         given = roles.bound(node, step)
-        if node is not self.nodes[0]:
-            given.pop("input")
+        given.pop("input")
         return given
 
     @property
     def epilogue(self) -> dict[str, Any]:
-        """``residual``, ``in_place`` and ``activation`` as the chain's end asks for them."""
+        """``residual``, ``writes`` and ``activation`` as the chain's end asks for them."""
         given: dict[str, Any] = {}
         add = self.node("add")
         if add is not None:
             before = self.nodes[self.nodes.index(add) - 1]
-            given["residual"] = add.args[1] if add.args[0] is before else add.args[0]
-            given["in_place"] = writes_in_place(add)
+            first = add.args[0] is before
+            given["residual"] = add.args[1] if first else add.args[0]
+            if writes_in_place(add):
+                given["writes"] = "result" if first else "residual"
         if self.steps[-1] == "relu":
             given["activation"] = activation(self.nodes[-1])
         return given
@@ -84,15 +82,15 @@ def writes_in_place(add: fx.Node) -> bool:
 
 
 def _conv_bn(m: Match) -> FusedCall:
-    return FusedCall(calls.conv_bn, (m.input, m.module("conv"), m.module("bn")), m.epilogue)
+    return FusedCall(calls.conv_bn, (m.input, m.layer("conv"), m.layer("bn")), m.epilogue)
 
 
 def _conv(m: Match) -> FusedCall:
-    return FusedCall(calls.conv_act, (m.input, m.module("conv")), m.epilogue)
+    return FusedCall(calls.conv_act, (m.input, m.layer("conv")), m.epilogue)
 
 
 def _bn(m: Match) -> FusedCall:
-    return FusedCall(calls.bn_act, (m.input, m.module("bn")), m.epilogue)
+    return FusedCall(calls.bn_act, (m.input, m.layer("bn")), m.epilogue)
 
 
 def _preactivation(m: Match) -> FusedCall:
@@ -100,56 +98,39 @@ def _preactivation(m: Match) -> FusedCall:
     if m.steps[1] == "relu":
         extra["preactivation"] = activation(m.nodes[1])
     if m.node("bn", 1) is not None:
-        extra["next_bn"] = m.module("bn", 1)
-    return FusedCall(calls.bn_act_conv, (m.input, m.module("bn"), m.module("conv")), {**extra, **m.epilogue})
+        extra["next_bn"] = m.layer("bn", 1)
+    return FusedCall(calls.bn_act_conv, (m.input, m.layer("bn"), m.layer("conv")), {**extra, **m.epilogue})
 
 
 def _linear(m: Match) -> FusedCall:
-    return FusedCall(calls.linear_act, (m.input, m.module("linear")), m.epilogue)
-
-
-def _pool(m: Match) -> FusedCall:
-    return FusedCall(calls.pool, (m.input, ModuleAt(str(m.nodes[0].target))), {})
+    return FusedCall(calls.linear_act, (m.input, m.layer("linear")), m.epilogue)
 
 
 def _add(m: Match) -> FusedCall:
     end = {"activation": activation(m.nodes[-1])} if m.steps[-1] == "relu" else {}
+    if writes_in_place(m.nodes[0]):
+        end["writes"] = "result"
     return FusedCall(calls.add_act, tuple(m.nodes[0].args), end)
 
 
-def _functional_conv_bn(m: Match) -> FusedCall:
-    return FusedCall(calls.functional_conv_bn, (m.settings("conv"), m.settings("bn")), m.epilogue)
+def _pool(m: Match) -> FusedCall:
+    node = m.nodes[0]
+    if node.op == "call_module":
+        return FusedCall(calls.pool, (m.input, ModuleAt(str(node.target))), {})
+    return FusedCall(_POOL_FUNCTIONS[m.steps[0]], node.args, dict(node.kwargs))
 
 
-def _functional_conv(m: Match) -> FusedCall:
-    return FusedCall(calls.functional_conv_act, (m.settings("conv"),), m.epilogue)
-
-
-def _functional_bn(m: Match) -> FusedCall:
-    return FusedCall(calls.functional_bn_act, (m.settings("bn"),), m.epilogue)
-
-
-def _functional_linear(m: Match) -> FusedCall:
-    return FusedCall(calls.functional_linear_act, (m.settings("linear"),), m.epilogue)
-
-
-def _functional_pool(m: Match) -> FusedCall:
-    from fastcnn import ops
-
-    names = {
-        "max_pool": "max_pool2d", "avg_pool": "avg_pool2d", "adaptive_pool": "adaptive_avg_pool2d",
-        "lrn": "local_response_norm",
-    }  # fmt: skip
-    return FusedCall(getattr(ops, names[m.steps[0]]), m.nodes[0].args, dict(m.nodes[0].kwargs))
-
-
-Builder = Callable[[Match], FusedCall]
+_POOL_FUNCTIONS = {
+    "max_pool": ops.max_pool2d,
+    "avg_pool": ops.avg_pool2d,
+    "adaptive_pool": ops.adaptive_avg_pool2d,
+    "lrn": ops.local_response_norm,
+}
 
 
 class Pattern(NamedTuple):
     chain: str
-    build: Builder | None
-    build_functional: Builder | None
+    build: Callable[[Match], FusedCall]
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -157,32 +138,32 @@ class Pattern(NamedTuple):
 
 
 PATTERNS = (
-    Pattern("conv bn add relu", _conv_bn, _functional_conv_bn),
-    Pattern("conv bn add", _conv_bn, _functional_conv_bn),
-    Pattern("conv bn relu", _conv_bn, _functional_conv_bn),
-    Pattern("conv bn", _conv_bn, _functional_conv_bn),
-    Pattern("conv add relu", _conv, _functional_conv),
-    Pattern("conv add", _conv, _functional_conv),
-    Pattern("conv relu", _conv, _functional_conv),
-    Pattern("conv", _conv, _functional_conv),
-    Pattern("bn relu conv bn add relu", _preactivation, None),
-    Pattern("bn relu conv bn add", _preactivation, None),
-    Pattern("bn relu conv bn relu", _preactivation, None),
-    Pattern("bn relu conv bn", _preactivation, None),
-    Pattern("bn relu conv add relu", _preactivation, None),
-    Pattern("bn relu conv add", _preactivation, None),
-    Pattern("bn relu conv relu", _preactivation, None),
-    Pattern("bn relu conv", _preactivation, None),
-    Pattern("bn add relu", _bn, _functional_bn),
-    Pattern("bn add", _bn, _functional_bn),
-    Pattern("bn relu", _bn, _functional_bn),
-    Pattern("bn", _bn, _functional_bn),
-    Pattern("linear relu", _linear, _functional_linear),
-    Pattern("linear", _linear, _functional_linear),
-    Pattern("add relu", _add, _add),
-    Pattern("add", _add, _add),
-    Pattern("max_pool", _pool, _functional_pool),
-    Pattern("avg_pool", _pool, _functional_pool),
-    Pattern("adaptive_pool", _pool, _functional_pool),
-    Pattern("lrn", _pool, _functional_pool),
+    Pattern("conv bn add relu", _conv_bn),
+    Pattern("conv bn add", _conv_bn),
+    Pattern("conv bn relu", _conv_bn),
+    Pattern("conv bn", _conv_bn),
+    Pattern("conv add relu", _conv),
+    Pattern("conv add", _conv),
+    Pattern("conv relu", _conv),
+    Pattern("conv", _conv),
+    Pattern("bn relu conv bn add relu", _preactivation),
+    Pattern("bn relu conv bn add", _preactivation),
+    Pattern("bn relu conv bn relu", _preactivation),
+    Pattern("bn relu conv bn", _preactivation),
+    Pattern("bn relu conv add relu", _preactivation),
+    Pattern("bn relu conv add", _preactivation),
+    Pattern("bn relu conv relu", _preactivation),
+    Pattern("bn relu conv", _preactivation),
+    Pattern("bn add relu", _bn),
+    Pattern("bn add", _bn),
+    Pattern("bn relu", _bn),
+    Pattern("bn", _bn),
+    Pattern("linear relu", _linear),
+    Pattern("linear", _linear),
+    Pattern("add relu", _add),
+    Pattern("add", _add),
+    Pattern("max_pool", _pool),
+    Pattern("avg_pool", _pool),
+    Pattern("adaptive_pool", _pool),
+    Pattern("lrn", _pool),
 )

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from fastcnn.graph import roles
+from fastcnn.graph import kinds, roles
+from fastcnn.graph.concatenation import concatenate_in_place
+from fastcnn.graph.layouts import keep_channels_last
 from fastcnn.graph.patterns import PATTERNS, FusedCall, Match, ModuleAt, Pattern, writes_in_place
 
 
@@ -45,6 +47,7 @@ def rewrite(
     Returns:
         The new nodes and what they stand for, in order of execution, and what was left.
     """
+    _ask_inputs_for_their_rank(graph, modules)
     finder = _Finder(graph, modules)
     found = {}
     for node in list(graph.nodes):
@@ -53,9 +56,30 @@ def rewrite(
             if matched is not None:
                 new, site = _replace(graph, *matched)
                 found[new] = site
+    notes = finder.notes() | concatenate_in_place(graph, modules)
+    left = _left(graph, modules, opaque or {}, notes)
+    keep_channels_last(graph, modules)
     graph.lint()
-    sites = {node: found[node] for node in graph.nodes if node in found}
-    return sites, _left(graph, modules, opaque or {}, finder.notes())
+    return {node: found[node] for node in graph.nodes if node in found}, left
+
+
+def _ask_inputs_for_their_rank(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Let ``conv(x).ndim`` be ``x.ndim``, so that a check of it (as in timm's batch norms) is no second reader."""
+    for node in list(graph.nodes):
+        by_method = node.op == "call_method" and node.target in ("dim", "ndimension")
+        if not by_method and not (node.target is getattr and node.args[1] == "ndim"):
+            continue
+        of = node.args[0]
+        while roles.role(of, modules) in _KEEP_RANK:
+            first = roles.first_argument(of)
+            if not isinstance(first, fx.Node):
+                break
+            node.replace_input_with(of, first)
+            of.prepend(node)
+            of = first
+
+
+_KEEP_RANK = ("conv", "bn", "relu", "max_pool", "avg_pool", "adaptive_pool", "lrn")
 
 
 class _Finder:
@@ -68,12 +92,9 @@ class _Finder:
         self._roles = {node: roles.role(node, modules) for node in graph.nodes}
         self._writers = [i for node, i in self._order.items() if roles.may_write(node, modules)]
         self._nodes = list(graph.nodes)
-        # One module under two names is still one: counted by identity.
-        used = Counter(id(modules[n.target]) for n in graph.nodes if n.op == "call_module")
-        self._reused = {
-            n for n in graph.nodes
-            if n.op == "call_module" and self._roles[n] == "bn" and used[id(modules[n.target])] > 1
-        }  # fmt: skip
+        statistics = {n: roles.statistics(n, modules) for n in graph.nodes if self._roles[n] == "bn"}
+        used = Counter(statistics.values())
+        self._reused = {n for n, owner in statistics.items() if owner is not None and used[owner] > 1}
 
     def match_at(self, node: fx.Node) -> tuple[Pattern, Match, FusedCall] | None:
         for pattern in PATTERNS:
@@ -81,16 +102,12 @@ class _Finder:
             if nodes is None:
                 continue
             match = Match(pattern.steps, nodes)
-            # A ReLU and an addition go with either form.
-            layers = [n for n, s in zip(nodes, pattern.steps, strict=True) if s not in ("relu", "add")]
-            forms = {n.op == "call_module" for n in layers}
-            build = pattern.build if forms <= {True} else pattern.build_functional if forms == {False} else None
-            if build is None or not self._is_safe(match):
+            if not self._is_safe(match):
                 continue
             self.taken.update(nodes)
             if len(nodes) > 1:
                 self._joined.update(nodes)
-            return pattern, match, build(match)
+            return pattern, match, pattern.build(match)
         return None
 
     def _chain(self, node: fx.Node, steps: tuple[str, ...]) -> tuple[fx.Node, ...] | None:
@@ -119,7 +136,7 @@ class _Finder:
     def _is_safe(self, match: Match) -> bool:
         """Whether one call at the end of the chain gives what the chain gives."""
         nodes = match.nodes
-        if match.steps[0] == "add" and writes_in_place(nodes[0]):
+        if match.steps[0] == "add" and writes_in_place(nodes[0]) and not self._is_only_read_by(nodes[0]):
             return False
         if len(nodes) == 1:
             return True
@@ -127,7 +144,7 @@ class _Finder:
             if self._roles[node] == "add":
                 if node.args[0] is node.args[1]:
                     return False
-                if writes_in_place(node) and node.args[0] is not before:
+                if writes_in_place(node) and node.args[0] is not before and not self._is_only_read_by(node):
                     return self._note(nodes, "the addition is written into another value")
         if any(node in self._reused for node in nodes):
             # Statistics must be updated in the order of the calls.
@@ -140,11 +157,21 @@ class _Finder:
         return True
 
     @staticmethod
-    def _is_counter(node: fx.Node) -> bool:
-        """``num_batches_tracked.add_(1)`` in Dynamo's graphs: no layer reads it."""
+    def _is_only_read_by(add: fx.Node) -> bool:
+        """Whether nobody sees that ``x += y`` writes into x: a new tensor that no other node has."""
+        written = add.args[0]
+        return isinstance(written, fx.Node) and len(written.users) == 1 and roles.makes_a_new_tensor(written)
+
+    def _is_counter(self, node: fx.Node) -> bool:
+        """``num_batches_tracked.add_(1)``: no layer reads it."""
         target = node.args[0] if node.args else None
-        value = target.meta.get("example_value") if isinstance(target, fx.Node) else None
-        return node.target == "add_" and value is not None and not value.is_floating_point()
+        if node.target != "add_" or not isinstance(target, fx.Node):
+            return False
+        value = target.meta.get("example_value")  # in Dynamo's graphs
+        if target.op == "get_attr":
+            path, _, name = str(target.target).rpartition(".")
+            value = self.modules[path]._buffers.get(name) if path in self.modules else None
+        return value is not None and not value.is_floating_point()
 
     def _note(self, nodes: tuple[fx.Node, ...], reason: str) -> bool:
         self._refusals.append((nodes, reason))
@@ -198,7 +225,7 @@ def _left(
             reason = notes.get(name)
         else:
             continue
-        if reason is None and kind in roles.MOVERS:
+        if reason is None and (kind in roles.MOVERS or node.meta.get("fastcnn_kind") == kinds.PLAIN):
             continue
         if reason is None and kind in roles.ACTIVATIONS:
             reason = "of the activations only ReLU is fused"

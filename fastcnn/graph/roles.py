@@ -56,7 +56,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 _MOVERS = (
     "cat concat flatten view reshape permute transpose contiguous getattr getitem size chunk split unbind "
     "stack dim squeeze unsqueeze dropout dropout_ Dropout Dropout2d Identity Flatten Unflatten "
-    "channel_shuffle clone detach to pad type_as expand expand_as float half floordiv"
+    "_assert channel_shuffle clone detach to pad type_as expand expand_as float half floordiv"
 )
 MOVERS = frozenset(_MOVERS.split())
 
@@ -113,6 +113,41 @@ def refusal(module: nn.Module) -> str | None:
 def bound(node: fx.Node, name: str) -> dict[str, Any]:
     """A functional node's arguments by name."""
     return {**dict(zip(SIGNATURES[name], node.args, strict=False)), **node.kwargs}
+
+
+def first_argument(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def statistics(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
+    """Whose running statistics a batch norm updates: a key that is the same for two calls of one layer."""
+    if node.op == "call_module":  # one module under two names is still one
+        return id(modules[str(node.target)])
+    mean = bound(node, "bn").get("running_mean")
+    return mean.target if isinstance(mean, fx.Node) and mean.op == "get_attr" else mean
+
+
+def makes_a_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> bool:
+    """Whether the result certainly shares no memory with another value. ``modules``: to ask for those of torch.nn."""
+    if node.op == "call_module":
+        module = None if modules is None else modules[str(node.target)]
+        known = type(module).__name__ in NEW and type(module).__module__.startswith("torch.nn.")
+        return known and module is not None and not has_hooks(module) and not getattr(module, "inplace", False)
+    if node.op == "call_method":
+        return str(node.target) in NEW
+    name = getattr(node.target, "__name__", "")
+    if node.op != "call_function" or name not in NEW or node.kwargs.get("out") is not None:
+        return False
+    return not node.kwargs.get("inplace") and not any(a is True for a in node.args)
+
+
+_NEW = (
+    "conv_bn conv_act bn_act bn_act_conv linear_act add_act "  # fastcnn's
+    "add sub mul truediv neg pow exp sqrt rsqrt mean sum matmul conv2d linear batch_norm layer_norm group_norm "
+    "max_pool2d avg_pool2d adaptive_avg_pool2d local_response_norm cat concat stack "
+    "Conv2d Linear BatchNorm2d LayerNorm GroupNorm MaxPool2d AvgPool2d LocalResponseNorm"
+)
+NEW = frozenset(_NEW.split()) | {name for name in ACTIVATIONS if not name.endswith("_")}
 
 
 def may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -3,6 +3,9 @@
 Modules are looked into as long as their forward traces. One that does not (control flow on values, random numbers
 drawn in Python, ``no_grad`` blocks, hooks ...) becomes an opaque call in its parent's graph, with its reason. What
 tracing would silently get wrong is refused: the graph must hold for every later call that its guards let through.
+
+Other threads may run models meanwhile. What fx replaces for everybody (``nn.Module.__call__`` and ``__getattr__``)
+passes them through, and what is watched for changes (:mod:`fastcnn.graph.draws`) is told apart from what they do.
 """
 
 from __future__ import annotations
@@ -10,21 +13,22 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import operator
-import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from fastcnn.graph import kinds
 from fastcnn.graph.classes import original_class
+from fastcnn.graph.draws import Draws
 
-_LOCK = threading.RLock()  # fx replaces nn.Module.__call__ while it traces
+_LOCK = threading.RLock()  # fx replaces nn.Module.__call__ while it traces: one trace at a time
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TABLES = ("_parameters", "_buffers", "_modules")
 _CONSTANTS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size, slice)
@@ -32,6 +36,10 @@ _CONSTANTS = (bool, int, float, complex, str, type(None), torch.dtype, torch.dev
 
 class Untraceable(Exception):
     """Why a forward pass cannot be a graph."""
+
+
+class _InDoubt(Exception):
+    """Random numbers were drawn, perhaps by another thread: the trace is to be repeated."""
 
 
 class _Proxy(fx.Proxy):
@@ -46,10 +54,19 @@ def _proxies_are_tensors() -> Iterator[None]:
     """
     plain = builtins.isinstance
 
-    def answer(value: Any, kinds: Any) -> bool:
-        if type(value) is _Proxy and (kinds is Tensor or (type(kinds) is tuple and Tensor in kinds)):
+    def answer(value: Any, asked: Any) -> bool:
+        if type(value) is not _Proxy:
+            return plain(value, asked)
+        known, tensor_asked = kinds.kind(value.node), kinds.includes_tensor(asked)
+        if known == kinds.TENSOR:
+            return tensor_asked or plain(value, asked)
+        if plain(value, asked):  # for a Proxy, by fx
             return True
-        return plain(value, kinds)
+        if known is not None and asked is Tensor:
+            return False
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return tensor_asked and known is None
+        raise Untraceable("it asks for the type of a value that tracing does not know")
 
     builtins.isinstance = answer
     try:
@@ -99,20 +116,24 @@ def trace(root: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Traced:
         Untraceable: the root's own forward is no graph; the message says why.
     """
     opaque: dict[str, str] = {}
+    earlier: list[Draws] = []
     with _LOCK:
         while True:
-            tracer = _Tracer(root, spec, leaves, opaque)
+            tracer = _Tracer(root, spec, leaves, opaque, Draws(earlier))
             try:
-                with _left_alone(root), _random_state_kept(), _proxies_are_tensors():
+                with _left_alone(root), tracer.draws, _proxies_are_tensors():
                     graph = tracer.trace(root)
                     tracer.require_unchanged()
+            except _InDoubt:
+                earlier.append(tracer.draws)
             except Exception as error:
+                earlier.clear()
                 where = tracer.running[-1]
                 if where == "":
                     raise Untraceable(_reason(error)) from error
                 opaque[where] = _reason(error)
-                continue
-            return Traced(graph, tracer.inlined, tracer.opaque, tracer.rebuild)
+            else:
+                return Traced(graph, tracer.inlined, tracer.opaque, tracer.rebuild)
 
 
 TENSOR = object()
@@ -122,14 +143,15 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, root: nn.Module, spec: pytree.TreeSpec, leaves: list[Any], opaque: Mapping[str, str]
+        self, root: nn.Module, spec: pytree.TreeSpec, leaves: list[Any], opaque: Mapping[str, str], draws: Draws
     ) -> None:  # fmt: skip
         super().__init__()
         self.root = root
+        self.draws = draws
+        self._thread = threading.get_ident()
         self._spec, self._leaves = spec, leaves
         self._modes = _modes()
         self._state = {id(m): _snapshot(m) for m in root.modules()}
-        self._random = _random_state()
         self.opaque = dict(opaque)
         self.running = [""]
         self.inlined: dict[str, nn.Module] = {"": root}
@@ -186,12 +208,24 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
             raise Untraceable("part of it runs under no_grad, autocast or another mode, or in an autograd Function")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        module = None
+        if node.op == "call_module" and str(node.target) not in self.opaque:
+            module = self.root.get_submodule(str(node.target))
+        kinds.kind(node, module)
+        return node
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:  # another thread's module
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = original_class(m)
         if module_qualified_name in self.opaque or kind.__module__.startswith("fastcnn."):
             return True
+        if kind is nn.Identity and not has_hooks(m):
+            return False  # nothing is left of it; its guard remembers that it had no hooks
         if kind.forward.__module__.startswith("torch.nn") and kind.forward is not nn.Sequential.forward:
             return True
         if has_hooks(m):
@@ -203,6 +237,8 @@ class _Tracer(fx.Tracer):
         return module_qualified_name in self.opaque
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
@@ -218,7 +254,9 @@ class _Tracer(fx.Tracer):
         self._require_unchanged(*self.root.modules())
 
     def _require_unchanged(self, *modules: nn.Module) -> None:
-        if _random_state() != self._random:
+        if self.draws.in_doubt:
+            raise _InDoubt
+        if self.draws.drawn:
             raise Untraceable("it draws random numbers that depend on no input")
         if any(_snapshot(m) != self._state.get(id(m)) for m in modules):
             raise Untraceable("its forward changes attributes of modules")
@@ -266,28 +304,20 @@ def _left_alone(root: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes, tables in before:
-            for name in [name for name in module.__dict__ if name not in attributes]:
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
             for name, entries in tables.items():
-                module.__dict__[name].clear()
-                module.__dict__[name].update(entries)
+                _put_back(module.__dict__[name], entries)
+            _put_back(module.__dict__, attributes)
 
 
-def _random_state() -> tuple[Any, ...]:
-    numbers = numpy.random.get_state()
-    return (bytes(torch.get_rng_state().numpy()), random.getstate(), numbers[1].tobytes(), numbers[2])  # type: ignore
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        numpy.random.set_state(before[2])
+def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
+    """Undo changes, without touching what has none: another thread may be reading it."""
+    for name in [name for name in table if name not in before]:
+        del table[name]
+    if list(table) != list(before):
+        table.clear()
+    for name, value in before.items():
+        if name not in table or table[name] is not value:
+            table[name] = value
 
 
 def _modes() -> tuple[Any, ...]:

@@ -57,19 +57,31 @@ static inline void copy_run(float* to, const T* from, int64_t count) {
   store(to + count - kVectorWidth, load(from + count - kVectorWidth));
 }
 
-// In place: the prologue of channels [c, c + count).
-static inline void apply_prologue(float* values, const Conv2dProblem& problem, int64_t c, int64_t count) {
-  const float* scale = problem.input_scale;
-  const float* shift = problem.input_shift;
-  if (scale != nullptr) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= scale[c + i];
+// The prologue of channels [c, ...), one vector of them at a time.
+struct ChannelPrologue {
+  const float* scale;
+  const float* shift;
+  bool has_relu;
+
+  Vector operator()(Vector x, int64_t i, int64_t lanes) const {
+    if (scale != nullptr) x *= lanes < kVectorWidth ? load_some(scale + i, lanes) : load(scale + i);
+    if (shift != nullptr) x += lanes < kVectorWidth ? load_some(shift + i, lanes) : load(shift + i);
+    return has_relu ? relu(x) : x;
   }
-  if (shift != nullptr) {
-    for (int64_t i = 0; i < count; ++i) values[i] += shift[c + i];
+};
+
+// copy_run with the prologue applied on the way.
+template <typename T>
+static inline void copy_run(float* to, const T* from, int64_t count, const ChannelPrologue& prologue) {
+  if (count < kVectorWidth) {
+    store_some(to, prologue(load_some(from, count), 0, count), count);
+    return;
   }
-  if (problem.input_relu) {
-    for (int64_t i = 0; i < count; ++i) values[i] = relu(values[i]);
+  for (int64_t i = 0; i + kVectorWidth < count; i += kVectorWidth) {
+    store(to + i, prologue(load(from + i), i, kVectorWidth));
   }
+  const int64_t last = count - kVectorWidth;
+  store(to + last, prologue(load(from + last), last, kVectorWidth));
 }
 
 // Reduction values [begin, end) of all pixels, tap by tap: each tap is a run of adjacent channels.
@@ -83,13 +95,20 @@ static void gather_taps(const Conv2dProblem& problem, const Pixel* pixels, int64
   int64_t tap = begin / channels, c = begin % channels;
   while (begin < end) {
     const int64_t count = channels - c < end - begin ? channels - c : end - begin;
+    const ChannelPrologue prologue = {problem.input_scale ? problem.input_scale + channel0 + c : nullptr,
+                                      problem.input_shift ? problem.input_shift + channel0 + c : nullptr,
+                                      problem.input_relu};
     const int64_t dh = tap / g.filter_w * g.dilation_h, dw = tap % g.filter_w * g.dilation_w;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t h = pixels[i].ih + dh, w = pixels[i].iw + dw;
       float* to = panel + i * kPanelStride;
       if (h >= 0 && h < x.h && w >= 0 && w < x.w) {
-        copy_run(to, data + (pixels[i].input_row + h * x.w + w) * x.pixel_stride + channel0 + c, count);
-        if (has_prologue) apply_prologue(to, problem, channel0 + c, count);
+        const T* from = data + (pixels[i].input_row + h * x.w + w) * x.pixel_stride + channel0 + c;
+        if (has_prologue) {
+          copy_run(to, from, count, prologue);
+        } else {
+          copy_run(to, from, count);
+        }
       } else {
         zero_fill(to, count);
       }
@@ -159,6 +178,9 @@ struct MicroTarget {
   int64_t columns;     // valid output channels, <= kColumnBlock
   const float* scale;  // at this block
   const float* bias;
+  // Weights of the block that follows, fetched into L2 meanwhile: each step of the reduction touches one address.
+  const char* ahead;
+  int64_t ahead_step;
 };
 
 // One row's epilogue for any storage type and any number of valid channels.
@@ -183,23 +205,70 @@ static void finish_row(const MicroTarget& target, int row, const float* sums) {
   }
 }
 
+// Sums that do not fill whole fp32 vectors of the output: by way of memory, row by row.
 template <int Rows, int Vectors>
-static void micro_kernel(const float* panel, const float* weight, int64_t depth, const MicroTarget& target) {
+static __attribute__((noinline)) void finish_rows(const MicroTarget& target, const float* sums) {
+  for (int i = 0; i < Rows; ++i) {
+    if (target.problem->out.dtype == DType::f32) {
+      finish_row<float>(target, i, sums + i * Vectors * kVectorWidth);
+    } else {
+      finish_row<uint16_t>(target, i, sums + i * Vectors * kVectorWidth);
+    }
+  }
+}
+
+// What the epilogue reads and writes, asked for before the sums are formed.
+template <int Rows>
+static inline void prefetch_epilogue(const MicroTarget& target) {
+  const TensorView& out = target.problem->out;
+  const TensorView& residual = target.problem->residual;
+  const int64_t item = size_in_bytes(out.dtype), last = (target.columns - 1) * item;
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t pixel = target.pixels[i].out;
+    const char* to = static_cast<const char*>(out.data) + (pixel * out.pixel_stride + target.channel) * item;
+    __builtin_prefetch(to, 1, 3);
+    __builtin_prefetch(to + last, 1, 3);
+    if (residual) {
+      const char* from =
+          static_cast<const char*>(residual.data) + (pixel * residual.pixel_stride + target.channel) * item;
+      __builtin_prefetch(from, 0, 3);
+      __builtin_prefetch(from + last, 0, 3);
+    }
+  }
+}
+
+// Rows lie `stride` floats apart, kPanelStride in a panel. To keep the inner loop to few registers, every third row has
+// a pointer of its own.
+template <int Rows, int Vectors, bool InPanel>
+static void micro_kernel(const float* panel, int64_t stride, const float* weight, int64_t depth,
+                         const MicroTarget& target) {
+  if (InPanel) stride = kPanelStride;
+  const float* third[(Rows + 2) / 3];
+#pragma GCC unroll 8
+  for (int i = 0; i < (Rows + 2) / 3; ++i) third[i] = panel + 3 * i * stride;
   Vector sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
   }
+  if (target.finish) prefetch_epilogue<Rows>(target);
+  const char* ahead = target.ahead;
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += target.ahead_step;
     Vector w[Vectors];
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) w[j] = load(weight + k * kColumnBlock + j * kVectorWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vector x = broadcast(panel[i * kPanelStride + k]);
+      const Vector x = broadcast(InPanel ? panel[i * kPanelStride + k] : third[i / 3][i % 3 * stride]);
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
+    }
+    if (!InPanel) {
+#pragma GCC unroll 8
+      for (int i = 0; i < (Rows + 2) / 3; ++i) ++third[i];
     }
   }
   // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
@@ -222,56 +291,56 @@ static void micro_kernel(const float* panel, const float* weight, int64_t depth,
     return;
   }
   const Conv2dProblem& problem = *target.problem;
-  if (problem.out.dtype == DType::f32 && target.columns == Vectors * kVectorWidth) {
-    Vector scale[Vectors], bias[Vectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) {
-      scale[j] = load(target.scale + j * kVectorWidth);
-      bias[j] = load(target.bias + j * kVectorWidth);
-    }
+  if (problem.out.dtype != DType::f32 || target.columns != Vectors * kVectorWidth) {
+    alignas(64) float sums[Rows * Vectors * kVectorWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const int64_t pixel = target.pixels[i].out;
-      float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
 #pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        Vector value = sum[i][j] * scale[j] + bias[j];
-        if (problem.residual) {
-          value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
-                        target.channel + j * kVectorWidth);
-        }
-        if (problem.relu) value = relu(value);
-        store(out + j * kVectorWidth, value);
-      }
+      for (int j = 0; j < Vectors; ++j) store(sums + (i * Vectors + j) * kVectorWidth, sum[i][j]);
     }
+    finish_rows<Rows, Vectors>(target, sums);
     return;
   }
+  Vector scale[Vectors], bias[Vectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) {
+    scale[j] = load(target.scale + j * kVectorWidth);
+    bias[j] = load(target.bias + j * kVectorWidth);
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    alignas(64) float sums[Vectors * kVectorWidth];
-    for (int j = 0; j < Vectors; ++j) store(sums + j * kVectorWidth, sum[i][j]);
-    if (problem.out.dtype == DType::f32) {
-      finish_row<float>(target, i, sums);
-    } else {
-      finish_row<uint16_t>(target, i, sums);
+    const int64_t pixel = target.pixels[i].out;
+    float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      Vector value = sum[i][j] * scale[j] + bias[j];
+      if (problem.residual) {
+        value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
+                      target.channel + j * kVectorWidth);
+      }
+      if (problem.relu) value = relu(value);
+      store(out + j * kVectorWidth, value);
     }
   }
 }
 
-using MicroKernel = void (*)(const float*, const float*, int64_t, const MicroTarget&);
+using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, const MicroTarget&);
 
-template <int Vectors>
+template <int Vectors, bool InPanel>
 struct MicroKernels {
   MicroKernel by_rows[kMicroRows + 1] = {};
   constexpr MicroKernels() { fill<kMicroRows>(); }
   template <int Rows>
   constexpr void fill() {
-    by_rows[Rows] = micro_kernel<Rows, Vectors>;
+    by_rows[Rows] = micro_kernel<Rows, Vectors, InPanel>;
     if constexpr (Rows > 1) fill<Rows - 1>();
   }
 };
 
-constexpr MicroKernels<1> kOneVector;
-constexpr MicroKernels<2> kTwoVectors;
+constexpr MicroKernels<1, true> kOneVector;
+constexpr MicroKernels<2, true> kTwoVectors;
+constexpr MicroKernels<1, false> kOneVectorInPlace;
+constexpr MicroKernels<2, false> kTwoVectorsInPlace;
 
 // ---- tasks
 // ------------------------------------------------------------------------------------------------------------
@@ -333,9 +402,18 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
   // Micro-tiles of nearly equal height: 49 pixels are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
   const int64_t micro_tiles = (rows + kMicroRows - 1) / kMicroRows;
 
+  const float* first_weight = problem.packed_weight + group * group_weights + first_block * reduction * kColumnBlock;
+  // Where this task's weights end, another's begin, or those of all: prefetching beyond is harmless.
+  const int64_t following = row_task + 1 < row_tasks ? 0 : (last_block - first_block) * reduction * kColumnBlock;
+
   for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
     const int64_t end = begin + problem.chunk < reduction ? begin + problem.chunk : reduction;
-    if (problem.input.dtype == DType::f32) {
+    const float* from = panel;
+    int64_t stride = kPanelStride;
+    if (problem.in_place) {
+      stride = problem.input.pixel_stride;
+      from = static_cast<const float*>(problem.input.data) + first_pixel * stride + group * problem.group_in + begin;
+    } else if (problem.input.dtype == DType::f32) {
       gather_panel<float>(problem, pixels, rows, group * problem.group_in, begin, end, panel);
     } else {
       gather_panel<uint16_t>(problem, pixels, rows, group * problem.group_in, begin, end, panel);
@@ -345,6 +423,14 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
     target.partial_stride = partial_stride;
     target.load_partial = begin > 0;
     target.finish = end == reduction;
+    if (problem.prefetch_input) {
+      // The pixels of the next task, spread over this one's steps; nothing where they are not adjacent in memory.
+      const int64_t steps = (last_block - first_block) * micro_tiles * (end - begin);
+      const int64_t item = size_in_bytes(problem.input.dtype);
+      target.ahead = static_cast<const char*>(problem.input.data) +
+                     ((first_pixel + rows) * problem.input.pixel_stride + begin) * item;
+      target.ahead_step = rows * problem.input.pixel_stride * item / steps;
+    }
     for (int64_t block = first_block; block < last_block; ++block) {
       const float* weight = problem.packed_weight + group * group_weights + (block * reduction + begin) * kColumnBlock;
       const int64_t columns_left = problem.group_out - block * kColumnBlock;
@@ -352,14 +438,25 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
       target.channel = group * problem.group_out + block * kColumnBlock;
       target.scale = problem.scale + (group * problem.column_blocks + block) * kColumnBlock;
       target.bias = problem.bias + (group * problem.column_blocks + block) * kColumnBlock;
+      if (!problem.prefetch_input) {
+        const float* next = block + 1 < last_block ? weight + reduction * kColumnBlock
+                            : end < reduction      ? first_weight + end * kColumnBlock
+                                                   : first_weight + following;
+        target.ahead = reinterpret_cast<const char*>(next);
+        target.ahead_step = kColumnBlock * 4 / micro_tiles;
+      }
+      const bool one_vector = target.columns <= kVectorWidth;
+      const MicroKernel* in_place = one_vector ? kOneVectorInPlace.by_rows : kTwoVectorsInPlace.by_rows;
+      const MicroKernel* in_panel = one_vector ? kOneVector.by_rows : kTwoVectors.by_rows;
+      const MicroKernel* kernels = problem.in_place ? in_place : in_panel;
       int64_t row = 0;
       for (int64_t tile = 0; tile < micro_tiles; ++tile) {
         const int64_t height = (rows - row + micro_tiles - tile - 1) / (micro_tiles - tile);
         target.partial = partial + row * partial_stride + (block - first_block) * kColumnBlock;
         target.pixels = pixels + row;
-        const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
-        kernels[height](panel + row * kPanelStride, weight, end - begin, target);
+        kernels[height](from + row * stride, stride, weight, end - begin, target);
         row += height;
+        target.ahead += (end - begin) * target.ahead_step;
       }
     }
   }

@@ -431,7 +431,7 @@ static void multiply(const Conv2dBf16Problem& problem, int64_t group, int64_t fi
     target.bias = problem.bias + index * kBlock;
     const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
     // A task's very first micro-tile brings its own weights a little ahead. All others share out the next block's.
-    const bool own = block == first_block, next = block + 1 < last_block;
+    const bool own = block == first_block, next = block + 1 < problem.column_blocks;
     const int64_t shares = own ? count - 1 : count;
     for (const Tile* tile = tiles; tile < tiles + count; ++tile) {
       source.prefetch = reinterpret_cast<const char*>(weight);
