@@ -67,14 +67,14 @@ void require_packable(const std::array<int64_t, 4>& shape, const py::buffer_info
 }
 
 std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
-                                                                   const std::array<int64_t, 4>& shape,
-                                                                   int64_t groups, const std::string& dtype) {
+                                                                   const std::array<int64_t, 4>& shape, int64_t groups,
+                                                                   const std::string& dtype) {
   if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16");
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
   if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
-  auto weight = std::make_shared<cpu::PackedConv2dWeight>(dtype == "float32" ? DType::f32 : DType::bf16, shape.data(),
-                                                           groups);
+  auto weight =
+      std::make_shared<cpu::PackedConv2dWeight>(dtype == "float32" ? DType::f32 : DType::bf16, shape.data(), groups);
   assign_packed(*weight, info);
   return weight;
 }

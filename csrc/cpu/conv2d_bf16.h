@@ -15,7 +15,8 @@ inline int64_t bf16_row_values(int64_t filter_w, int64_t group_in) {
   return ceil_div(filter_w * group_in, 2) * 2;
 }
 
-// Fills `packed`, which is zero: layouts in isa/conv2d_bf16.cpp and isa/conv2d_grouped_bf16.cpp. `weight` has the shape that `shape` says, and strides.
+// Fills `packed`, which is zero: layouts in isa/conv2d_bf16.cpp and isa/conv2d_grouped_bf16.cpp. `weight` has the shape
+// that `shape` says, and strides.
 void pack_bf16_pairs(const PackedConv2dWeight& shape, const uint16_t* weight, const int64_t strides[4],
                      uint16_t* packed);
 

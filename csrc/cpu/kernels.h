@@ -112,8 +112,8 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
 Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
                           const TensorView& residual, Activation activation, float factor, int threads);
 
-// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". Chosen once from what the processor has; the environment
-// variable FASTCNN_CPU_ISA asks for a lower one.
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". Chosen once from what the processor has;
+// the environment variable FASTCNN_CPU_ISA asks for a lower one.
 std::string instruction_set();
 std::vector<std::string> instruction_sets();  // those that this build holds and this processor can run, best first
 

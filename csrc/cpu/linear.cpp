@@ -34,8 +34,7 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
       return {{tasks, threads, 0,
                [problem, &table](int64_t task, void*) { table.bf16->linear_few_rows_task(problem, task); }}};
     }
-    return {{tasks, threads, 0,
-             [problem, &table](int64_t task, void*) { table.linear_few_rows_task(problem, task); }}};
+    return {{tasks, threads, 0, [problem, &table](int64_t task, void*) { table.linear_few_rows_task(problem, task); }}};
   }
 
   const int64_t panels = ceil_div(problem.rows, table.column_block);

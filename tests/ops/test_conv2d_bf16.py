@@ -16,9 +16,9 @@ from torch import Tensor
 
 import fastcnn
 from fastcnn import _native, ops
+from fastcnn.backends import cpp
 
 BF16 = torch.bfloat16
-DOT_PRODUCTS = "avx512_bf16" in _native.cpu_instruction_sets()
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,9 @@ def test_results_round_to_nearest_even():
     assert ours.flatten().tolist() == [1.0, 1.0 + 2.0**-6, 1.0 + 2.0**-7]
 
 
-@pytest.mark.parametrize("name", ["in place", "strip, 14 pixels wide", "strip, odd channels", "panel, chunks", "groups of 4"])
+@pytest.mark.parametrize(
+    "name", ["in place", "strip, 14 pixels wide", "strip, odd channels", "panel, chunks", "groups of 4"]
+)
 def test_any_number_of_threads_gives_the_same_bits(name: str):
     shape, k, filter, *geometry = CASES[name]
     x, w = tensors(shape, k, filter, geometry[-1])
@@ -189,7 +191,7 @@ def test_many_random_shapes():
         assert_accurate(ops.conv2d(x, w, None, *geometry), F.conv2d(x, w, None, *geometry), exact)
 
 
-@pytest.mark.skipif(not DOT_PRODUCTS, reason="this processor or compiler has no bf16 dot products")
+@pytest.mark.skipif(not cpp.has_bf16_dot_products(), reason="this processor or compiler has no bf16 dot products")
 def test_weights_in_pairs_take_bf16_tensors_only():
     weight = _native.PackedConv2dWeight(torch.zeros(4, 2, 1, 1, dtype=BF16), 1)
     x, out = (torch.zeros(1, c, 3, 3).contiguous(memory_format=torch.channels_last) for c in (2, 4))
@@ -203,11 +205,11 @@ def test_weights_in_pairs_take_bf16_tensors_only():
 
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_packed_values_can_be_kept(groups: int):
-    x, w = tensors((1, 48, 5, 9), 48, (3, 3), groups)
+    _, w = tensors((1, 48, 5, 9), 48, (3, 3), groups)
     packed = _native.PackedConv2dWeight(w, groups)
     kept = _native.PackedConv2dWeight.from_packed(packed.packed(), tuple(w.shape), groups, "bfloat16")
     assert kept.packed() == packed.packed()
-    if DOT_PRODUCTS:
+    if cpp.has_bf16_dot_products():
         assert packed.bytes * 2 == _native.PackedConv2dWeight(w.float(), groups).bytes
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
         _native.PackedConv2dWeight.from_packed(packed.packed(), tuple(w.shape), groups, "float16")
@@ -215,14 +217,31 @@ def test_packed_values_can_be_kept(groups: int):
         _native.PackedConv2dWeight.from_packed(packed.packed()[:-4], tuple(w.shape), groups, "bfloat16")
 
 
+def check_kernels() -> None:
+    """Everything once, for whichever instruction set is in use."""
+    for name in CASES:
+        test_equals_float64(name, "slices")
+    for name in ("in place", "strip, odd channels", "groups of 4"):
+        test_special_values_reach_their_outputs_and_no_others(name, float("nan"))
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_lower_instruction_sets_compute_the_same(isa: str):
+def test_other_instruction_sets(isa: str):
     if isa not in _native.cpu_instruction_sets():
-        pytest.skip(f"this processor has no {isa}")
-    tests = ["test_equals_float64", "test_special_values_reach_their_outputs_and_no_others"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"{__file__}::{t}" for t in tests)],
-        env={**os.environ, "FASTCNN_CPU_ISA": isa}, capture_output=True, text=True, cwd=os.path.dirname(__file__),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert "passed" in run.stdout
+        pytest.skip(f"this processor or build has no {isa}")
+    folder = os.path.dirname(__file__)
+    paths = [folder, os.path.dirname(folder)]
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_conv2d_bf16 as t; t.check_kernels()"
+    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_winograd_only_where_it_is_faster():
+    def chosen(n: int, size: int, dtype: torch.dtype) -> str:
+        return cpp.conv2d_algorithm((n, 64, size, size), (64, 64, 3, 3), (1, 1), (1, 1), 1, dtype)
+
+    with fastcnn.exact(False):
+        assert chosen(1, 56, torch.float32) == cpp.WINOGRAD4
+        assert chosen(1, 56, BF16) == (cpp.DIRECT if cpp.has_bf16_dot_products() else cpp.WINOGRAD4)
+        assert chosen(1, 112, BF16) == chosen(8, 28, BF16) == cpp.WINOGRAD4

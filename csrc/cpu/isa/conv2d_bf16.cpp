@@ -14,13 +14,13 @@
 //
 //   in place  a 1x1 filter with stride 1: pixels lie one pixel stride apart in the input.
 //   strip     the input rows that a few output rows need are copied, bf16 as they are, with their border zeros and the
-//             prologue applied. In the strip each filter row of an output pixel is one run, and the runs of neighbouring
-//             pixels lie one stride apart.
+//             prologue applied. In the strip each filter row of an output pixel is one run, and the runs of
+//             neighbouring pixels lie one stride apart.
 //   panel     what is left (dilation, strided 1x1, narrow outputs): each pixel's reduction values are gathered into
 //             [pixel][panel_stride], in chunks of at most kBf16MaxChunk.
 //
-// A micro-tile's pixels are two equally spaced series of up to 7, which need not continue each other: two output rows of
-// 7 pixels are one micro-tile.
+// A micro-tile's pixels are two equally spaced series of up to 7, which need not continue each other: two output rows
+// of 7 pixels are one micro-tile.
 //
 // Kept in registers: 14 x 2 accumulators, two weight vectors, one broadcast. In L1 or L2: the micro-tile's input, read
 // as 14 streams. In L2: the task's panel and a column block's weights. A broadcast is loaded into a register for both
@@ -39,8 +39,8 @@ namespace {
 
 constexpr int kRows = kBf16MicroRows, kHalfRows = kRows / 2;
 constexpr int64_t kBlock = kBf16ColumnBlock;
-constexpr int64_t kLanes = 32;                // bf16 values in a vector
-constexpr int64_t kPairBytes = kBlock * 4;    // weights of a pair and a column block
+constexpr int64_t kLanes = 32;              // bf16 values in a vector
+constexpr int64_t kPairBytes = kBlock * 4;  // weights of a pair and a column block
 constexpr int64_t kPrefetchDistance = 2048;
 static_assert(kVectorWidth == 16, "written for vectors of 512 bits");
 
@@ -233,8 +233,8 @@ static inline void finish_row(const MicroTarget& target, const Vector* scale, co
   if (problem.relu) {
     for (int j = 0; j < Vectors; ++j) value[j] = relu(value[j]);
   }
-  uint16_t* out = static_cast<uint16_t*>(problem.out.data) + (target.pixel + row) * problem.out.pixel_stride +
-                  target.channel;
+  uint16_t* out =
+      static_cast<uint16_t*>(problem.out.data) + (target.pixel + row) * problem.out.pixel_stride + target.channel;
   const __m512i halves = narrow(value[0], value[1]);
   if (target.columns == kBlock) {
     _mm512_storeu_si512(out, halves);
@@ -247,8 +247,8 @@ static inline void finish_row(const MicroTarget& target, const Vector* scale, co
 template <int Rows>
 static inline void prefetch_rows(const MicroTarget& target) {
   const Conv2dBf16Problem& problem = *target.problem;
-  const char* out = static_cast<const char*>(problem.out.data) +
-                    2 * (target.pixel * problem.out.pixel_stride + target.channel);
+  const char* out =
+      static_cast<const char*>(problem.out.data) + 2 * (target.pixel * problem.out.pixel_stride + target.channel);
   for (int i = 0; i < Rows; ++i) __builtin_prefetch(out + 2 * i * problem.out.pixel_stride, 1, 3);
   if (problem.residual) {
     const char* residual = static_cast<const char*>(problem.residual.data) +
@@ -257,8 +257,8 @@ static inline void prefetch_rows(const MicroTarget& target) {
   }
 }
 
-// A pair of each of `Rows` pixels. Pixels lie `stride` bytes apart, 7 from x[0] and 7 from x[1] on, so that every pixel's
-// address is one operand of a load. Single: only the pair's first value, the second is zero.
+// A pair of each of `Rows` pixels. Pixels lie `stride` bytes apart, 7 from x[0] and 7 from x[1] on, so that every
+// pixel's address is one operand of a load. Single: only the pair's first value, the second is zero.
 template <int Rows, int Vectors, bool Single>
 static inline __attribute__((always_inline)) void add_pair(const char* const* x, int64_t stride, int64_t stride3,
                                                            int64_t stride5, const uint16_t* weight,
@@ -269,10 +269,7 @@ static inline __attribute__((always_inline)) void add_pair(const char* const* x,
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     const int at = i % kHalfRows;
-    const char* from = x[i / kHalfRows] + (at == 3   ? stride3
-                                           : at == 5 ? stride5
-                                           : at == 6 ? 2 * stride3
-                                                     : at * stride);
+    const char* from = x[i / kHalfRows] + (at == 3 ? stride3 : at == 5 ? stride5 : at == 6 ? 2 * stride3 : at * stride);
     __m512bh value;
     if constexpr (Single) {
       uint16_t half;
@@ -403,8 +400,9 @@ static int64_t strip_rows(const Conv2dBf16Problem& problem, int64_t rows) {
 
 static int64_t input_bytes(const Conv2dBf16Problem& problem) {
   if (problem.path == Bf16Path::in_place) return 0;
-  const int64_t values = problem.path == Bf16Path::strip ? strip_rows(problem, problem.tile_rows) * problem.strip_pitch + kLanes
-                                                     : problem.tile_rows * problem.panel_stride;
+  const int64_t values = problem.path == Bf16Path::strip
+                             ? strip_rows(problem, problem.tile_rows) * problem.strip_pitch + kLanes
+                             : problem.tile_rows * problem.panel_stride;
   return (values * 2 + 63) / 64 * 64;
 }
 
@@ -452,7 +450,8 @@ static void multiply(const Conv2dBf16Problem& problem, int64_t group, int64_t fi
   }
 }
 
-// Cuts `pixels` equally spaced ones into micro-tiles of nearly equal height: 49 are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
+// Cuts `pixels` equally spaced ones into micro-tiles of nearly equal height: 49 are 13 + 12 + 12 + 12, not 14 + 14 + 14
+// + 7.
 static Tile* cut_series(Tile* tile, int64_t pixels, int64_t pixel, int64_t first, int64_t stride) {
   for (int64_t left = (pixels + kRows - 1) / kRows; left > 0; --left, ++tile) {
     const int64_t height = (pixels + left - 1) / left;
@@ -489,8 +488,9 @@ static void strip_task(const Conv2dBf16Problem& problem, int64_t row_task, int64
   MicroTarget target = {};
   target.problem = &problem;
   target.finish = true;
-  const Source source = {nullptr, nullptr, 2 * stride, g.filter_h, g.filter_w * problem.group_in,
-                         2 * g.dilation_h * problem.strip_pitch, nullptr, 0};
+  const Source source = {
+      nullptr, nullptr, 2 * stride, g.filter_h, g.filter_w * problem.group_in, 2 * g.dilation_h * problem.strip_pitch,
+      nullptr, 0};
   multiply(problem, group, first_block, last_block, tiles, end - tiles, strip, source, 0, target, nullptr);
 }
 

@@ -1,6 +1,6 @@
 // What processors with bf16 dot products (AVX512-BF16) provide beside the table of table.h: convolution of bf16 tensors
-// in bf16 arithmetic. The arithmetic is in isa/conv2d_bf16.cpp and isa/conv2d_grouped_bf16.cpp, packing and the cut into
-// tasks in conv2d_bf16.cpp.
+// in bf16 arithmetic. The arithmetic is in isa/conv2d_bf16.cpp and isa/conv2d_grouped_bf16.cpp, packing and the cut
+// into tasks in conv2d_bf16.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@
 
 namespace fastcnn::cpu {
 
-constexpr int64_t kBf16MicroRows = 14;     // output pixels per micro-tile: 14 x 2 accumulators of 32 registers
-constexpr int64_t kBf16ColumnBlock = 32;   // output channels per micro-tile
-constexpr int64_t kBf16MaxChunk = 4608;    // reduction values per pass, even
-constexpr int64_t kBf16MaxTiles = 64;      // micro-tiles per task
-constexpr int64_t kBf16MaxUnits = 16;      // units of rows per task: output rows where there is a strip, else micro-tiles
+constexpr int64_t kBf16MicroRows = 14;    // output pixels per micro-tile: 14 x 2 accumulators of 32 registers
+constexpr int64_t kBf16ColumnBlock = 32;  // output channels per micro-tile
+constexpr int64_t kBf16MaxChunk = 4608;   // reduction values per pass, even
+constexpr int64_t kBf16MaxTiles = 64;     // micro-tiles per task
+constexpr int64_t kBf16MaxUnits = 16;  // units of rows per task: output rows where there is a strip, else micro-tiles
 
 // Where the micro-kernel reads its input: see isa/conv2d_bf16.cpp.
 enum class Bf16Path : int32_t { in_place, strip, panel };

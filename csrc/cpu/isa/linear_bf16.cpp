@@ -1,14 +1,14 @@
-// A fully connected layer of bf16 tensors with few input rows by bf16 dot products (AVX512-BF16). The weights are read as
-// the user left them.
+// A fully connected layer of bf16 tensors with few input rows by bf16 dot products (AVX512-BF16). The weights are read
+// as the user left them.
 //
 //   y[m, k] = act(sum_c x[m, c] * w[k, c] + bias[k])
 //
-// Shapes: x (M, C), w (K, C), y (M, K), rows at any stride, M at most kLinearFewRows. Both operands are contiguous along
-// the reduction, so a vector holds 32 consecutive c of one row; vdpbf16ps multiplies and adds them pair by pair without
-// widening. An accumulator is the partial sums of one (m, k) pair; its lanes are added at the end.
+// Shapes: x (M, C), w (K, C), y (M, K), rows at any stride, M at most kLinearFewRows. Both operands are contiguous
+// along the reduction, so a vector holds 32 consecutive c of one row; vdpbf16ps multiplies and adds them pair by pair
+// without widening. An accumulator is the partial sums of one (m, k) pair; its lanes are added at the end.
 //
-// Work: a task owns all M input rows x `columns_per_task` weight rows, 4 of them at a time: 4 streams, which is what the
-// prefetchers follow best. Registers: up to 4 x 4 accumulators, 4 weight vectors, one input.
+// Work: a task owns all M input rows x `columns_per_task` weight rows, 4 of them at a time: 4 streams, which is what
+// the prefetchers follow best. Registers: up to 4 x 4 accumulators, 4 weight vectors, one input.
 //
 // Floor: K*C weights of 2 bytes from memory, each read once.
 #include <immintrin.h>
