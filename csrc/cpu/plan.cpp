@@ -158,7 +158,7 @@ bool Plan::may_join(const std::vector<const Step*>& group, const Step& step) con
 
 // Phases for steps that may run side by side, or for the works of one step.
 void Plan::append(const std::vector<const Step*>& group, int threads) {
-  Phase phase = {{}, 0, false};
+  Phase phase = {};
   const auto close = [&] {
     if (phase.works.empty()) return;
     phase.serial = std::none_of(phase.works.begin(), phase.works.end(),
@@ -169,7 +169,7 @@ void Plan::append(const std::vector<const Step*>& group, int threads) {
     } else {
       phases_.push_back(phase);
     }
-    phase = {{}, 0, false};
+    phase = {};
   };
   for (const Step* step : group) {
     for (const Work& work : step->works) {

@@ -73,10 +73,10 @@ class Plan {
   // Works whose tasks may run side by side; in a serial phase, works that one thread runs in order.
   struct Phase {
     std::vector<const Work*> works;
-    int64_t tasks;
-    bool serial;
+    int64_t tasks = 0;
+    bool serial = false;
     std::vector<std::pair<const char*, int64_t>> ahead;  // constants of the next phase: where, how many bytes
-    size_t first_counter = 0;  // one for each work and thread; of a serial phase, one
+    size_t first_counter = 0;                            // one for each work and thread; of a serial phase, one
     size_t entries() const { return serial ? works.size() : 1; }  // of a profile
   };
 

@@ -12,6 +12,10 @@
 
 namespace fastcnn::cpu {
 
+// Where a direct convolution's inner loop reads its input: see isa/conv2d.cpp.
+enum class ConvSource : int32_t { in_place, strip, panel };
+constexpr int kMaxMicroTiles = 16;  // of output pixels, in a task
+
 // One convolution, ready to run. Filled by conv2d.cpp.
 struct Conv2dProblem {
   TensorView out, input;
@@ -27,11 +31,15 @@ struct Conv2dProblem {
   TensorView residual;
   bool relu;
   // How the work is cut: see isa/conv2d.cpp.
-  int64_t chunk;            // reduction values per pass
-  int64_t tile_rows;        // output pixels per task
-  int64_t blocks_per_task;  // column blocks per task
-  bool in_place;            // pixels are read where they lie, not gathered: 1x1, stride 1, fp32, no prologue
-  bool prefetch_input;      // fetch the next task's pixels ahead, not the next weights
+  ConvSource source;
+  int64_t chunk;                      // reduction values per pass; not of a strip
+  int64_t tile_rows;                  // per task: output pixels, or output rows of a strip
+  int64_t row_tasks;                  // tasks that the output pixels make
+  int64_t blocks_per_task;            // column blocks per task
+  int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
+  bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
+
+  bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
 };
 
 // One Winograd convolution, ready to run. Filled by conv2d_winograd.cpp.
