@@ -361,7 +361,7 @@ def test_exact_keeps_to_the_plain_sum(served):
 def test_exact_from_the_environment(value: str, algorithm: str):
     code = (
         "import torch, fastcnn; from fastcnn.backends import cpp; "
-        "print(cpp.conv2d_algorithm((1, 16, 32, 32), (16, 16, 3, 3), (1, 1), (1, 1), 1))"
+        "print(cpp.conv2d_algorithm((1, 16, 32, 32), (16, 16, 3, 3), (1, 1), (1, 1), 1, torch.float32))"
     )
     environment = {**os.environ, "FASTCNN_EXACT": value}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -35,6 +35,7 @@ const KernelTable& kernel_table() {
       fma_loop,
       bf16_dot_loop,
       read_loop,
+      nullptr,
   };
   return table;
 }

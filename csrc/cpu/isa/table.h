@@ -183,6 +183,8 @@ struct BatchStatisticsProblem {
   int64_t pixels_per_task, pixels_per_block, channels_per_task;
 };
 
+struct Bf16Kernels;
+
 struct KernelTable {
   const char* name;
   int vector_width;  // floats per vector
@@ -212,6 +214,7 @@ struct KernelTable {
   double (*fma_loop)(int64_t iterations, float* mean);
   double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
   float (*read_loop)(const float* data, int64_t count);
+  const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
 };
 
 namespace portable {
@@ -221,6 +224,9 @@ namespace avx2 {
 const KernelTable& kernel_table();
 }
 namespace avx512 {
+const KernelTable& kernel_table();
+}
+namespace avx512_bf16 {
 const KernelTable& kernel_table();
 }
 

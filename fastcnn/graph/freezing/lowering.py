@@ -283,7 +283,9 @@ class Lowering:
         if key not in self._weights:
             self._kept.append(value)
             k, c, r, s = value.shape
-            packed = PackedWeight(cpp.pack_weight(value, groups, algorithm), (k, c, r, s), groups, algorithm)
+            packed = PackedWeight(
+                cpp.pack_weight(value, groups, algorithm), (k, c, r, s), groups, algorithm, value.dtype
+            )
             self._weights[key] = len(self.program.weights)
             self.program.weights.append(packed)
         return self._weights[key]
@@ -332,7 +334,7 @@ def _in_schema_order(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _conv2d(low: Lowering, out: View, args: list[Any]) -> None:
     input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, in_scale, in_shift, relu = args
     x = low.as_pixels(input)
-    algorithm = cpp.conv2d_algorithm(out.shape, weight.shape, tuple(stride), tuple(dilation), groups)
+    algorithm = cpp.conv2d_algorithm(out.shape, weight.shape, tuple(stride), tuple(dilation), groups, x.dtype)
     packed = low.conv_weight(weight, groups, x.dtype, algorithm)
     vectors = (low.vector(scale, "scale"), low.vector(bias, "bias"))
     r = None if residual is None else low.as_pixels(residual)

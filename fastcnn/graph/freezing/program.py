@@ -162,6 +162,7 @@ class PackedWeight:
     shape: tuple[int, int, int, int]
     groups: int
     algorithm: str
+    dtype: torch.dtype
 
 
 @dataclass

@@ -66,7 +66,8 @@ class Recipe:
     arena_bytes: int
     activation_bytes: int  # of all activations side by side, as the captured graph allocates them
     steps: list[StepRecipe]
-    weights: list[tuple[tuple[int, ...], int, str]]  # shape, groups and algorithm of each packed weight
+    # Shape, groups, algorithm and dtype of each packed weight.
+    weights: list[tuple[tuple[int, ...], int, str, str]]
     structure: str  # of the result: a pytree specification in JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Recipe:
             int(data["arena_bytes"]),
             int(data["activation_bytes"]),
             [step(v) for v in data["steps"]],
-            [(tuple(shape), int(groups), str(algorithm)) for shape, groups, algorithm in data["weights"]],
+            [(tuple(s), int(g), str(algorithm), str(dtype)) for s, g, algorithm, dtype in data["weights"]],
             str(data["structure"]),
         )
 
@@ -150,7 +151,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
         arena_bytes,
         activation_bytes,
         steps,
-        [(w.shape, w.groups, w.algorithm) for w in program.weights],
+        [(w.shape, w.groups, w.algorithm, dtype_name(w.dtype)) for w in program.weights],
         treespec_dumps(structure),
     )
     return recipe, constants

@@ -25,7 +25,7 @@ from fastcnn.graph.freezing.frozen import FrozenModel
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
-FORMAT = 2
+FORMAT = 3
 
 
 def save_frozen(
@@ -105,7 +105,7 @@ def _rebuilt(header: dict[str, Any], payload: memoryview) -> FrozenModel:
         constants.copy_(torch.frombuffer(bytearray(payload[: lengths[0]]), dtype=torch.uint8))
     at = lengths[0]
     weights = []
-    for length, (shape, groups, algorithm) in zip(lengths[1:], recipe.weights, strict=True):
-        weights.append(cpp.packed_weight_from(payload[at : at + length], shape, groups, algorithm))
+    for length, (shape, groups, algorithm, dtype) in zip(lengths[1:], recipe.weights, strict=True):
+        weights.append(cpp.packed_weight_from(payload[at : at + length], shape, groups, algorithm, dtype))
         at += length
     return FrozenModel(recipe, constants, weights)
