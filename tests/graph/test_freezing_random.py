@@ -122,7 +122,8 @@ STEPS: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
     "written-channels": _written_channels,
     "down-up": _down_and_up,
     "layer norm": _normed,
-    "group norm": lambda m, a, b, n: m.groups(a),
+    # PyTorch's fake group norm is contiguous where the real one is channels-last, and then contiguous() a copy.
+    "group norm": lambda m, a, b, n: m.groups(a).contiguous(),
     "mixed": _mixed,
     "average": lambda m, a, b, n: F.avg_pool2d(a, 3, 1, 1),
     "contiguous": lambda m, a, b, n: a.contiguous(),
@@ -152,5 +153,4 @@ def test_the_same_results(steps: list[Step], size: tuple[int, ...], channels_las
     frozen._plan.fill_arena(0xFF)
     for ours, theirs, precise in zip(frozen(x), model(x), exact, strict=True):
         assert_accurate(ours, theirs, precise)
-        # PyTorch's own fake group norm has other strides than the real one.
-        assert ours.stride() == theirs.stride() or 1 in ours.shape or any(what == "group norm" for what, *_ in steps)
+        assert ours.stride() == theirs.stride() or 1 in ours.shape

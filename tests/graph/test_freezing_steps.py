@@ -272,7 +272,7 @@ def test_layers_that_were_not_replaced() -> None:
             nn.init.uniform_(self.flat.running_var, 0.5, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            n, c, *sizes = x.shape  # no graph of fx's can unpack this
+            *sizes, _ = x.shape  # no graph of fx can unpack this
             y = torch.relu(self.bn(self.conv(x)))
             y = F.max_pool2d(y, 3, 1, 1) + F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
             y = y + F.adaptive_avg_pool2d(y, 1) + F.adaptive_avg_pool2d(y, (2, 1))[:, :, :1]

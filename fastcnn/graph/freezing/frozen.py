@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten, treespec_loads
 
-from fastcnn import _native
 from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.aten import aten_rules
@@ -46,7 +45,7 @@ class FrozenModel(nn.Module):
         self._set(recipe, constants, weights)
         self.train(False)
 
-    def _set(self, recipe: Recipe, constants: Tensor, weights: Sequence[_native.PackedConv2dWeight]) -> None:
+    def _set(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
         self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
         self._plan = build_plan(recipe, constants, self._weights)
         self._structure = treespec_loads(recipe.structure)
