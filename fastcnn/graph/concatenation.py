@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.graph import calls, roles
 from fastcnn.graph.aliases import Aliases
+from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.nn import fusing
 from fastcnn.ops._layout import empty_channels_last, is_channels_last
 from fastcnn.ops._registration import autocasts

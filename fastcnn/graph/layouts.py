@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastcnn import ops
-from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.graph import calls, concatenation, roles
 from fastcnn.graph.aliases import Aliases
+from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.ops._layout import in_layout, is_channels_last
 
 # ---- in each call ----------------------------------------------------------------------------------------------------

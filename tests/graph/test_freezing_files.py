@@ -68,7 +68,7 @@ def _doubled(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
 def test_a_pickle_for_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     content = pickle.dumps(fastcnn.freeze(small_network(), small_input()))
     monkeypatch.setattr("fastcnn.graph.freezing.storage.FORMAT", 99)
-    with pytest.raises(ValueError, match="the pickled model was written for format .*, here it is 99: freeze"):
+    with pytest.raises(ValueError, match=r"the pickled model was written for format .*, here it is 99: freeze"):
         pickle.loads(content)
 
 
