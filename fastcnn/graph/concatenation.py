@@ -221,7 +221,7 @@ def _apply(graph: fx.Graph, group: _Group, aliases: Aliases, placed: set[fx.Node
             source = roles.first_argument(part)
             if order.get(source, len(order)) < order[first]:
                 ready.setdefault(part, source)
-    if like is None or len(ready) < len(plain):
+    if like is None or not ready.keys() >= set(plain):
         return "the channels of a part are not known before it is computed"
     widths = [ready[p] if p in ready else _early(graph, _layer(p), first, order) for p in group.parts]
     if any(width is None for width in widths):
