@@ -121,8 +121,10 @@ def _follows(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _images(node: fx.Node) -> list[fx.Node]:
     """What a member reads that is worth converting: the images of fused calls."""
     if node.target is concatenation.end:
-        like = node.args[0].args[0]  # type: ignore[union-attr]  # its layout decides whether there is a buffer
-        return [like] if like in node.args[1] else []  # type: ignore[operator, list-item]
+        slices: Any = node.args[0]
+        parts: Any = node.args[1]
+        like = slices.args[0]  # its layout decides whether there is a buffer
+        return [like] if like in parts else []
     count = _FUSED.get(node.target, 0) if node.op == "call_function" else 0  # type: ignore[arg-type]
     given = [*node.args[:count], node.kwargs.get("residual")]
     return [v for v in given if isinstance(v, fx.Node) and v.op != "get_attr"] if count else []
@@ -176,8 +178,8 @@ def _convolution_of(graph: fx.Graph, value: fx.Node, readers: list[fx.Node], bef
     """A convolution that reads a value, as :func:`enter` takes it."""
     for reader in readers:
         if reader.target in (calls.conv_bn, calls.conv_act) and reader.args[0] is value:
-            layer = reader.args[1]
-            weight = layer if isinstance(layer, fx.Node) else layer["weight"]  # type: ignore[index, call-overload]
+            layer: Any = reader.args[1]
+            weight: fx.Node = layer if isinstance(layer, fx.Node) else layer["weight"]
             if weight.op == "placeholder":
                 return {"weight": weight}
             if weight.op == "get_attr":
