@@ -44,7 +44,7 @@ OTHERS = {
     "mobilenetv2_050": (64, 0.99),
     "mobilenetv3_small_050": (64, 0.99),
     "mobilenetv4_conv_small": (64, 0.99),
-    "nf_regnet_b0": (64, 0.8),  # some convolutions pad by the size of the image
+    "nf_regnet_b0": (64, 0.99),
     "regnetx_002": (64, 0.99),
     "regnety_002": (64, 0.99),
     "repghostnet_050": (64, 0.99),
