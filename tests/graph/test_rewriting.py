@@ -107,6 +107,12 @@ def rank_checked(m: Any, x: Tensor) -> Tensor:
     return F.relu(m.bn(y))
 
 
+def rank_checked_after_a_sum(m: Any, x: Tensor) -> Tensor:
+    y = m.conv2(F.relu(m.bn(m.conv(x)) + x))
+    torch._assert(y.ndim == 4, "expected 4 dimensions")
+    return m.bn2(y)
+
+
 CHAINS: dict[str, tuple[Forward, list[str]]] = {
     "modules": (lambda m, x: m.relu(m.bn(m.conv(x))), ["conv+bn+relu"]),
     "functional": (lambda m, x: F.relu(m.bn(m.conv(x))), ["conv+bn+relu"]),
@@ -144,6 +150,7 @@ CHAINS: dict[str, tuple[Forward, list[str]]] = {
     "iadd-into-new": (added_into_new, ["conv+bn+add+relu"]),
     "identity-between": (lambda m, x: m.relu(m.identity(m.bn(m.identity(m.conv(x))))), ["conv+bn+relu"]),
     "rank-checked": (rank_checked, ["conv+bn+relu"]),
+    "rank-checked-after-a-sum": (rank_checked_after_a_sum, ["conv+bn+add+relu", "conv+bn"]),
 }  # fmt: skip
 
 
