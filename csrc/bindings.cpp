@@ -40,25 +40,40 @@ std::shared_ptr<cpu::PackedConv2dWeight> pack_conv2d_weight(py::handle weight, i
   return std::make_shared<cpu::PackedConv2dWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, groups);
 }
 
-// The weight whose packed() was kept: values as they are, so the instruction set must be the one it was packed for.
-std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
-                                                                   const std::array<int64_t, 4>& shape,
-                                                                   int64_t groups) {
+// Bytes of a packed weight that was kept: values as they are, so the instruction set must be the one it was packed for.
+template <typename Weight>
+void assign_packed(Weight& weight, const py::buffer_info& info) {
+  const int64_t bytes = info.size * info.itemsize;
+  if (bytes != weight.bytes()) {
+    throw py::value_error("packed must have " + std::to_string(weight.bytes()) + " bytes, has " +
+                          std::to_string(bytes));
+  }
+  weight.assign(info.ptr);
+}
+
+template <typename Weight>
+py::bytes packed_bytes(const Weight& weight) {
+  return py::bytes(reinterpret_cast<const char*>(weight.data()), weight.bytes());
+}
+
+void require_packable(const std::array<int64_t, 4>& shape, const py::buffer_info& info) {
   for (const int64_t size : shape) {
     if (size < 1 || size > (int64_t{1} << 24)) throw py::value_error("shape must be positive and at most 2^24");
   }
-  if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
-  const py::buffer_info info = packed.request();
   const int64_t bytes = info.size * info.itemsize;
   if (shape[0] * shape[1] > bytes / 4 || shape[2] * shape[3] > bytes / 4) {
     throw py::value_error("packed must hold the weight's values");
   }
+}
+
+std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
+                                                                   const std::array<int64_t, 4>& shape,
+                                                                   int64_t groups) {
+  const py::buffer_info info = packed.request();
+  require_packable(shape, info);
+  if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
   auto weight = std::make_shared<cpu::PackedConv2dWeight>(shape.data(), groups);
-  if (bytes != weight->bytes()) {
-    throw py::value_error("packed must have " + std::to_string(weight->bytes()) + " bytes, has " +
-                          std::to_string(bytes));
-  }
-  weight->assign(info.ptr);
+  assign_packed(*weight, info);
   return weight;
 }
 
@@ -80,6 +95,22 @@ void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight&
   cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
 }
 
+void require_winograd_tile(int tile) {
+  if (tile != 2 && tile != 4) throw py::value_error("tile must be 2 or 4, is " + std::to_string(tile));
+}
+
+std::shared_ptr<cpu::PackedConv2dWinogradWeight> packed_conv2d_winograd_weight_from(const py::buffer& packed,
+                                                                                    const std::array<int64_t, 4>& shape,
+                                                                                    int tile) {
+  const py::buffer_info info = packed.request();
+  require_packable(shape, info);
+  require_winograd_tile(tile);
+  if (shape[2] != 3 || shape[3] != 3) throw py::value_error("shape must be (K, C, 3, 3)");
+  auto weight = std::make_shared<cpu::PackedConv2dWinogradWeight>(shape[0], shape[1], tile);
+  assign_packed(*weight, info);
+  return weight;
+}
+
 std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py::handle weight, int tile) {
   const Imported t(weight, "weight", kDLCPU);
   t.require_dimensions(4);
@@ -89,7 +120,7 @@ std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py:
     throw py::value_error("weight must have shape (K, C, 3, 3) and not be empty, has shape " +
                           describe(t.tensor.shape, 4));
   }
-  if (tile != 2 && tile != 4) throw py::value_error("tile must be 2 or 4, is " + std::to_string(tile));
+  require_winograd_tile(tile);
   py::gil_scoped_release release;
   return std::make_shared<cpu::PackedConv2dWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, tile);
 }
@@ -284,7 +315,8 @@ py::dict build_info() {
 void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 #endif
 
-void bind_plan(py::module_& m);  // bindings_plan.cpp
+void bind_plan(py::module_& m);    // bindings_plan.cpp
+void bind_limits(py::module_& m);  // bindings_limits.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcnn's compiled kernels. Use fastcnn.ops; these functions check memory safety only.";
@@ -295,10 +327,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<cpu::PackedConv2dWeight, std::shared_ptr<cpu::PackedConv2dWeight>>(m, "PackedConv2dWeight")
       .def(py::init(&pack_conv2d_weight), py::arg("weight"), py::arg("groups"))
       .def_static("from_packed", &packed_conv2d_weight_from, py::arg("packed"), py::arg("shape"), py::arg("groups"))
-      .def("packed",
-           [](const cpu::PackedConv2dWeight& w) {
-             return py::bytes(reinterpret_cast<const char*>(w.data()), w.bytes());
-           })
+      .def("packed", &packed_bytes<cpu::PackedConv2dWeight>)
       .def_property_readonly("bytes", &cpu::PackedConv2dWeight::bytes);
   m.def("cpu_conv2d", &cpu_conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
         py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"),
@@ -306,6 +335,9 @@ PYBIND11_MODULE(_native, m) {
   py::class_<cpu::PackedConv2dWinogradWeight, std::shared_ptr<cpu::PackedConv2dWinogradWeight>>(
       m, "PackedConv2dWinogradWeight")
       .def(py::init(&pack_conv2d_winograd_weight), py::arg("weight"), py::arg("tile"))
+      .def_static("from_packed", &packed_conv2d_winograd_weight_from, py::arg("packed"), py::arg("shape"),
+                  py::arg("tile"))
+      .def("packed", &packed_bytes<cpu::PackedConv2dWinogradWeight>)
       .def_property_readonly("bytes", &cpu::PackedConv2dWinogradWeight::bytes);
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
@@ -325,6 +357,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_batch_statistics", &cpu_batch_statistics, py::arg("mean"), py::arg("var"), py::arg("input"),
         py::arg("threads"));
   bind_plan(m);
+  bind_limits(m);
 #if FASTCNN_CUDA
   bind_cuda(m);
 #endif

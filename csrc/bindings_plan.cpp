@@ -10,7 +10,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cpu/rows.h"
 #include "cpu/strided.h"
+#include "cpu/workspace.h"
 #include "python_tensor.h"
 
 namespace py = pybind11;
@@ -42,21 +44,23 @@ class PyPlan {
               const py::object& scale, const py::object& bias, const py::object& residual,
               const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu, Pair stride,
               Pair padding, Pair dilation) {
-    const Operand y = operand(out, "out"), x = operand(input, "input");
-    const TensorView yv = view(y, "out"), xv = view(x, "input");
-    require_shape(xv, "input", yv.n, weight->in_channels, xv.h, xv.w);
-    require_shape(yv, "out", xv.n, weight->out_channels, yv.h, yv.w);
-    require_one_dtype({y, x});
-    if (padding[0] < 0 || padding[1] < 0) throw py::value_error("padding must not be negative");
     const Conv2dGeometry geometry =
         conv2d_geometry(weight->filter_h, weight->filter_w, weight->groups, stride, padding, dilation);
-    const Operand s = vector(scale, "scale", yv.c), b = vector(bias, "bias", yv.c),
-                  is = vector(input_scale, "input_scale", xv.c), it = vector(input_shift, "input_shift", xv.c);
-    const Operand r = residual_of(residual, yv);
-    plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::conv2d_work(view(y, at), view(x, at), *weight, {floats(is, at), floats(it, at), input_relu},
-                              {floats(s, at), floats(b, at), view(r, at), activation_of(relu)}, geometry, threads);
-    });
+    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+                [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue,
+                    int threads) { return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads); });
+  }
+
+  void conv2d_winograd(const py::tuple& out, const py::tuple& input,
+                       std::shared_ptr<cpu::PackedConv2dWinogradWeight> weight, const py::object& scale,
+                       const py::object& bias, const py::object& residual, const py::object& input_scale,
+                       const py::object& input_shift, bool input_relu, bool relu, Pair padding) {
+    const Conv2dGeometry geometry = conv2d_geometry(3, 3, 1, {1, 1}, padding, {1, 1});
+    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+                [=, workspace = workspace_](const TensorView& y, const TensorView& x, const Prologue& prologue,
+                                            const Epilogue& epilogue, int threads) {
+                  return cpu::conv2d_winograd_work(y, x, *weight, prologue, epilogue, geometry, threads, workspace);
+                });
   }
 
   void linear(const py::tuple& out, const py::tuple& input, const py::tuple& weight, const py::object& bias,
@@ -67,9 +71,9 @@ class PyPlan {
     require_shape(wv, "weight", wv.n, xv.c, 1, 1);
     require_one_dtype({y, x, w});
     const Operand b = vector(bias, "bias", yv.c);
-    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+    plan_->add({y, x, w}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
-                              activation_of(relu), threads);
+                              activation_of(relu), threads, workspace);
     });
   }
 
@@ -130,47 +134,83 @@ class PyPlan {
                [=](const cpu::Plan::Bases& at, int threads) { return cpu::fill_work(strided(y, at), value, threads); });
   }
 
-  void map(const py::tuple& out, const py::tuple& a, const py::object& b, const std::string& name) {
-    static const std::vector<std::string> names = {"add", "subtract", "multiply", "tanh", "negate", "square"};
+  void map(const py::tuple& out, const py::tuple& a, const py::object& b, const std::string& name, float alpha,
+           float beta) {
+    // In the order of cpu::Map.
+    static const std::vector<std::string> names = {
+        "add",         "subtract",  "multiply", "divide",     "maximum", "minimum", "negate",     "absolute",
+        "square",      "sqrt",      "rsqrt",    "reciprocal", "exp",     "tanh",    "sigmoid",    "silu",
+        "hardsigmoid", "hardswish", "gelu",     "gelu_tanh",  "mish",    "clamp",   "leaky_relu", "elu"};
     const auto found = std::find(names.begin(), names.end(), name);
     if (found == names.end()) throw py::value_error("map must be known, is " + name);
     const auto kind = static_cast<cpu::Map>(found - names.begin());
     const Operand y = operand(out, "out"), left = operand(a, "a");
     const Operand right = b.is_none() ? Operand{} : operand(b.cast<py::tuple>(), "b");
-    const bool binary = kind <= cpu::Map::multiply;
+    const bool binary = kind < cpu::Map::negate;
     if (binary == b.is_none())
       throw py::value_error("map " + name + " must have " + (binary ? "two" : "one") + " input");
     require_same_shape(y, left);
     require_one_dtype({y, left});
     if (binary) require_same_shape(y, right), require_one_dtype({y, right});
     plan_->add({y, left, right}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::map_work(kind, strided(y, at), strided(left, at), binary ? strided(right, at) : cpu::Strided{},
-                           threads);
+      return cpu::map_work(kind, alpha, beta, strided(y, at), strided(left, at),
+                           binary ? strided(right, at) : cpu::Strided{}, threads);
     });
   }
 
-  void sum_last(const py::tuple& out, const py::tuple& input) {
+  void reduce_last(const py::tuple& out, const py::tuple& input, const std::string& name, float factor) {
+    if (name != "sum" && name != "max") throw py::value_error("reduction must be sum or max, is " + name);
+    const auto reduction = name == "sum" ? cpu::Reduction::sum : cpu::Reduction::max;
     const Operand y = operand(out, "out"), x = operand(input, "input");
     std::vector<int64_t> shape = x.shape;
-    if (shape.empty()) throw py::value_error("input must have a dimension to sum over");
+    if (shape.empty()) throw py::value_error("input must have a dimension to reduce");
     shape.pop_back();
     if (shape != y.shape) throw py::value_error("out must have the input's shape but for its last dimension");
     require_one_dtype({y, x});
     plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::sum_last_work(strided(y, at), strided(x, at), threads);
+      return cpu::reduce_last_work(reduction, strided(y, at), strided(x, at), factor, threads);
+    });
+  }
+
+  void layer_norm(const py::tuple& out, const py::tuple& input, const py::object& weight, const py::object& bias,
+                  float eps) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = matrix(y, "out"), xv = matrix(x, "input");
+    require_shape(yv, "out", xv.n, xv.c, 1, 1);
+    require_one_dtype({y, x});
+    const Operand w = vector(weight, "weight", xv.c), b = vector(bias, "bias", xv.c);
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::layer_norm_work(placed(yv, y, at), placed(xv, x, at), floats(w, at), floats(b, at), eps, threads);
+    });
+  }
+
+  void softmax(const py::tuple& out, const py::tuple& input) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = matrix(y, "out"), xv = matrix(x, "input");
+    require_shape(yv, "out", xv.n, xv.c, 1, 1);
+    require_one_dtype({y, x});
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::softmax_work(placed(yv, y, at), placed(xv, x, at), threads);
     });
   }
 
   void run(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
-    if (threads < 1) throw py::value_error("threads must be positive, is " + std::to_string(threads));
-    if (inputs.size() != plan_->input_count() || outputs.size() != plan_->output_count()) {
-      throw py::value_error("a plan must be given as many inputs and outputs as it has");
-    }
-    std::vector<void*> in, out;
-    for (size_t i = 0; i < inputs.size(); ++i) in.push_back(memory(inputs[i], "input", 2 + i));
-    for (size_t i = 0; i < outputs.size(); ++i) out.push_back(memory(outputs[i], "output", 2 + inputs.size() + i));
+    const auto [in, out] = memories(inputs, outputs, threads);
     py::gil_scoped_release release;
     plan_->run(in, out, threads);
+  }
+
+  // [([step, ...], seconds), ...]: see cpu/plan.h.
+  py::list profile(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
+    const auto [in, out] = memories(inputs, outputs, threads);
+    std::vector<cpu::Plan::Timed> timed;
+    {
+      py::gil_scoped_release release;
+      timed = plan_->profile(in, out, threads);
+    }
+    py::list result;
+    for (const cpu::Plan::Timed& entry : timed) result.append(py::make_tuple(entry.steps, entry.seconds));
+    return result;
   }
 
   void fill_arena(int value) {
@@ -180,8 +220,23 @@ class PyPlan {
   int64_t arena_bytes() const { return plan_->arena_bytes(); }
   int64_t step_count() const { return plan_->step_count(); }
   int64_t phase_count() const { return plan_->phase_count(); }
+  int64_t workspace_bytes() const { return workspace_->bytes(); }
 
  private:
+  // Where the caller's tensors lie, checked.
+  std::pair<std::vector<void*>, std::vector<void*>> memories(const std::vector<py::object>& inputs,
+                                                             const std::vector<py::object>& outputs,
+                                                             int threads) const {
+    if (threads < 1) throw py::value_error("threads must be positive, is " + std::to_string(threads));
+    if (inputs.size() != plan_->input_count() || outputs.size() != plan_->output_count()) {
+      throw py::value_error("a plan must be given as many inputs and outputs as it has");
+    }
+    std::vector<void*> in, out;
+    for (size_t i = 0; i < inputs.size(); ++i) in.push_back(memory(inputs[i], "input", 2 + i));
+    for (size_t i = 0; i < outputs.size(); ++i) out.push_back(memory(outputs[i], "output", 2 + inputs.size() + i));
+    return {in, out};
+  }
+
   static void require_bytes(int64_t bytes) {
     if (bytes < 0 || bytes > (int64_t{1} << 40)) throw py::value_error("a region must have 0 to 2^40 bytes");
   }
@@ -263,6 +318,27 @@ class PyPlan {
     return r;
   }
 
+  // Checks a convolution's operands and adds it; make(out, input, prologue, epilogue, threads) gives its works.
+  template <typename Weight, typename Make>
+  void convolution(const py::tuple& out, const py::tuple& input, const Weight& weight, const Conv2dGeometry& geometry,
+                   const py::object& scale, const py::object& bias, const py::object& residual,
+                   const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu,
+                   Make make) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = view(y, "out"), xv = view(x, "input");
+    require_shape(xv, "input", yv.n, weight.in_channels, xv.h, xv.w);
+    require_shape(yv, "out", xv.n, weight.out_channels, yv.h, yv.w);
+    require_one_dtype({y, x});
+    if (geometry.pad_top < 0 || geometry.pad_left < 0) throw py::value_error("padding must not be negative");
+    const Operand s = vector(scale, "scale", yv.c), b = vector(bias, "bias", yv.c),
+                  is = vector(input_scale, "input_scale", xv.c), it = vector(input_shift, "input_shift", xv.c);
+    const Operand r = residual_of(residual, yv);
+    plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
+      return make(view(y, at), view(x, at), {floats(is, at), floats(it, at), input_relu},
+                  {floats(s, at), floats(b, at), view(r, at), activation_of(relu)}, threads);
+    });
+  }
+
   template <typename Prepare>
   void pool(const py::tuple& out, const py::tuple& input, Prepare prepare) {
     const Operand y = operand(out, "out"), x = operand(input, "input");
@@ -294,6 +370,8 @@ class PyPlan {
 
   py::object constants_;
   std::unique_ptr<cpu::Plan> plan_;
+  // Of all steps with several works: the plan runs those of one step at a time.
+  std::shared_ptr<cpu::Workspace> workspace_ = std::make_shared<cpu::Workspace>();
 };
 
 }  // namespace
@@ -303,6 +381,7 @@ void bind_plan(py::module_& m) {
       .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
       .def("conv2d", &PyPlan::conv2d)
+      .def("conv2d_winograd", &PyPlan::conv2d_winograd)
       .def("linear", &PyPlan::linear)
       .def("channel_affine", &PyPlan::channel_affine)
       .def("max_pool2d", &PyPlan::max_pool2d)
@@ -312,10 +391,14 @@ void bind_plan(py::module_& m) {
       .def("copy", &PyPlan::copy)
       .def("fill", &PyPlan::fill)
       .def("map", &PyPlan::map)
-      .def("sum_last", &PyPlan::sum_last)
+      .def("reduce_last", &PyPlan::reduce_last)
+      .def("layer_norm", &PyPlan::layer_norm)
+      .def("softmax", &PyPlan::softmax)
       .def("run", &PyPlan::run)
+      .def("profile", &PyPlan::profile)
       .def("fill_arena", &PyPlan::fill_arena)
       .def_property_readonly("arena_bytes", &PyPlan::arena_bytes)
       .def_property_readonly("step_count", &PyPlan::step_count)
-      .def_property_readonly("phase_count", &PyPlan::phase_count);
+      .def_property_readonly("phase_count", &PyPlan::phase_count)
+      .def_property_readonly("workspace_bytes", &PyPlan::workspace_bytes);
 }

@@ -56,22 +56,97 @@ PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const in
 
 namespace {
 
-// Chunks of the reduction of equal length, in whole vectors; tasks of a few micro-tiles of pixels, so that a block of
-// weights is used several times from L2, and of as many column blocks as leave every thread some tasks to balance with.
+constexpr int64_t kStripBytes = 512 << 10;
+
+// Where the inner loop reads its input. Pixels a multiple of 4 KiB apart would meet in one set of L1, which holds fewer
+// lines than a micro-tile has rows.
+void choose_source(Conv2dProblem& problem) {
+  const KernelTable& table = kernels();
+  const Conv2dGeometry& g = problem.geometry;
+  const TensorView& out = problem.out;
+  const auto one_set = [](int64_t stride) { return stride * 4 % 4096 == 0; };
+  problem.source = ConvSource::panel;
+  if (g.filter_h * g.filter_w == 1) {
+    const bool same_pixels = g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 && g.pad_left == 0 &&
+                             out.h == problem.input.h && out.w == problem.input.w;
+    problem.prefetch_input = same_pixels;
+    if (same_pixels && problem.input.dtype == DType::f32 && !problem.has_prologue() &&
+        !one_set(problem.input.pixel_stride)) {
+      problem.source = ConvSource::in_place;
+    }
+    return;
+  }
+  problem.strip_pixels = (out.w - 1) * g.stride_w + g.filter_w;
+  problem.strip_pitch = ceil_div(problem.strip_pixels * problem.group_in, 16) * 16 + 16;
+  const int64_t filter_rows = (g.filter_h - 1) * g.dilation_h + 1;
+  // A micro-tile's pixels lie in one output row: narrow rows leave registers empty.
+  const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
+  const bool fits = filter_rows * problem.strip_pitch * 4 <= kStripBytes && row_tiles <= kMaxMicroTiles &&
+                    3 * out.w >= 2 * row_tiles * table.micro_rows;
+  if (fits && g.dilation_w == 1 && !one_set(g.stride_w * problem.group_in)) {
+    problem.source = ConvSource::strip;
+    problem.prefetch_input = true;
+  }
+}
+
+// How many pixels and column blocks a task owns: the cut whose last thread is done first, by an estimate in cycles. A
+// task of few column blocks brings its pixels for little work, and tasks that do not divide evenly among the threads
+// leave one of them waiting.
 int64_t cut_dense(Conv2dProblem& problem, int threads) {
   const KernelTable& table = kernels();
-  const int64_t groups = problem.geometry.groups;
-  const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
+  const Conv2dGeometry& g = problem.geometry;
+  const TensorView& out = problem.out;
+  choose_source(problem);
+  const bool strip = problem.source == ConvSource::strip;
+  const int64_t reduction = g.filter_h * g.filter_w * problem.group_in;
   const int64_t chunks = ceil_div(reduction, table.max_chunk);
   problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
-  constexpr int64_t kMicroTilesPerTask = 4, kTasksPerThread = 6;
-  const int64_t wanted_tasks = threads > 1 ? kTasksPerThread * threads : 1;
-  const int64_t pixels = problem.out.pixels();
-  const int64_t row_tasks = ceil_div(ceil_div(pixels, table.micro_rows), kMicroTilesPerTask);
-  problem.tile_rows = ceil_div(pixels, row_tasks);
-  const int64_t splits = std::clamp<int64_t>(ceil_div(wanted_tasks, row_tasks * groups), 1, problem.column_blocks);
-  problem.blocks_per_task = ceil_div(problem.column_blocks, splits);
-  return ceil_div(pixels, problem.tile_rows) * ceil_div(problem.column_blocks, problem.blocks_per_task) * groups;
+  constexpr int64_t kL2Bytes = 512 << 10;
+  constexpr double kTaskCycles = 1000;
+  constexpr double kLaterBytesPerCycle = 8;  // of weights that are not in L2
+  const double vector_cycles = problem.source == ConvSource::in_place ? 0 : problem.has_prologue() ? 5 : 3;
+  // Units of pixels that a task is made of: output rows of a strip, else micro-tiles.
+  const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
+  const int64_t units = strip ? out.h : ceil_div(out.pixels(), table.micro_rows);
+  const int64_t most_units = strip ? std::max<int64_t>(1, kMaxMicroTiles / row_tiles) : kMaxMicroTiles / 2;
+  double best = 0;
+  int64_t tasks = 0;
+  for (int64_t wanted = 1; wanted <= std::min(most_units, units); ++wanted) {
+    int64_t rows, row_tasks;
+    double pixels, brought;  // a task's output pixels, and the vectors that it must bring
+    if (strip) {
+      rows = ceil_div(out.h, ceil_div(out.h, wanted));
+      row_tasks = out.n * ceil_div(out.h, rows);
+      const int64_t input_rows = (rows - 1) * g.stride_h + (g.filter_h - 1) * g.dilation_h + 1;
+      if (wanted > 1 && input_rows * problem.strip_pitch * 4 > kStripBytes) continue;
+      pixels = static_cast<double>(rows * out.w);
+      brought = static_cast<double>(input_rows) * problem.strip_pitch / table.vector_width;
+    } else {
+      rows = ceil_div(out.pixels(), ceil_div(units, wanted));
+      row_tasks = ceil_div(out.pixels(), rows);
+      pixels = static_cast<double>(rows);
+      brought = static_cast<double>(rows) * reduction / table.vector_width;
+    }
+    for (int64_t blocks = 1; blocks <= problem.column_blocks; ++blocks) {
+      const int64_t column_tasks = ceil_div(problem.column_blocks, blocks);
+      if (ceil_div(problem.column_blocks, column_tasks) != blocks) continue;  // the same number in less equal parts
+      const double weight_bytes = static_cast<double>(blocks) * reduction * table.column_block * 4;
+      const double products = pixels * blocks * reduction;
+      const double stream = weight_bytes > kL2Bytes ? weight_bytes / kLaterBytesPerCycle : 0;
+      const double task = std::max(products, stream) + brought * vector_cycles + kTaskCycles;
+      const int64_t count = row_tasks * column_tasks * g.groups;
+      const double cost = task * ceil_div(count, threads);
+      if (tasks == 0 || cost < best) {
+        best = cost;
+        tasks = count;
+        problem.tile_rows = rows;
+        problem.row_tasks = row_tasks;
+        problem.blocks_per_task = blocks;
+      }
+    }
+  }
+  problem.prefetch_input &= problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
+  return tasks;
 }
 
 // One output row and enough channel blocks to be worth a task.
@@ -90,7 +165,7 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   const int64_t padded = weight.column_blocks * (weight.spans_groups ? table.vector_width : table.column_block);
   const EpilogueVectors vectors(epilogue, groups, group_out, padded);
 
-  Conv2dProblem problem;
+  Conv2dProblem problem{};
   problem.out = out;
   problem.input = input;
   problem.geometry = geometry;
@@ -112,6 +187,8 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   }
   Work work;
   work.threads = threads;
+  work.constants = weight.data();
+  work.constant_bytes = weight.bytes();
   if (weight.spans_groups) {
     work.tasks = cut_grouped(problem);
     work.run = [problem, memory = vectors.memory, &table](int64_t task, void*) {

@@ -2,12 +2,15 @@
 // isa/conv2d_winograd.cpp.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "isa/table.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "preparation.h"
+#include "work.h"
+#include "workspace.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -37,16 +40,26 @@ std::vector<double> filter_transform(int tile) {
 
 }  // namespace
 
+PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int tile)
+    : out_channels(out_channels), in_channels(in_channels), tile(tile), data_(nullptr, std::free) {
+  const KernelTable& table = kernels();
+  const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
+  column_blocks = ceil_div(out_channels, table.column_block);
+  bytes_ = column_blocks * (tile + 2) * (tile + 2) * channels * table.column_block * 4;
+  data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
+}
+
+void PackedConv2dWinogradWeight::assign(const void* packed) {
+  std::memcpy(data_.get(), packed, static_cast<size_t>(bytes_));
+}
+
 PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
                                                        const int64_t strides[4], int tile)
-    : out_channels(shape[0]), in_channels(shape[1]), tile(tile), data_(nullptr, std::free) {
+    : PackedConv2dWinogradWeight(shape[0], shape[1], tile) {
   const KernelTable& table = kernels();
   const int64_t block = table.column_block;
   const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
   const int t = tile + 2;
-  column_blocks = ceil_div(out_channels, block);
-  bytes_ = column_blocks * t * t * channels * block * 4;
-  data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
   const std::vector<double> g = filter_transform(tile);
   // A task is one channel of one column block: t*t rows of `block` values, zeros where k or c is beyond the end.
   const auto transform = [&](int64_t task, void* scratch) {
@@ -82,16 +95,14 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType
   parallel_tasks(column_blocks * channels, default_threads(), scratch_bytes, transform);
 }
 
-Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
-                               const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                               int threads)
-    : problem_(std::make_unique<WinogradProblem>()), threads_(threads) {
+Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
+                           const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
+                           int threads, const std::shared_ptr<Workspace>& workspace) {
   const KernelTable& table = kernels();
   const int64_t padded = weight.column_blocks * table.column_block;
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, padded);
-  vectors_ = vectors.memory;
 
-  WinogradProblem& p = *problem_;
+  WinogradProblem p;
   p.out = out;
   p.input = input;
   p.pad_top = geometry.pad_top;
@@ -115,7 +126,7 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   constexpr int64_t kFlopsPerThread = 2'000'000;
   const int64_t channels = p.channel_vectors * table.vector_width;
   const int64_t flops = 2 * (p.tile + 2) * (p.tile + 2) * p.tiles * channels * p.column_blocks * table.column_block;
-  threads = threads_ = static_cast<int>(std::clamp<int64_t>(flops / kFlopsPerThread, 1, threads));
+  threads = static_cast<int>(std::clamp<int64_t>(flops / kFlopsPerThread, 1, threads));
 
   // Fused: blocks of as many micro-tiles as their transformed input leaves room for in an L2 of 1 MiB, and at least
   // one; of nearly equal size, and where there are few, as many for each thread.
@@ -128,8 +139,8 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   // is small enough to be reread from L3 instead; or where there are too few blocks to keep the threads busy.
   constexpr int64_t kLargeWeightBytes = 4 << 20, kSharedBytes = 4 << 20;
   const bool rereads_weights = weight.bytes() >= kLargeWeightBytes && p.tiles * tile_bytes <= kSharedBytes;
-  shared_ = rereads_weights || (threads > 1 && blocks < 2 * threads);
-  if (shared_) {
+  const bool shared = rereads_weights || (threads > 1 && blocks < 2 * threads);
+  if (shared) {
     blocks = ceil_div(p.tiles, kMaxSharedMicroTiles * micro);
   } else if (blocks < 8 * threads) {
     blocks = ceil_div(blocks, threads) * threads;
@@ -137,33 +148,29 @@ Conv2dWinograd::Conv2dWinograd(const TensorView& out, const TensorView& input, c
   p.tiles_per_block = ceil_div(p.tiles, blocks);
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.vectors_per_task = std::max<int64_t>(1, p.channel_vectors * p.blocks / (4 * threads));
-}
 
-Conv2dWinograd::Conv2dWinograd(Conv2dWinograd&&) noexcept = default;
-Conv2dWinograd::~Conv2dWinograd() = default;
-
-void Conv2dWinograd::run() const {
-  const KernelTable& table = kernels();
-  WinogradProblem problem = *problem_;
-  if (!shared_) {
-    parallel_tasks(problem.blocks, threads_,
-                   table.winograd_input_bytes(problem) + table.winograd_product_bytes(problem),
-                   [&](int64_t task, void* scratch) { table.winograd_fused_task(problem, task, scratch); });
-    return;
+  if (!shared) {
+    return {{p.blocks, threads, table.winograd_input_bytes(p) + table.winograd_product_bytes(p),
+             [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
+               table.winograd_fused_task(p, task, scratch);
+             }}};
   }
-  constexpr int kSharedSlot = 1;
-  problem.shared_input =
-      static_cast<float*>(thread_scratch<kSharedSlot>(problem.blocks * table.winograd_input_bytes(problem)));
-  if (problem.shared_input == nullptr) throw std::bad_alloc();
-  parallel_tasks(ceil_div(problem.channel_vectors, problem.vectors_per_task) * problem.blocks, threads_, 0,
-                 [&](int64_t task, void*) { table.winograd_input_task(problem, task); });
-  parallel_tasks(problem.column_blocks * problem.blocks, threads_, table.winograd_product_bytes(problem),
-                 [&](int64_t task, void* scratch) { table.winograd_product_task(problem, task, scratch); });
+  workspace->reserve(p.blocks * table.winograd_input_bytes(p));
+  const Work transform = {ceil_div(p.channel_vectors, p.vectors_per_task) * p.blocks, threads, 0,
+                          [p, workspace, &table](int64_t task, void*) {
+                            table.winograd_input_task(p, static_cast<float*>(workspace->data()), task);
+                          }};
+  const Work multiply = {p.column_blocks * p.blocks, threads, table.winograd_product_bytes(p),
+                         [p, workspace, memory = vectors.memory, &table](int64_t task, void* scratch) {
+                           table.winograd_product_task(p, static_cast<float*>(workspace->data()), task, scratch);
+                         }};
+  return {transform, multiply};
 }
 
 void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                      const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
-  Conv2dWinograd(out, input, weight, prologue, epilogue, geometry, threads).run();
+  static thread_local const auto workspace = std::make_shared<Workspace>();
+  run_now(conv2d_winograd_work(out, input, weight, prologue, epilogue, geometry, threads, workspace));
 }
 
 }  // namespace fastcnn::cpu

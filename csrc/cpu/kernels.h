@@ -10,6 +10,7 @@
 
 #include "../common/types.h"
 #include "work.h"
+#include "workspace.h"
 
 namespace fastcnn::cpu {
 
@@ -46,6 +47,9 @@ class PackedConv2dWinogradWeight {
   // weight: (K, C, 3, 3) with the given element strides, fp32 or bf16; tile 2 or 4.
   PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4],
                              int tile);
+  // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes.
+  PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int tile);
+  void assign(const void* packed);
 
   int64_t out_channels, in_channels;
   int tile;
@@ -56,25 +60,6 @@ class PackedConv2dWinogradWeight {
  private:
   std::unique_ptr<float, void (*)(void*)> data_;
   int64_t bytes_;
-};
-
-struct WinogradProblem;
-
-// One Winograd convolution with everything that depends on shapes and vectors done: the weight must outlive it, the
-// epilogue's vectors need not.
-class Conv2dWinograd {
- public:
-  Conv2dWinograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
-                 const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
-  Conv2dWinograd(Conv2dWinograd&&) noexcept;
-  ~Conv2dWinograd();
-  void run() const;
-
- private:
-  std::unique_ptr<WinogradProblem> problem_;
-  std::shared_ptr<float> vectors_;  // the epilogue's, padded
-  int threads_;
-  bool shared_;  // how the work is cut: see isa/conv2d_winograd.cpp
 };
 
 // conv2d() for 3x3 filters, stride 1, dilation 1, one group, by Winograd's algorithm.
@@ -107,6 +92,10 @@ void batch_statistics(float* mean, float* var, const TensorView& input, int thre
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+// `workspace` is reserved here and used by the works.
+Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
+                           const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
+                           int threads, const std::shared_ptr<Workspace>& workspace);
 Works max_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
 Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry,
                       int64_t pad_bottom, int64_t pad_right, bool count_include_pad, int64_t divisor, int threads);
@@ -114,7 +103,7 @@ Works adaptive_avg_pool2d_work(const TensorView& out, const TensorView& input, i
 Works local_response_norm_work(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta,
                                float k, int threads);
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
-                  Activation activation, int threads);
+                  Activation activation, int threads, const std::shared_ptr<Workspace>& workspace);
 Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
                           const TensorView& residual, Activation activation, float factor, int threads);
 

@@ -6,10 +6,11 @@
 #include "kernels.h"
 #include "preparation.h"
 #include "work.h"
+#include "workspace.h"
 
 namespace fastcnn::cpu {
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
-                  Activation activation, int threads) {
+                  Activation activation, int threads, const std::shared_ptr<Workspace>& workspace) {
   const KernelTable& table = kernels();
   LinearProblem problem;
   problem.out = out.data, problem.out_stride = out.pixel_stride;
@@ -26,16 +27,13 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
   const int64_t wanted = kTasksPerThread * threads;
 
   if (problem.rows <= kLinearFewRows) {
-    problem.packed_input = nullptr;
     problem.columns_per_task = std::clamp<int64_t>(problem.columns / wanted / 4 * 4, 4, 32);
     return {{ceil_div(problem.columns, problem.columns_per_task), threads, 0,
-             [problem, &table](int64_t task, void*) { table.linear_task(problem, task, nullptr); }}};
+             [problem, &table](int64_t task, void*) { table.linear_few_rows_task(problem, task); }}};
   }
 
   const int64_t panels = ceil_div(problem.rows, table.column_block);
-  const std::shared_ptr<float> packed(
-      static_cast<float*>(allocate_aligned(panels * problem.depth * table.column_block * 4)), std::free);
-  problem.packed_input = packed.get();
+  workspace->reserve(panels * problem.depth * table.column_block * 4);
   // At most 8 panels, whose chunk fits into L2, and 4 blocks of weight rows, which share it; fewer to give every thread
   // some tasks.
   problem.panels_per_task = ceil_div(panels, ceil_div(panels, 8));
@@ -44,16 +42,19 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
   problem.columns_per_task = std::clamp<int64_t>(blocks * panel_tasks / wanted, 1, 4) * table.micro_rows;
   const int64_t tasks = panel_tasks * ceil_div(problem.columns, problem.columns_per_task);
   const Work pack = {panels * ceil_div(problem.depth, kLinearChunk), threads, 0,
-                     [problem, packed, &table](int64_t task, void*) { table.linear_pack_task(problem, task); }};
-  const Work multiply = {
-      tasks, threads, table.linear_scratch_bytes(problem),
-      [problem, packed, &table](int64_t task, void* scratch) { table.linear_task(problem, task, scratch); }};
+                     [problem, workspace, &table](int64_t task, void*) {
+                       table.linear_pack_task(problem, static_cast<float*>(workspace->data()), task);
+                     }};
+  const Work multiply = {tasks, threads, table.linear_scratch_bytes(problem),
+                         [problem, workspace, &table](int64_t task, void* scratch) {
+                           table.linear_many_rows_task(problem, static_cast<float*>(workspace->data()), task, scratch);
+                         }};
   return {pack, multiply};
 }
 
 void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
             Activation activation, int threads) {
-  run_now(linear_work(out, input, weight, bias, activation, threads));
+  run_now(linear_work(out, input, weight, bias, activation, threads, std::make_shared<Workspace>()));
 }
 
 }  // namespace fastcnn::cpu

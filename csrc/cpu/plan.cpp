@@ -8,6 +8,8 @@
 namespace fastcnn::cpu {
 namespace {
 
+constexpr int64_t kAheadBytes = 512 << 10;  // half of an L2
+
 // The distance in bytes between the pixels of a 4-D operand whose channels are adjacent, else 0.
 int64_t ring_of(const Operand& o) {
   if (o.shape.size() != 4 || (o.shape[1] > 1 && o.strides[1] != 1)) return 0;
@@ -123,7 +125,20 @@ void Plan::prepare(int threads, bool moved) {
     group.push_back(&step);
   }
   append(group, threads);
-  next_.reset(new std::atomic<int64_t>[phases_.size()]);
+  counter_count_ = 0;
+  for (Phase& phase : phases_) {
+    phase.first_counter = counter_count_;
+    counter_count_ += phase.serial ? 1 : phase.works.size() * team_;
+  }
+  counters_.reset(new Counter[counter_count_]);
+  for (size_t i = 0; i + 1 < phases_.size(); ++i) {
+    int64_t room = kAheadBytes;
+    for (const Work* work : phases_[i + 1].works) {
+      const int64_t bytes = std::min(room, work->constant_bytes);
+      if (bytes > 0) phases_[i].ahead.push_back({static_cast<const char*>(work->constants), bytes});
+      room -= bytes;
+    }
+  }
   threads_ = threads;
 }
 
@@ -143,7 +158,7 @@ bool Plan::may_join(const std::vector<const Step*>& group, const Step& step) con
 
 // Phases for steps that may run side by side, or for the works of one step.
 void Plan::append(const std::vector<const Step*>& group, int threads) {
-  Phase phase = {{}, 0, false};
+  Phase phase = {};
   const auto close = [&] {
     if (phase.works.empty()) return;
     phase.serial = std::none_of(phase.works.begin(), phase.works.end(),
@@ -154,7 +169,7 @@ void Plan::append(const std::vector<const Step*>& group, int threads) {
     } else {
       phases_.push_back(phase);
     }
-    phase = {{}, 0, false};
+    phase = {};
   };
   for (const Step* step : group) {
     for (const Work& work : step->works) {
@@ -167,18 +182,60 @@ void Plan::append(const std::vector<const Step*>& group, int threads) {
   close();
 }
 
-void Plan::execute() {
+// A task's share of what the next phase reads first, on its way into L2.
+void Plan::fetch_ahead(const Phase& phase, int64_t task) const {
+  for (const auto& [begin, bytes] : phase.ahead) {
+    const int64_t end = bytes * (task + 1) / phase.tasks;
+    for (int64_t at = bytes * task / phase.tasks; at < end; at += 64) __builtin_prefetch(begin + at, 0, 2);
+  }
+}
+
+// The tasks of a phase that fall to this thread. Each work's tasks are cut into as many runs as there are threads; a
+// thread does its own run of every work, then helps with the others'. So it mostly meets the same part of the picture
+// in every layer, in its own cache.
+void Plan::draw_tasks(const Phase& phase, void* scratch) {
+#ifdef _OPENMP
+  const int64_t me = omp_get_thread_num();
+#else
+  const int64_t me = 0;
+#endif
+  for (int64_t distance = 0; distance < team_; ++distance) {
+    const int64_t run = (me + distance) % team_;
+    int64_t first = 0;  // of the work's tasks among the phase's
+    for (size_t at = 0; at < phase.works.size(); ++at) {
+      const int64_t tasks = tasks_of(*phase.works[at]);
+      const int64_t begin = tasks * run / team_, end = tasks * (run + 1) / team_;
+      std::atomic<int64_t>& next = counters_[phase.first_counter + at * team_ + run].next;
+      for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        fetch_ahead(phase, first + task);
+        run_task(*phase.works[at], task, scratch);
+      }
+      first += tasks;
+    }
+  }
+}
+
+void Plan::execute(Stamps* stamps) {
+  // Each stamp has one writer: whoever ran the work of a serial phase, or one thread behind a phase's barrier.
+  const auto stamp = [stamps](size_t entry) {
+    if (stamps != nullptr) (*stamps)[entry + 1] = std::chrono::steady_clock::now();
+  };
+  if (stamps != nullptr) (*stamps)[0] = std::chrono::steady_clock::now();
   if (team_ == 1) {
     void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
     if (scratch_bytes_ > 0 && scratch == nullptr) throw std::bad_alloc();
+    size_t entry = 0;
     for (const Phase& phase : phases_) {
       for (const Work* work : phase.works) {
         for (int64_t task = 0; task < work->tasks; ++task) work->run(task, scratch);
+        stamp(entry);
+        entry += phase.serial;
       }
+      entry += !phase.serial;
     }
     return;
   }
-  for (size_t i = 0; i < phases_.size(); ++i) next_[i].store(0, std::memory_order_relaxed);
+  for (size_t i = 0; i < counter_count_; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
   std::atomic<bool> out_of_memory{false};
 #pragma omp parallel num_threads(team_)
   {
@@ -186,31 +243,34 @@ void Plan::execute() {
     if (scratch_bytes_ > 0 && scratch == nullptr) out_of_memory = true;
 #pragma omp barrier
     if (!out_of_memory) {
+      size_t entry = 0;
       for (size_t i = 0; i < phases_.size(); ++i) {
         const Phase& phase = phases_[i];
         if (phase.serial) {
           // The first thread that comes runs it all.
-          if (next_[i].fetch_add(1, std::memory_order_relaxed) == 0) {
-            for (const Work* work : phase.works) {
-              for (int64_t task = 0; task < work->tasks; ++task) work->run(task, scratch);
+          if (counters_[phase.first_counter].next.fetch_add(1, std::memory_order_relaxed) == 0) {
+            for (size_t at = 0; at < phase.works.size(); ++at) {
+              const Work& work = *phase.works[at];
+              for (int64_t task = 0; task < work.tasks; ++task) work.run(task, scratch);
+              stamp(entry + at);
             }
           }
         } else {
-          for (int64_t task; (task = next_[i].fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) {
-            size_t at = 0;
-            while (task >= tasks_of(*phase.works[at])) task -= tasks_of(*phase.works[at++]);
-            run_task(*phase.works[at], task, scratch);
-          }
+          draw_tasks(phase, scratch);
         }
 #pragma omp barrier
+        entry += phase.entries();
+        if (!phase.serial) {
+#pragma omp master
+          stamp(entry - 1);
+        }
       }
     }
   }
   if (out_of_memory) throw std::bad_alloc();
 }
 
-void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+void Plan::place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
   bool moved = false;
   const auto place = [&](size_t region, void* data) {
     moved = moved || bases_[region] != data;
@@ -219,7 +279,37 @@ void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outpu
   for (size_t i = 0; i < inputs.size(); ++i) place(2 + i, inputs[i]);
   for (size_t i = 0; i < outputs.size(); ++i) place(2 + inputs_ + i, outputs[i]);
   prepare(threads, moved);
+}
+
+void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  place_and_prepare(inputs, outputs, threads);
   execute();
+}
+
+std::vector<Plan::Timed> Plan::profile(const std::vector<void*>& inputs, const std::vector<void*>& outputs,
+                                       int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  place_and_prepare(inputs, outputs, threads);
+  std::vector<Timed> timed;
+  const auto step_of = [&](const Work* work) {
+    const auto owner = std::find_if(steps_.begin(), steps_.end(), [&](const Step& step) {
+      return std::any_of(step.works.begin(), step.works.end(), [&](const Work& own) { return &own == work; });
+    });
+    return static_cast<int64_t>(owner - steps_.begin());
+  };
+  for (const Phase& phase : phases_) {
+    for (size_t at = 0; at < phase.works.size(); ++at) {
+      if (at == 0 || phase.serial) timed.push_back({{}, 0});
+      timed.back().steps.push_back(step_of(phase.works[at]));
+    }
+  }
+  Stamps stamps(timed.size() + 1);
+  execute(&stamps);
+  for (size_t i = 0; i < timed.size(); ++i) {
+    timed[i].seconds = std::chrono::duration<double>(stamps[i + 1] - stamps[i]).count();
+  }
+  return timed;
 }
 
 }  // namespace fastcnn::cpu

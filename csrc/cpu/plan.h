@@ -6,11 +6,13 @@
 // or outputs are prepared again, when those lie elsewhere than in the last run.
 //
 // A run opens one parallel region. Works follow each other in phases with a barrier between them; threads draw a
-// phase's tasks from a counter. Neighbouring steps that share no memory make one phase (the branches of an inception
-// module), and works too small for a second thread are joined and run by one thread without barriers.
+// phase's tasks from counters, each from its own part first. Neighbouring steps that share no memory make one phase
+// (the branches of an inception module), and works too small for a second thread are joined and run by one thread
+// without barriers.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -46,6 +48,12 @@ class Plan {
 
   // inputs and outputs: as many, and as long, as were announced. One run at a time: others wait.
   void run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  // run() with a watch: what each phase took. Works that one thread ran in a row have an entry each.
+  struct Timed {
+    std::vector<int64_t> steps;  // whose works these are; several where steps ran side by side
+    double seconds;
+  };
+  std::vector<Timed> profile(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
   void fill_arena(int value);
 
   int64_t arena_bytes() const { return sizes_[0]; }
@@ -65,14 +73,25 @@ class Plan {
   // Works whose tasks may run side by side; in a serial phase, works that one thread runs in order.
   struct Phase {
     std::vector<const Work*> works;
-    int64_t tasks;
-    bool serial;
+    int64_t tasks = 0;
+    bool serial = false;
+    std::vector<std::pair<const char*, int64_t>> ahead;  // constants of the next phase: where, how many bytes
+    size_t first_counter = 0;                            // one for each work and thread; of a serial phase, one
+    size_t entries() const { return serial ? works.size() : 1; }  // of a profile
+  };
+
+  struct alignas(64) Counter {  // of tasks that have been drawn; a cache line each
+    std::atomic<int64_t> next{0};
   };
 
   bool may_join(const std::vector<const Step*>& group, const Step& step) const;
   void append(const std::vector<const Step*>& group, int threads);
   void prepare(int threads, bool moved);
-  void execute();
+  void place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  using Stamps = std::vector<std::chrono::steady_clock::time_point>;  // the start, then the end of each entry
+  void fetch_ahead(const Phase& phase, int64_t task) const;
+  void draw_tasks(const Phase& phase, void* scratch);
+  void execute(Stamps* stamps = nullptr);
 
   std::mutex mutex_;
   std::unique_ptr<char, void (*)(void*)> arena_;
@@ -82,7 +101,8 @@ class Plan {
   std::vector<Step> steps_;
   int threads_ = 0;  // what steps_ are prepared for; 0: not yet
   std::vector<Phase> phases_;
-  std::unique_ptr<std::atomic<int64_t>[]> next_;  // each phase's next task
+  std::unique_ptr<Counter[]> counters_;
+  size_t counter_count_ = 0;
   int team_ = 1;
   int64_t scratch_bytes_ = 0;
 };

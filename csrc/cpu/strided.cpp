@@ -1,17 +1,21 @@
 // Copies and element-wise work on tensors of any strides.
 //
-//   copy: out[i] = in[i]     map: out[i] = f(a[i], b[i])     sum: out[i] = sum_l in[i, l]
+//   copy: out[i] = in[i]     map: out[i] = f(a[i], b[i])     reduction: out[i] = factor * sum_l in[i, l]
 //
 // Dimensions are ordered by the output's strides and joined where every operand allows it. The innermost one (J) and
 // the one in which the input moves in the smallest steps (I) make a plane; a plane is copied as rows where both sides
-// are contiguous along J, else as a transposition. A task owns a range of I of one plane, kValuesPerTask values of it.
+// are contiguous along J, else as a transposition. A plane is cut into blocks of at most kValuesPerTask values, whole
+// rows where they are not longer than that; a task owns a block, or several that are small. Maps are computed by
+// isa/map.cpp.
 // Floor: the bytes of the operands.
 #include "strided.h"
 
 #include <algorithm>
 #include <array>
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
+
+#include "preparation.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -69,7 +73,13 @@ std::vector<Dimension> joined(const Strided& out, const Strided* a, const Stride
   return result;
 }
 
-// Calls body(offsets of out, a and b; first, last) for ranges of the second innermost dimension that was chosen.
+// A part of a plane: rows [i0, i1) of I and columns [j0, j1) of J. `at`: where out, a and b start.
+struct Block {
+  std::array<int64_t, 3> at;
+  int64_t i0, i1, j0, j1;
+};
+
+// Calls body(planes, block) for all blocks. `cost`: how many values are read for one that is written.
 struct Planes {
   std::vector<Dimension> outer;
   Dimension i, j;
@@ -90,27 +100,27 @@ struct Planes {
   }
 
   template <typename Body>
-  Works works(int threads, Body body) const {
+  Works works(int threads, Body body, int64_t cost = 1) const {
+    const int64_t limit = std::max<int64_t>(kValuesPerTask / cost, 1);
     int64_t planes = 1;
     for (const Dimension& d : outer) planes *= d.size;
-    const int64_t rows = std::clamp<int64_t>(kValuesPerTask / j.size, 1, i.size);
-    const int64_t ranges = (i.size + rows - 1) / rows;
-    // Several small planes make one task.
-    const int64_t units = planes * ranges;
-    const int64_t units_per_task = std::clamp<int64_t>(kValuesPerTask / (rows * j.size), 1, units);
-    const int64_t tasks = (units + units_per_task - 1) / units_per_task;
+    const int64_t columns = std::min(j.size, limit), rows = std::clamp<int64_t>(limit / columns, 1, i.size);
+    const int64_t across = ceil_div(j.size, columns), down = ceil_div(i.size, rows);
+    const int64_t blocks = planes * down * across;
+    const int64_t blocks_per_task = std::clamp<int64_t>(limit / (rows * columns), 1, blocks);
     const Planes self = *this;
-    return {{tasks, threads, 0, [=](int64_t task, void*) {
-               const int64_t end = std::min(units, (task + 1) * units_per_task);
-               for (int64_t unit = task * units_per_task; unit < end; ++unit) {
-                 std::array<int64_t, 3> at = {0, 0, 0};
-                 int64_t plane = unit / ranges;
+    return {{ceil_div(blocks, blocks_per_task), threads, 0, [=](int64_t task, void*) {
+               const int64_t end = std::min(blocks, (task + 1) * blocks_per_task);
+               for (int64_t index = task * blocks_per_task; index < end; ++index) {
+                 const int64_t i0 = index / across % down * rows, j0 = index % across * columns;
+                 Block block = {
+                     {0, 0, 0}, i0, std::min(self.i.size, i0 + rows), j0, std::min(self.j.size, j0 + columns)};
+                 int64_t plane = index / across / down;
                  for (auto d = self.outer.rbegin(); d != self.outer.rend(); ++d) {
-                   for (int k = 0; k < 3; ++k) at[k] += plane % d->size * d->strides[k];
+                   for (int k = 0; k < 3; ++k) block.at[k] += plane % d->size * d->strides[k];
                    plane /= d->size;
                  }
-                 const int64_t first = unit % ranges * rows;
-                 body(self, at, first, std::min(self.i.size, first + rows));
+                 body(self, block);
                }
              }}};
   }
@@ -120,93 +130,80 @@ template <typename To, typename From>
 Works copy(const Strided& out, const Strided& input, int threads) {
   To* to = static_cast<To*>(out.data);
   const From* from = static_cast<const From*>(input.data);
-  return Planes(joined(out, &input, nullptr))
-      .works(threads, [to, from](const Planes& p, const std::array<int64_t, 3>& at, int64_t first, int64_t last) {
-        const auto move = [](To* y, const From* x) {
-          if constexpr (std::is_same_v<To, From>) {
-            *y = *x;
-          } else {
-            store(y, load(x));
-          }
-        };
-        const int64_t yi = p.i.strides[0], xi = p.i.strides[1], yj = p.j.strides[0], xj = p.j.strides[1];
-        To* y = to + at[0];
-        const From* x = from + at[1];
-        if (xj == 1 && yj == 1) {
-          for (int64_t i = first; i < last; ++i) {
-            if constexpr (std::is_same_v<To, From>) {
-              std::memcpy(y + i * yi, x + i * xi, static_cast<size_t>(p.j.size) * sizeof(To));
-            } else {
-              for (int64_t j = 0; j < p.j.size; ++j) move(y + i * yi + j, x + i * xi + j);
-            }
-          }
-          return;
+  return Planes(joined(out, &input, nullptr)).works(threads, [to, from](const Planes& p, const Block& block) {
+    const auto move = [](To* y, const From* x) {
+      if constexpr (std::is_same_v<To, From>) {
+        *y = *x;
+      } else {
+        store(y, load(x));
+      }
+    };
+    const int64_t yi = p.i.strides[0], xi = p.i.strides[1], yj = p.j.strides[0], xj = p.j.strides[1];
+    To* y = to + block.at[0];
+    const From* x = from + block.at[1];
+    if (xj == 1 && yj == 1) {
+      for (int64_t i = block.i0; i < block.i1; ++i) {
+        if constexpr (std::is_same_v<To, From>) {
+          std::memcpy(y + i * yi + block.j0, x + i * xi + block.j0,
+                      static_cast<size_t>(block.j1 - block.j0) * sizeof(To));
+        } else {
+          for (int64_t j = block.j0; j < block.j1; ++j) move(y + i * yi + j, x + i * xi + j);
         }
-        constexpr int64_t kTile = 64;  // of I: the lines written stay in L1 while J passes
-        for (int64_t i0 = first; i0 < last; i0 += kTile) {
-          const int64_t i1 = std::min(last, i0 + kTile);
-          for (int64_t j = 0; j < p.j.size; ++j) {
-            for (int64_t i = i0; i < i1; ++i) move(y + i * yi + j * yj, x + i * xi + j * xj);
-          }
-        }
-      });
+      }
+      return;
+    }
+    constexpr int64_t kTile = 64;  // of I: the lines written stay in L1 while J passes
+    for (int64_t i0 = block.i0; i0 < block.i1; i0 += kTile) {
+      const int64_t i1 = std::min(block.i1, i0 + kTile);
+      for (int64_t j = block.j0; j < block.j1; ++j) {
+        for (int64_t i = i0; i < i1; ++i) move(y + i * yi + j * yj, x + i * xi + j * xj);
+      }
+    }
+  });
 }
 
-template <typename T, typename F>
-Works map_values(const Strided& out, const Strided& a, const Strided& b, int threads, F f) {
-  T* to = static_cast<T*>(out.data);
-  const T* left = static_cast<const T*>(a.data);
-  const T* right = static_cast<const T*>(b.data != nullptr ? b.data : a.data);
-  return Planes(joined(out, &a, b.data != nullptr ? &b : &a))
-      .works(threads, [=](const Planes& p, const std::array<int64_t, 3>& at, int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          T* y = to + at[0] + i * p.i.strides[0];
-          const T* x = left + at[1] + i * p.i.strides[1];
-          const T* z = right + at[2] + i * p.i.strides[2];
-          for (int64_t j = 0; j < p.j.size; ++j) {
-            store(y + j * p.j.strides[0], f(load(x + j * p.j.strides[1]), load(z + j * p.j.strides[2])));
-          }
-        }
-      });
-}
-
+// The sum or the largest of `length` values; a NaN among them is the result.
 template <typename T>
-Works map_of(Map map, const Strided& out, const Strided& a, const Strided& b, int threads) {
-  switch (map) {
-    case Map::add:
-      return map_values<T>(out, a, b, threads, [](float x, float y) { return x + y; });
-    case Map::subtract:
-      return map_values<T>(out, a, b, threads, [](float x, float y) { return x - y; });
-    case Map::multiply:
-      return map_values<T>(out, a, b, threads, [](float x, float y) { return x * y; });
-    case Map::tanh:
-      return map_values<T>(out, a, b, threads, [](float x, float) { return std::tanh(x); });
-    case Map::negate:
-      return map_values<T>(out, a, b, threads, [](float x, float) { return -x; });
-    default:
-      return map_values<T>(out, a, b, threads, [](float x, float) { return x * x; });
+float reduced(Reduction reduction, const T* x, int64_t length, int64_t stride) {
+  if (reduction == Reduction::max) {
+    float most = load(x);
+    for (int64_t l = 1; l < length; ++l) {
+      const float value = load(x + l * stride);
+      if (value > most || value != value) most = value;
+    }
+    return most;
   }
+  // Several sums side by side: one would wait for each addition.
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t l = 0;
+  for (; l + kSums <= length; l += kSums) {
+    for (int k = 0; k < kSums; ++k) sums[k] += load(x + (l + k) * stride);
+  }
+  for (; l < length; ++l) sums[0] += load(x + l * stride);
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return static_cast<float>(sum);
 }
 
 template <typename T>
-Works sum_of(const Strided& out, const Strided& input, int threads) {
+Works reduce_of(Reduction reduction, const Strided& out, const Strided& input, float factor, int threads) {
   const int64_t length = input.shape.back(), stride = input.strides.back();
   Strided rows = input;
   rows.shape.pop_back();
   rows.strides.pop_back();
   T* to = static_cast<T*>(out.data);
   const T* from = static_cast<const T*>(input.data);
-  return Planes(joined(out, &rows, nullptr))
-      .works(threads, [=](const Planes& p, const std::array<int64_t, 3>& at, int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          for (int64_t j = 0; j < p.j.size; ++j) {
-            const T* x = from + at[1] + i * p.i.strides[1] + j * p.j.strides[1];
-            double sum = 0;
-            for (int64_t l = 0; l < length; ++l) sum += load(x + l * stride);
-            store(to + at[0] + i * p.i.strides[0] + j * p.j.strides[0], static_cast<float>(sum));
-          }
-        }
-      });
+  const auto body = [=](const Planes& p, const Block& block) {
+    for (int64_t i = block.i0; i < block.i1; ++i) {
+      for (int64_t j = block.j0; j < block.j1; ++j) {
+        const T* x = from + block.at[1] + i * p.i.strides[1] + j * p.j.strides[1];
+        store(to + block.at[0] + i * p.i.strides[0] + j * p.j.strides[0],
+              reduced(reduction, x, length, stride) * factor);
+      }
+    }
+  };
+  return Planes(joined(out, &rows, nullptr)).works(threads, body, length);
 }
 
 }  // namespace
@@ -220,22 +217,39 @@ Works copy_work(const Strided& out, const Strided& input, int threads) {
 
 Works fill_work(const Strided& out, float value, int threads) {
   const auto fill = [&](auto* to) {
-    return Planes(joined(out, nullptr, nullptr))
-        .works(threads, [=](const Planes& p, const std::array<int64_t, 3>& at, int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            for (int64_t j = 0; j < p.j.size; ++j) store(to + at[0] + i * p.i.strides[0] + j * p.j.strides[0], value);
-          }
-        });
+    return Planes(joined(out, nullptr, nullptr)).works(threads, [=](const Planes& p, const Block& block) {
+      for (int64_t i = block.i0; i < block.i1; ++i) {
+        for (int64_t j = block.j0; j < block.j1; ++j) {
+          store(to + block.at[0] + i * p.i.strides[0] + j * p.j.strides[0], value);
+        }
+      }
+    });
   };
   return out.dtype == DType::f32 ? fill(static_cast<float*>(out.data)) : fill(static_cast<uint16_t*>(out.data));
 }
 
-Works map_work(Map map, const Strided& out, const Strided& a, const Strided& b, int threads) {
-  return out.dtype == DType::f32 ? map_of<float>(map, out, a, b, threads) : map_of<uint16_t>(map, out, a, b, threads);
+Works map_work(Map map, float alpha, float beta, const Strided& out, const Strided& a, const Strided& b, int threads) {
+  const bool binary = b.data != nullptr;
+  const KernelTable& table = kernels();
+  return Planes(joined(out, &a, binary ? &b : &a))
+      .works(threads, [=, &table, y = out.data, x = a.data, z = b.data](const Planes& p, const Block& block) {
+        const int64_t item = size_in_bytes(out.dtype);
+        const auto at = [&](void* data, int k) {
+          return static_cast<char*>(data) +
+                 (block.at[k] + block.i0 * p.i.strides[k] + block.j0 * p.j.strides[k]) * item;
+        };
+        MapProblem problem = {map, out.dtype, alpha, beta, at(y, 0), at(x, 1), binary ? at(z, 2) : nullptr, {}, {},
+                              {},  {},        {},    {},   {},       {}};
+        problem.rows = block.i1 - block.i0, problem.columns = block.j1 - block.j0;
+        problem.out_row = p.i.strides[0], problem.a_row = p.i.strides[1], problem.b_row = p.i.strides[2];
+        problem.out_column = p.j.strides[0], problem.a_column = p.j.strides[1], problem.b_column = p.j.strides[2];
+        table.map_block(problem);
+      });
 }
 
-Works sum_last_work(const Strided& out, const Strided& input, int threads) {
-  return out.dtype == DType::f32 ? sum_of<float>(out, input, threads) : sum_of<uint16_t>(out, input, threads);
+Works reduce_last_work(Reduction reduction, const Strided& out, const Strided& input, float factor, int threads) {
+  return out.dtype == DType::f32 ? reduce_of<float>(reduction, out, input, factor, threads)
+                                 : reduce_of<uint16_t>(reduction, out, input, factor, threads);
 }
 
 }  // namespace fastcnn::cpu

@@ -1,11 +1,12 @@
-// Element-wise work on tensors of any strides: layout conversions, padding, and the few element-wise operators of
-// networks that are not fastcnn operators. Used by plans (plan.h); nothing here is where a network's time should go.
+// Element-wise work on tensors of any strides: layout conversions, padding, and the element-wise operators and
+// reductions of networks that are not fastcnn operators. Used by plans (plan.h).
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "../common/types.h"
+#include "isa/table.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
@@ -17,13 +18,15 @@ struct Strided {
   std::vector<int64_t> shape, strides;
 };
 
-enum class Map : int32_t { add, subtract, multiply, tanh, negate, square };
-
 Works copy_work(const Strided& out, const Strided& input, int threads);  // converts between fp32 and bf16
 Works fill_work(const Strided& out, float value, int threads);
-// out = a op b, or op(a) (b without data). All have out's shape; arithmetic in fp32, one rounding to the storage.
-Works map_work(Map map, const Strided& out, const Strided& a, const Strided& b, int threads);
-// out[...] = sum of input[..., :], accumulated in double. input has one dimension more than out.
-Works sum_last_work(const Strided& out, const Strided& input, int threads);
+// out = map(a) or map(a, b), b without data for functions of one value. All have out's shape; arithmetic in fp32, one
+// rounding to the storage.
+Works map_work(Map map, float alpha, float beta, const Strided& out, const Strided& a, const Strided& b, int threads);
+
+enum class Reduction : int32_t { sum, max };
+
+// out[...] = factor * (sum, accumulated in double, or maximum of input[..., :]). input has one dimension more than out.
+Works reduce_last_work(Reduction reduction, const Strided& out, const Strided& input, float factor, int threads);
 
 }  // namespace fastcnn::cpu

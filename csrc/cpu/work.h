@@ -16,6 +16,9 @@ struct Work {
   int threads = 1;  // more do not pay
   int64_t scratch_bytes = 0;
   std::function<void(int64_t task, void* scratch)> run;
+  // Constants that the tasks read: a plan brings their beginning into the caches while what comes before runs.
+  const void* constants = nullptr;
+  int64_t constant_bytes = 0;
 };
 
 // One operator: works in order, each to be complete before the next begins.

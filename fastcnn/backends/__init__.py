@@ -75,7 +75,7 @@ _choice: ContextVar[_Choice | None] = ContextVar("fastcnn_backend", default=None
 _environment_choice = _choice_from_environment()
 _fallbacks: Counter[Fallback] = Counter()
 _exact: ContextVar[bool | None] = ContextVar("fastcnn_exact", default=None)
-_environment_exact = os.environ.get("FASTCNN_EXACT") != "0"
+_environment_exact = os.environ.get("FASTCNN_EXACT", "") not in ("", "0")
 _recording: ContextVar[bool] = ContextVar("fastcnn_recording", default=False)
 _interceptor: ContextVar[Callable[[Call], None] | None] = ContextVar("fastcnn_interceptor", default=None)
 
@@ -109,10 +109,11 @@ def use_backend(name: str | None, *, strict: bool = False) -> Iterator[None]:
 def exact(on: bool = True) -> Iterator[None]:
     """Say whether fastcnn's operators keep to ordinary algorithms inside a ``with`` block, in this thread.
 
-    They do by default. Under ``exact(False)``, or with ``FASTCNN_EXACT=0`` for the whole process, an fp32 or bf16 3x3
-    convolution on the CPU may be computed by Winograd's algorithm: with fewer multiplications, with a relative error of
-    about 6e-7 (stated limit: 1e-5) where the ordinary sum has 3e-7, and so that a NaN or infinity of the input reaches
-    a whole tile of the output. Calls that record a gradient never use it, except in a graph made by torch.compile.
+    They do not by default: a 3x3 convolution on the CPU may be computed by Winograd's algorithm, with fewer
+    multiplications, with a relative error of about 6e-7 (stated limit: 1e-5) where the ordinary sum has 3e-7, and so
+    that a NaN or infinity of the input reaches a whole tile of the output. Calls that record a gradient never use it,
+    except in a graph made by torch.compile. ``exact()``, or ``FASTCNN_EXACT=1`` for the whole process, rules it out;
+    ``exact(False)`` allows it again inside. A model is frozen as the setting says when :func:`fastcnn.freeze` runs.
     """
     token = _exact.set(on)
     try:
@@ -132,8 +133,8 @@ def recording() -> Iterator[None]:
 
 
 def allows_fast_algorithms() -> bool:
-    """Whether a call may be served by a fast algorithm (Winograd): only under ``exact(False)``, and
-    not where a gradient is recorded."""
+    """Whether a call may be served by a fast algorithm (Winograd): not under ``exact()``, and not where a gradient is
+    recorded."""
     wanted = _exact.get()
     return not (_environment_exact if wanted is None else wanted) and not _recording.get()
 

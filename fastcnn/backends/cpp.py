@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,13 +38,17 @@ DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
 
 
-def winograd_covers(weight: Tensor, stride: Pair, dilation: Pair, groups: int) -> bool:
-    return weight.shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1) and groups == 1
+PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight
 
 
-def conv2d_algorithm(out: Tensor, weight: Tensor, stride: Pair, dilation: Pair, groups: int) -> str:
+def winograd_covers(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> bool:
+    """``weight``: its shape."""
+    return tuple(weight[2:]) == (3, 3) and stride == (1, 1) and dilation == (1, 1) and groups == 1
+
+
+def conv2d_algorithm(out: Sequence[int], weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> str:
     """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact` and of whether a gradient
-    is recorded, nothing else.
+    is recorded, nothing else. ``out`` and ``weight`` are shapes.
 
     Winograd, where it is allowed, from 8 channels in and out (with fewer the transforms outweigh the products)
     and 16 output pixels. In tiles of 4x4, which need the fewest products, but of 2x2 where a single 4x4 tile would do,
@@ -53,8 +57,8 @@ def conv2d_algorithm(out: Tensor, weight: Tensor, stride: Pair, dilation: Pair, 
     """
     if not backends.allows_fast_algorithms() or not winograd_covers(weight, stride, dilation, groups):
         return DIRECT
-    n, k, p, q = out.shape
-    c = weight.shape[1]
+    n, k, p, q = out
+    c = weight[1]
     if c < 8 or k < 8 or n * p * q < 16:
         return DIRECT
     tiles = n * ((p + 3) // 4) * ((q + 3) // 4)
@@ -68,7 +72,7 @@ def fast_algorithm(operator: str, *args: Any) -> str | None:
     if operator != "conv2d":
         return None
     out, weight, (stride, _, dilation, groups) = args[0], args[2], args[10:14]
-    return None if conv2d_algorithm(out, weight, stride, dilation, groups) == DIRECT else "winograd"
+    return None if conv2d_algorithm(out.shape, weight.shape, stride, dilation, groups) == DIRECT else "winograd"
 
 
 def conv2d(
@@ -87,7 +91,7 @@ def conv2d(
     dilation: Pair,
     groups: int,
 ) -> None:
-    algorithm = conv2d_algorithm(out, weight, stride, dilation, groups)
+    algorithm = conv2d_algorithm(out.shape, weight.shape, stride, dilation, groups)
     conv2d_by(
         algorithm, out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, activation,
         stride, padding, dilation, groups,
@@ -112,7 +116,7 @@ def conv2d_by(
     groups: int,
 ) -> None:
     """The contract's conv2d by a given algorithm."""
-    if algorithm != DIRECT and not winograd_covers(weight, stride, dilation, groups):
+    if algorithm != DIRECT and not winograd_covers(weight.shape, stride, dilation, groups):
         raise ValueError(f"{algorithm} serves 3x3 filters with stride 1, dilation 1 and one group only")
     result = out
     if out.dtype == torch.float16:
@@ -120,33 +124,43 @@ def conv2d_by(
         input = input.float()
         residual = None if residual is None else residual.float()
     relu, threads = activation == "relu", torch.get_num_threads()
+    packed: Any = derived(weight, ("cpu_conv2d", groups, algorithm), lambda w: pack_weight(w, groups, algorithm))
     if algorithm == DIRECT:
-        packed = derived(weight, ("cpu_conv2d", groups), lambda w: _native.PackedConv2dWeight(_packable(w), groups))
         _native.cpu_conv2d(
             result, input, packed, scale, bias, residual, input_scale, input_shift, input_relu, relu, stride, padding,
             dilation, threads,
         )  # fmt: skip
     else:
-        tile = _TILES[algorithm]
-        transformed = derived(
-            weight, ("cpu_conv2d", algorithm), lambda w: _native.PackedConv2dWinogradWeight(_packable(w), tile)
-        )
         _native.cpu_conv2d_winograd(
-            result, input, transformed, scale, bias, residual, input_scale, input_shift, input_relu, relu, padding,
+            result, input, packed, scale, bias, residual, input_scale, input_shift, input_relu, relu, padding,
             threads,
         )  # fmt: skip
     if result is not out:
         out.copy_(result)
 
 
-def _packable(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
+    """A convolution's weight, packed for this processor's instruction set and an algorithm."""
     weight = weight.detach()
-    return weight.float() if weight.dtype == torch.float16 else weight
+    if weight.dtype == torch.float16:
+        weight = weight.float()
+    if algorithm == DIRECT:
+        return _native.PackedConv2dWeight(weight, groups)
+    return _native.PackedConv2dWinogradWeight(weight, _TILES[algorithm])
+
+
+def packed_weight_from(packed: bytes | memoryview, shape: tuple[int, ...], groups: int, algorithm: str) -> PackedWeight:
+    """The same from the bytes that its ``packed()`` gave. Raises ValueError for what no packing gives."""
+    if algorithm == DIRECT:
+        return _native.PackedConv2dWeight.from_packed(packed, shape, groups)
+    if algorithm not in _TILES or groups != 1:
+        raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
+    return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm])
 
 
 def variants(operator: str, *args: Any) -> tuple[str, ...]:
     """The algorithms that cover a convolution, for the tuner."""
-    if operator != "conv2d" or not winograd_covers(args[2], args[10], args[12], args[13]):
+    if operator != "conv2d" or not winograd_covers(args[2].shape, args[10], args[12], args[13]):
         return ()
     return (DIRECT, WINOGRAD4, WINOGRAD2) if backends.allows_fast_algorithms() else ()
 

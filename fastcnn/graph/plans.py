@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import _pop_mode_temporarily
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastcnn.graph.rewriting import Left, Site, rewrite
 from fastcnn.graph.tracer import _CONSTANTS, TENSOR, Traced, Untraceable, trace
@@ -158,7 +161,7 @@ class State:
         return found if found is not None and found.function is not None else None
 
     def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
-        if not kwargs and all(type(a) is Tensor for a in args):
+        if not kwargs and all(issubclass(type(a), Tensor) for a in args):  # fake ones too: freezing traces with them
             key: Hashable = len(args)
             structure = None
         else:
@@ -176,7 +179,8 @@ class State:
             return None
         structure = structure or _structure(args, kwargs)
         assert structure is not None
-        plan = make(module, *structure[1:])
+        with _without_modes():
+            plan = make(module, *structure[1:])
         known.append(plan)
         return plan
 
@@ -194,6 +198,17 @@ def _structure(args: Any, kwargs: Any) -> tuple[Hashable, pytree.TreeSpec, list[
             return None
     key = (spec, tuple((type(leaf), repr(leaf)) if leaf is not TENSOR else TENSOR for leaf in leaves))
     return key, spec, leaves
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """A graph holds no values, so that it is the same one when the first call is on fake tensors; but tracing looks at
+    values of its own, which their modes would hide.
+    """
+    with _disable_current_modes(), ExitStack() as stack:
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def make(module: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Plan:

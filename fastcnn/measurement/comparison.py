@@ -1,10 +1,9 @@
-"""A network timed against its peers: PyTorch's own operators, eager in both memory formats, torch.compile, and, where
-they are installed, the inference engines of :mod:`fastcnn.measurement.peers`.
+"""A network, eager and frozen, timed against its peers: PyTorch's own operators, eager in both memory formats,
+torch.compile, and, where they are installed, the inference engines of :mod:`fastcnn.measurement.peers`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn._table import text_table
-from fastcnn.backends import use_backend
+from fastcnn.measurement.candidates import FROZEN, OURS, candidates
 from fastcnn.measurement.conditions import Conditions, conditions
 from fastcnn.measurement.flops import count_flops
-from fastcnn.measurement.peers import cpu_peers
-from fastcnn.measurement.plain import plain_program
 from fastcnn.measurement.timing import Timing, interleave
 
-OURS, EAGER, CHANNELS_LAST, COMPILED = "fastcnn", "eager", "channels_last", "compile"
+# Turns of `interleave` for candidates with threads of their own, in milliseconds. ONNX Runtime's threads were seen to
+# spin for 31 ms after a run, PyTorch's for 10.
+ENGINE_TURNS: dict[str, float] = {"block_ms": 100.0, "pause_ms": 60.0}
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,21 @@ class Comparison:
     input_shape: tuple[int, ...]
     flops: int  # of one run
     timings: dict[str, Timing]
-    left_out: tuple[str, ...] = ()  # peers that were asked for and not timed, each with its reason
+    left_out: tuple[str, ...] = ()  # candidates that were asked for and not timed, each with its reason
+
+    @property
+    def ours(self) -> str:
+        """Which of fastcnn's candidates is compared: the frozen model where it was timed."""
+        return FROZEN if FROZEN in self.timings else OURS
 
     @property
     def best_peer(self) -> str:
-        return min((name for name in self.timings if name != OURS), key=lambda name: self.timings[name].median_ms)
+        peers = (name for name in self.timings if name not in (OURS, FROZEN))
+        return min(peers, key=lambda name: self.timings[name].median_ms)
 
-    def speedup(self, over: str | None = None) -> float:
-        """How many times faster fastcnn is than a peer, by default the best one."""
-        return self.timings[over or self.best_peer].median_ms / self.timings[OURS].median_ms
+    def speedup(self, over: str | None = None, of: str | None = None) -> float:
+        """How many times faster fastcnn (:attr:`ours`, or ``of``) is than a peer, by default the best one."""
+        return self.timings[over or self.best_peer].median_ms / self.timings[of or self.ours].median_ms
 
     def to_dict(self) -> dict[str, Any]:
         batch = self.input_shape[0]
@@ -51,6 +56,7 @@ class Comparison:
             "conditions": self.conditions.to_dict(),
             "input_shape": list(self.input_shape),
             "flops": self.flops,
+            "ours": self.ours,
             "best_peer": self.best_peer,
             "speedup": self.speedup(),
             "left_out": list(self.left_out),
@@ -59,7 +65,7 @@ class Comparison:
                     **timing.to_dict(),
                     "images_per_second": timing.throughput(batch),
                     "flops_per_second": timing.flops_per_second(self.flops),
-                    "ratio": timing.median_ms / self.timings[OURS].median_ms,
+                    "ratio": timing.median_ms / self.timings[self.ours].median_ms,
                 }
                 for name, timing in self.timings.items()
             },
@@ -71,17 +77,17 @@ class Comparison:
             (
                 name,
                 f"{t.median_ms:.2f}",
-                f"{t.p10_ms:.2f}",
-                f"{t.p90_ms:.2f}",
+                f"{t.q1_ms:.2f}",
+                f"{t.q3_ms:.2f}",
                 f"{t.throughput(batch):.1f}",
                 f"{t.flops_per_second(self.flops) / 1e9:.0f}",
-                f"{t.median_ms / self.timings[OURS].median_ms:.2f}x",
+                f"{t.median_ms / self.timings[self.ours].median_ms:.2f}x",
             )
             for name, t in self.timings.items()
         ]
 
     def __str__(self) -> str:
-        headings = ("", "median ms", "p10", "p90", "images/s", "GFLOP/s", "time vs fastcnn")
+        headings = ("", "median ms", "q1", "q3", "images/s", "GFLOP/s", "time vs fastcnn")
         return text_table(headings, self.rows())
 
 
@@ -94,8 +100,11 @@ def compare(
     backend: str | None = None,
     compiled: bool = False,
     engines: bool = False,
+    frozen: bool = False,
     rounds: int = 20,
     seconds: float | None = None,
+    block_ms: float = 0.0,
+    pause_ms: float = 0.0,
     name: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
@@ -110,56 +119,29 @@ def compare(
         compiled: time ``torch.compile`` of the reference too (compiling takes a while); needs ``reference``.
         engines: CPU only: time torch.compile with frozen weights, ONNX Runtime and OpenVINO too, those that are
             installed, on the network taken apart into PyTorch's operators.
+        frozen: CPU only: time the frozen model (:func:`fastcnn.freeze`) too; it is then what is compared with peers.
         rounds, seconds: how often each is timed, and the time after which no further round begins.
+        block_ms, pause_ms: as :func:`interleave` takes them.
         name: what to call the network; default: its class.
         progress: called with what begins.
 
     Raises:
-        ValueError: ``compiled`` without a reference that torch.compile could take apart; ``engines`` on a GPU.
+        ValueError: ``compiled`` without a reference that torch.compile could take apart; ``engines`` or ``frozen`` on
+            a GPU.
     """
     if compiled and reference is None:
         raise ValueError("torch.compile needs a reference made of PyTorch's own layers; this network has none")
-    if engines and input.device.type != "cpu":
-        raise ValueError(f"engines are timed on a CPU only, input is on {input.device}")
+    if (engines or frozen) and input.device.type != "cpu":
+        raise ValueError(f"engines and frozen models are timed on a CPU only, input is on {input.device}")
     tell = progress or (lambda text: None)
     model.eval()
+    runners, left_out = candidates(
+        model, input, reference=reference, backend=backend, compiled=compiled, engines=engines, frozen=frozen, tell=tell
+    )
     nhwc = input.contiguous(memory_format=torch.channels_last)
-    nchw = input.contiguous()
-    candidates: dict[str, Callable[[], object]] = {}
-
-    def ours() -> object:
-        with use_backend(backend):
-            return model(nhwc)
-
-    candidates[OURS] = ours if backend is not None else lambda: model(nhwc)
-    if reference is None:
-
-        def on_reference(x: Tensor) -> Callable[[], object]:
-            def run() -> object:
-                with use_backend("reference"):
-                    return model(x)
-
-            return run
-
-        # One module serves both: its operators decide the layout, from the input's.
-        candidates[EAGER], candidates[CHANNELS_LAST] = on_reference(nchw), on_reference(nhwc)
-    else:
-        plain = reference.eval()
-        last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-        candidates[EAGER] = lambda: plain(nchw)
-        candidates[CHANNELS_LAST] = lambda: last(nhwc)
-        if compiled:
-            faster = torch.compile(copy.deepcopy(last))
-            candidates[COMPILED] = lambda: faster(nhwc)
-            tell("compiling")
-            faster(nhwc)
-    left_out: list[str] = []
-    if engines:
-        runners, left_out = cpu_peers(plain_program(model, nchw), nchw, tell)
-        candidates.update(runners)
     flops = count_flops(model, nhwc)
     timings = interleave(
-        candidates, input.device, rounds=rounds, seconds=seconds,
+        runners, input.device, rounds=rounds, seconds=seconds, block_ms=block_ms, pause_ms=pause_ms,
         round_ms=20.0 if input.is_cuda else 0.0,  # on a GPU several runs overlap, as they do in a caller's loop
         between=lambda candidate, number: tell(f"timing {candidate}, round {number + 1} of {rounds}"),
     )  # fmt: skip

@@ -40,6 +40,10 @@ class LayerTime:
     def gigabytes_per_second(self) -> float:
         return self.bytes / self.median_ms / 1e6
 
+    def share_of(self, peak: float) -> float:
+        """Of the processor's peak (FLOP/s), as if it were a direct convolution: a fast algorithm may pass 1."""
+        return self.gflops_per_second * 1e9 / peak
+
     def to_dict(self) -> dict[str, Any]:
         rates = {"gflops_per_second": self.gflops_per_second, "gigabytes_per_second": self.gigabytes_per_second}
         return {**asdict(self), "out_shape": list(self.out_shape), **rates}
@@ -115,8 +119,15 @@ def _milliseconds(run: Callable[[], None], on_gpu: bool) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def layers_table(layers: list[LayerTime]) -> str:
-    """A readable table, one row a call, and their sum."""
+def layers_table(layers: list[LayerTime], peak: float | None = None) -> str:
+    """A readable table, one row a call, and their sum. ``peak``: the processor's, in FLOP/s."""
+
+    def rates(flops: int, milliseconds: float) -> tuple[str, ...]:
+        if not flops:
+            return ("-",) if peak is None else ("-", "-")
+        rate = flops / milliseconds * 1e3
+        return (f"{rate / 1e9:.0f}",) if peak is None else (f"{rate / 1e9:.0f}", f"{rate / peak:.0%}")
+
     total = sum(layer.median_ms for layer in layers)
     rows = [
         (
@@ -126,12 +137,13 @@ def layers_table(layers: list[LayerTime]) -> str:
             "x".join(map(str, layer.out_shape)),
             f"{layer.median_ms:.3f}",
             f"{layer.median_ms / total:.1%}",
-            f"{layer.gflops_per_second:.0f}" if layer.flops else "-",
+            *rates(layer.flops, layer.median_ms),
             f"{layer.gigabytes_per_second:.1f}",
         )
         for layer in layers
     ]
     flops = sum(layer.flops for layer in layers)
-    rows.append(("all", "", "", "", f"{total:.3f}", "100.0%", f"{flops / total / 1e6:.0f}", ""))
-    headings = ("layer", "operator", "algorithm", "output", "ms", "share", "GFLOP/s", "GB/s")
+    rows.append(("all", "", "", "", f"{total:.3f}", "100.0%", *rates(flops, total), ""))
+    of_peak = () if peak is None else ("of peak",)
+    headings = ("layer", "operator", "algorithm", "output", "ms", "share", "GFLOP/s", *of_peak, "GB/s")
     return text_table(headings, rows, left=(0, 1, 2, 3))

@@ -1,24 +1,49 @@
 """What else a user could run a network on: torch.compile with frozen weights, ONNX Runtime, OpenVINO.
 
-Each function takes a program of PyTorch's own operators (:func:`fastcnn.measurement.plain.plain_program`) and returns a
-function without arguments that runs one batch and returns the output. All use as many threads as PyTorch.
+Each function takes a network taken apart into PyTorch's own operators and returns a function without arguments that
+runs one batch and returns the output. All use as many threads as PyTorch, and are otherwise as their makers set them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fastcnn.measurement.plain import plain_program
+
 Runner = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a peer is given."""
+
+    program: ExportedProgram  # in the dtype to be measured
+    input: Tensor
+    wide: ExportedProgram  # the same in fp32, with the same values: `program` itself where that is fp32
+
+    @classmethod
+    def of(cls, model: nn.Module, input: Tensor) -> Network:
+        """A network of fastcnn's modules, without changing it."""
+        input = input.contiguous()
+        program = plain_program(model, input)
+        if input.dtype == torch.float32:
+            return cls(program, input, program)
+        return cls(program, input, plain_program(copy.deepcopy(model).float(), input.float()))
+
 
 COMPILED_FROZEN, ONNXRUNTIME, OPENVINO = "compile_frozen", "onnxruntime", "openvino"
 
@@ -36,12 +61,12 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def compiled_frozen(program: ExportedProgram, input: Tensor) -> Runner:
+def compiled_frozen(network: Network) -> Runner:
     """torch.compile (inductor) with weights frozen into the program, channels-last."""
     import torch._inductor.config as inductor
 
-    module = program.module().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    nhwc = input.contiguous(memory_format=torch.channels_last)
+    module = network.program.module().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    nhwc = network.input.contiguous(memory_format=torch.channels_last)
     with inductor.patch(freezing=True), torch.no_grad(), _quietly():
         faster = torch.compile(module)
         faster(nhwc)
@@ -53,77 +78,105 @@ def compiled_frozen(program: ExportedProgram, input: Tensor) -> Runner:
     return run
 
 
-def onnxruntime(program: ExportedProgram, input: Tensor) -> Runner:
+def onnxruntime(network: Network) -> Runner:
     """ONNX Runtime's CPU provider with all graph optimisations; fp32 only."""
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory() as folder, _quietly():
         path = os.path.join(folder, "network.onnx")
-        torch.onnx.export(program, (input,), path, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(network.program, (network.input,), path, dynamo=True, external_data=False, verbose=False)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: input.contiguous().numpy()}
+    feed = {session.get_inputs()[0].name: network.input.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def openvino(program: ExportedProgram, input: Tensor) -> Runner:
-    """OpenVINO's CPU plugin, set for latency; arithmetic in the input's dtype."""
+def openvino(network: Network) -> Runner:
+    """OpenVINO's CPU plugin, set for latency. bf16 is asked for as its manual says: a hint to an fp32 model."""
     import openvino as ov
 
     with _quietly():
-        model = ov.convert_model(program, example_input=input)
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[input.dtype]
+        model = ov.convert_model(network.wide, example_input=network.input.float())
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[network.input.dtype]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": precision,
     }
     request = ov.compile_model(model, "CPU", settings).create_infer_request()
-    values = input.contiguous().float().numpy()
+    values = network.input.float().numpy()
     return lambda: torch.from_numpy(request.infer([values], share_inputs=True)[0])
 
 
-_PEERS: dict[str, tuple[tuple[str, ...], tuple[torch.dtype, ...], Callable[[ExportedProgram, Tensor], Runner]]] = {
+# Relative distance from the fp32 result: a few roundings of each layer's values.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+PEERS: dict[str, tuple[tuple[str, ...], tuple[torch.dtype, ...], Callable[[Network], Runner]]] = {
     # Packages it needs, dtypes it runs, and what makes its runner.
     COMPILED_FROZEN: ((), (torch.float32, torch.bfloat16), compiled_frozen),
     ONNXRUNTIME: (("onnxruntime", "onnx", "onnxscript"), (torch.float32,), onnxruntime),
-    OPENVINO: (("openvino",), (torch.float32,), openvino),
+    OPENVINO: (("openvino",), (torch.float32, torch.bfloat16), openvino),
 }
 
 
+def engine_versions() -> dict[str, str]:
+    """Versions of the engines' packages that are installed."""
+    found = {}
+    for package in dict.fromkeys(package for packages, _, _ in PEERS.values() for package in packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def distance(output: Tensor, expected: Tensor) -> float:
+    """Of a result from the fp32 one, relative; NaN where the result holds one."""
+    return float((output.detach().float() - expected).norm() / expected.norm())
+
+
+def wrong(output: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    """What is wrong with a candidate's result, or None: nothing that computes something else is timed."""
+    off = distance(output, expected)
+    return None if off <= _TOLERANCE[dtype] else f"its result is off by {off:.1e}"
+
+
 def cpu_peers(
-    program: ExportedProgram, input: Tensor, tell: Callable[[str], None] = lambda text: None
+    network: Network,
+    expected: Tensor | None,
+    tell: Callable[[str], None] = lambda text: None,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Runner], list[str]]:
-    """Every peer that this machine can run, each checked against the program itself before anybody times it.
+    """Every peer that this machine can run, each checked against the fp32 result, where that is given, before anybody
+    times it.
 
     Returns:
         The runners by name, and a line for each peer left out that says why.
     """
     runners: dict[str, Runner] = {}
     left_out: list[str] = []
-    with torch.no_grad():
-        expected = program.module()(input).float()
-    tolerance = 1e-3 if input.dtype == torch.float32 else 0.1
-    for name, (packages, dtypes, make) in _PEERS.items():
+    dtype = network.input.dtype
+    for name, (packages, dtypes, make) in PEERS.items():
+        if only is not None and name not in only:
+            continue
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
             left_out.append(f"{name}: {' and '.join(missing)} not installed (pip install 'fastcnn[bench]')")
             continue
-        if input.dtype not in dtypes:
-            left_out.append(f"{name}: not timed in {input.dtype}")
+        if dtype not in dtypes:
+            left_out.append(f"{name}: not timed in {dtype}")
             continue
         tell(f"preparing {name}")
         try:
-            runner = make(program, input)
-            difference = float((runner().detach().float() - expected).norm() / expected.norm())
+            runner = make(network)
+            output = runner()
+            fault = None if expected is None else wrong(output, expected, dtype)
         except Exception as error:  # whatever a foreign compiler raises, the others can still be timed
             first_line = next(iter(str(error).splitlines()), "")
             left_out.append(f"{name}: failed ({type(error).__name__}: {first_line})")
             continue
-        if not difference <= tolerance:
-            left_out.append(f"{name}: its result is off by {difference:.1e}")
+        if fault is not None:
+            left_out.append(f"{name}: {fault}")
             continue
         runners[name] = runner
     return runners, left_out

@@ -1,5 +1,9 @@
 """Interleaved timing: candidates take turns in one process, so that a machine that speeds up or slows down, or a
-neighbour that comes and goes, meets all of them alike. Times are medians over rounds.
+neighbour that comes and goes, meets all of them alike. Times are medians.
+
+Engines keep threads of their own, which spin for a while after a run in case another comes. Where candidates are
+engines, a pause lets the last one's threads fall asleep, and a turn is a block of runs whose first is not timed, so
+that each is measured as a process that runs nothing else would run it.
 
 CPU: wall time of one or, for short calls, several runs. GPU: CUDA events around a batch of launches.
 """
@@ -24,10 +28,10 @@ class Timing:
     """Times of one candidate, in milliseconds a run."""
 
     median_ms: float
-    p10_ms: float
-    p90_ms: float
-    rounds: int
-    runs_per_round: int
+    q1_ms: float
+    q3_ms: float
+    samples: int
+    runs_per_sample: int
 
     def throughput(self, items: int) -> float:
         """Items a second, where a run does ``items`` of them."""
@@ -46,9 +50,12 @@ def interleave(
     device: torch.device | str = "cpu",
     *,
     rounds: int = 20,
+    least: int = 3,
     warmup: int = 2,
     seconds: float | None = None,
     round_ms: float = 1.0,
+    block_ms: float = 0.0,
+    pause_ms: float = 0.0,
     hide_launches: bool = False,
     between: Callable[[str, int], None] | None = None,
 ) -> dict[str, Timing]:
@@ -57,10 +64,13 @@ def interleave(
     Args:
         candidates: by name; each is run ``warmup`` times (at least once) before anything is timed.
         device: where they do their work.
-        rounds: how often each is timed; every round times each of them once, each round starting with another.
+        rounds: turns that each has; every round gives each of them one, each round starting with another.
         warmup: untimed runs of each candidate at the beginning.
-        seconds: stop after about this long, though not before 3 rounds.
-        round_ms: a candidate quicker than this is run several times a round, to outlast the clock's error.
+        seconds: stop after about this long, though not before ``least`` rounds.
+        round_ms: a candidate quicker than this is run several times to a sample, to outlast the clock's error.
+        block_ms: a turn lasts about this long: an untimed run first (not of a candidate slower than this), then as many
+            samples as fit, at least one. 0: a turn is one sample.
+        pause_ms: sleep before every turn.
         hide_launches: GPU only: let the launches queue up behind a waiting kernel, so that the time is the GPU's alone.
             Without it, the time is what a caller of eager PyTorch waits for.
         between: called with a candidate's name and the round before it is timed.
@@ -74,22 +84,28 @@ def interleave(
     clock = _Clock(device, hide_launches)
     turns = {name: itertools.cycle([c] if callable(c) else list(c)) for name, c in candidates.items()}
     runs: dict[str, int] = {}
+    blocks: dict[str, int] = {}  # samples of a turn behind its untimed run; 0: one sample and no such run
     for name, turn in turns.items():
         for _ in range(max(1, warmup)):
             next(turn)()
         once = min(clock.run(turn, 1) for _ in range(2))
         runs[name] = max(1, min(1000, round(round_ms / max(once, 1e-4))))
+        blocks[name] = min(100, int(block_ms / max(runs[name] * once, 1e-4)))
     samples: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     started = time.perf_counter()
     for number in range(rounds):
-        if seconds is not None and number >= 3 and time.perf_counter() - started > seconds:
+        if seconds is not None and number >= least and time.perf_counter() - started > seconds:
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             if between is not None:
                 between(name, number)
-            samples[name].append(clock.run(turns[name], runs[name]) / runs[name])
+            time.sleep(pause_ms / 1e3)
+            if blocks[name] > 0:
+                clock.run(turns[name], 1)
+            for _ in range(max(1, blocks[name])):
+                samples[name].append(clock.run(turns[name], runs[name]) / runs[name])
     return {name: _summarised(values, runs[name]) for name, values in samples.items()}
 
 
@@ -121,5 +137,5 @@ class _Clock:
 
 def _summarised(values: list[float], runs: int) -> Timing:
     ordered = torch.tensor(values, dtype=torch.float64)
-    low, middle, high = torch.quantile(ordered, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    low, middle, high = torch.quantile(ordered, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     return Timing(middle, low, high, len(values), runs)

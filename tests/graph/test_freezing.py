@@ -191,6 +191,69 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def operators_of(frozen: fastcnn.graph.freezing.FrozenModel) -> list[str]:
+    return [step.operator for step in frozen._recipe.steps]
+
+
+# Batch, channels in and out, height and width. Winograd in its two forms: blocks of tiles that each transform their own
+# input, or (few tiles, large weights) an input that all threads transform into the plan's workspace first.
+WINOGRAD = {"fused": (2, 40, 33, 61, 53), "shared": (1, 256, 300, 14, 11), "2x2": (1, 512, 300, 7, 7)}
+
+
+class _Convolution(nn.Module):
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(out_channels, channels, 3, 3, generator=generator))
+        self.scale, self.shift = (nn.Parameter(torch.randn(channels, generator=generator)) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(out_channels, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = ops.conv2d(
+            x, self.weight, self.bias, padding=(1, 2), activation="relu",
+            input_scale=self.scale, input_shift=self.shift, input_activation="relu",
+        )  # fmt: skip
+        return ops.conv2d(x, self.weight, padding=(1, 2), residual=first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_winograd_steps_give_the_models_own_bits(form: str, dtype: torch.dtype) -> None:
+    batch, channels, out_channels, height, width = WINOGRAD[form]
+    model = _Convolution(channels, out_channels).to(dtype)
+    x = torch.randn(batch, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    expected = unfrozen(model, x)
+    frozen = fastcnn.freeze(model, x)
+    assert operators_of(frozen) == ["conv2d_winograd"] * 2
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            frozen._plan.fill_arena(0xFF)
+            assert torch.equal(frozen(x), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert (frozen._plan.workspace_bytes > 0) == (form != "fused")
+
+
+def test_exact_rules_winograd_out_of_a_frozen_model() -> None:
+    model, x = _Convolution(16, 24), images(1, 16, 12).contiguous(memory_format=torch.channels_last)
+    with fastcnn.exact():
+        expected, frozen = unfrozen(model, x), fastcnn.freeze(model, x)
+    assert operators_of(frozen) == ["conv2d"] * 2
+    assert torch.equal(frozen(x), expected)
+    assert not torch.equal(unfrozen(model, x), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_linear_layers_of_many_rows_share_the_plans_workspace(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(70, 130), nn.Linear(130, 20)).eval()
+    x = torch.randn(rows, 70)
+    frozen = fastcnn.freeze(model, x)
+    assert_accurate(frozen(x), unfrozen(model, x), unfrozen(copy.deepcopy(model).double(), x.double()))
+    assert (frozen._plan.workspace_bytes > 0) == (rows > 8)
+
+
 def test_in_inference_mode_and_under_autocast() -> None:
     model = model_named("resnet20_cifar")
     x = images(1, 3, 32).requires_grad_()

@@ -144,6 +144,19 @@ def _other_weight_shape(header: dict[str, Any]) -> None:
     header["recipe"]["weights"][0][0][0] *= 64
 
 
+def _other_algorithm(header: dict[str, Any]) -> None:
+    header["recipe"]["weights"][0][2] = "winograd4"
+
+
+def _unknown_algorithm(header: dict[str, Any]) -> None:
+    header["recipe"]["weights"][0][2] = "strassen"
+
+
+def _weight_of_another_step(header: dict[str, Any]) -> None:
+    step = next(step for step in header["recipe"]["steps"] if step[0] == "conv2d")
+    step[0], step[3] = "conv2d_winograd", step[3][:2] + step[3][3:4]
+
+
 def _no_recipe(header: dict[str, Any]) -> None:
     del header["recipe"]
 
@@ -152,7 +165,8 @@ def _no_recipe(header: dict[str, Any]) -> None:
     "change",
     [
         _outside_the_arena, _negative_offset, _huge_shape, _endless_broadcast, _negative_stride, _writes_constants,
-        _smaller_arena, _unknown_step, _result_beyond_its_memory, _unknown_weight, _other_weight_shape, _no_recipe,
+        _smaller_arena, _unknown_step, _result_beyond_its_memory, _unknown_weight, _other_weight_shape,
+        _other_algorithm, _unknown_algorithm, _weight_of_another_step, _no_recipe,
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(saved: Path, change: Any) -> None:

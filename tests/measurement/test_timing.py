@@ -16,9 +16,9 @@ def test_medians_tell_a_slow_candidate_from_a_quick_one():
     assert found["slow"].median_ms > 3.5
     assert 0.9 < found["quick"].median_ms < found["slow"].median_ms
     for timing in found.values():
-        assert timing.p10_ms <= timing.median_ms <= timing.p90_ms
-        assert timing.rounds == 9
-        assert timing.runs_per_round == 1
+        assert timing.q1_ms <= timing.median_ms <= timing.q3_ms
+        assert timing.samples == 9
+        assert timing.runs_per_sample == 1
 
 
 def test_candidates_take_turns_and_each_begins_a_round():
@@ -31,14 +31,38 @@ def test_candidates_take_turns_and_each_begins_a_round():
 def test_short_runs_are_repeated_and_rotated():
     seen = []
     found = interleave({"x": [lambda: seen.append(0), lambda: seen.append(1)]}, rounds=2, round_ms=0.2)
-    assert found["x"].runs_per_round > 10
+    assert found["x"].runs_per_sample > 10
     assert seen[:6] == [0, 1, 0, 1, 0, 1]
     assert abs(seen.count(0) - seen.count(1)) <= 1
 
 
 def test_a_time_limit_stops_after_three_rounds_at_least():
     found = interleave({"x": lambda: time.sleep(0.01)}, rounds=1000, seconds=0.05, round_ms=0.0)
-    assert 3 <= found["x"].rounds < 50
+    assert 3 <= found["x"].samples < 50
+
+
+def test_a_turn_may_be_a_block_of_runs_behind_an_untimed_one_and_a_pause():
+    runs = []
+
+    def work():
+        runs.append(time.perf_counter())
+        time.sleep(0.01 if paused() else 0.004)  # slow when it comes first after a pause, as cold caches would make it
+
+    def paused():
+        return len(runs) < 2 or runs[-1] - runs[-2] > 0.03
+
+    found = interleave({"x": work}, rounds=3, round_ms=0.0, block_ms=25, pause_ms=40)
+    assert found["x"].samples % 3 == 0
+    assert 9 <= found["x"].samples <= 18
+    assert len(runs) == 2 + 2 + 3 + found["x"].samples
+    assert found["x"].median_ms < 9
+
+
+def test_a_candidate_slower_than_its_turn_has_one_timed_run():
+    runs = []
+    found = interleave({"x": lambda: (runs.append(0), time.sleep(0.01))}, rounds=3, block_ms=5)
+    assert found["x"].samples == 3
+    assert len(runs) == 2 + 2 + 3
 
 
 def test_throughput_and_flops():

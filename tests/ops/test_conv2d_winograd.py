@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 import subprocess
 import sys
@@ -20,12 +19,6 @@ from fastcnn import _native, ops
 from fastcnn.backends import cpp
 
 TILES = (4, 2)
-
-
-@pytest.fixture(autouse=True)
-def _allowed():
-    with fastcnn.exact(False):
-        yield
 
 
 # What the accuracy rule grants fast algorithms, and what these points keep to with room for small sums.
@@ -252,6 +245,29 @@ def test_wrong_arguments_are_named():
         _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 3).half(), 4)
 
 
+@pytest.mark.parametrize("tile", TILES)
+def test_a_packed_weight_from_its_bytes(tile: int):
+    case = Case(1, 19, 9, 8, 40)
+    given = arguments(case, torch.float32, full=False, slices=False)
+    packed = _native.PackedConv2dWinogradWeight(given.w, tile)
+    content, shape = packed.packed(), tuple(given.w.shape)
+    again = _native.PackedConv2dWinogradWeight.from_packed(content, shape, tile)
+    assert again.packed() == content
+    assert len(content) == packed.bytes
+    with pytest.raises(ValueError, match=f"packed must have {packed.bytes} bytes, has {packed.bytes - 4}"):
+        _native.PackedConv2dWinogradWeight.from_packed(content[:-4], shape, tile)
+    with pytest.raises(ValueError, match="packed must have"):
+        _native.PackedConv2dWinogradWeight.from_packed(content, shape, 6 - tile)
+    with pytest.raises(ValueError, match="tile must be 2 or 4, is 3"):
+        _native.PackedConv2dWinogradWeight.from_packed(content, shape, 3)
+    with pytest.raises(ValueError, match=r"shape must be \(K, C, 3, 3\)"):
+        _native.PackedConv2dWinogradWeight.from_packed(content, (40, 19, 3, 1), tile)
+    with pytest.raises(ValueError, match="shape must be positive"):
+        _native.PackedConv2dWinogradWeight.from_packed(content, (40, 0, 3, 3), tile)
+    with pytest.raises(ValueError, match="packed must hold the weight's values"):
+        _native.PackedConv2dWinogradWeight.from_packed(content, (1 << 20, 1 << 20, 3, 3), tile)
+
+
 # ---- the choice -------------------------------------------------------------------------------------------------
 
 
@@ -323,11 +339,6 @@ def test_contiguous_and_channels_last_inputs(served, dtype: torch.dtype):
     assert served == ["winograd4"] * 2
 
 
-def test_winograd_is_off_unless_asked_for(served):
-    contextvars.Context().run(ops.conv2d, torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3), padding=1)
-    assert served == ["direct"]
-
-
 @torch.no_grad()
 def test_exact_keeps_to_the_plain_sum(served):
     x, layer = torch.randn(1, 16, 8, 8), Layer(torch.randn(16, 16, 3, 3), {})
@@ -346,11 +357,11 @@ def test_exact_keeps_to_the_plain_sum(served):
     assert set(served) == {"direct"}
 
 
-@pytest.mark.parametrize(("value", "algorithm"), [("1", "direct"), ("0", "winograd4"), ("", "direct")])
+@pytest.mark.parametrize(("value", "algorithm"), [("1", "direct"), ("0", "winograd4"), ("", "winograd4")])
 def test_exact_from_the_environment(value: str, algorithm: str):
     code = (
         "import torch, fastcnn; from fastcnn.backends import cpp; "
-        "print(cpp.conv2d_algorithm(torch.empty(1, 16, 8, 8), torch.empty(16, 16, 3, 3), (1, 1), (1, 1), 1))"
+        "print(cpp.conv2d_algorithm((1, 16, 8, 8), (16, 16, 3, 3), (1, 1), (1, 1), 1))"
     )
     environment = {**os.environ, "FASTCNN_EXACT": value}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

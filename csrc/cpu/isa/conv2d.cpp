@@ -6,296 +6,84 @@
 // reduction index. Weights are packed as [group][column block][reduction][kColumnBlock], so the inner loop reads them
 // as one stream.
 //
-// Work: a task owns `tile_rows` pixels x `blocks_per_task` column blocks. It goes over the reduction in chunks of at
-// most kMaxChunk values; for each chunk it gathers the input of its pixels into a panel [pixel][kPanelStride] (border
-// zeros, strides, dilation, the prologue and bf16 are all dealt with there, once per value), then runs the micro-kernel
-// for every micro-tile of kMicroRows pixels x kColumnBlock channels. The panel's stride is a compile-time constant, so
-// every panel address in the inner loop is one register plus an immediate.
+// Work: a task owns some output pixels x `blocks_per_task` column blocks, and runs the micro-kernel (conv2d_micro.h)
+// for every micro-tile of up to kMicroRows pixels x kColumnBlock channels. Where that reads its input:
 //
-// Kept in registers: the micro-tile's accumulators, two weight vectors, one broadcast. In L1: the micro-tile's panel
-// rows (kMicroRows x 384 floats = 21 KiB for AVX-512). In L2: the task's panel and a run of weight blocks. Partial sums
-// between chunks stay in a scratch array that only this task uses.
+//   in place  a 1x1 filter with stride 1: pixels lie one pixel stride apart in the input.
+//   strip     the input rows that a few output rows need are copied once, with their border zeros and the prologue
+//             applied. In the strip each filter row of an output pixel is one run of S*C values, and the runs of
+//             neighbouring pixels lie one stride apart.
+//   panel     what is left (dilation, strided 1x1, narrow outputs): each pixel's reduction values are gathered into
+//             [pixel][kPanelStride], in chunks of at most kMaxChunk.
 //
-// Floor: 2*N*P*Q*K*R*S*C/groups FLOPs at the FMA rate; each weight is read once per `tile_rows` pixels.
+// The reduction is summed in chunks of at most kMaxChunk values, each by itself: rounding grows with a chunk's length,
+// not the filter's.
+//
+// Kept in registers: the micro-tile's accumulators, two weight vectors, one broadcast. In L1: the micro-tile's input
+// (14 rows x 384 floats = 21 KiB for AVX-512). In L2: the task's panel or strip and a run of weight blocks; the weights
+// of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums between chunks stay in a
+// scratch array that only this task uses.
+//
+// Floor: 2*N*P*Q*K*R*S*C/groups FLOPs at the FMA rate; each weight is read once per task that needs it.
 
+#include "conv2d_gather.h"
+#include "conv2d_micro.h"
 #include "variant.h"
 #include "vector.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
-constexpr int64_t kMaxChunk = kConv2dMaxChunk;
-constexpr int64_t kPanelStride = kMaxChunk + 16;  // not a multiple of 1 KiB: rows spread over the cache's sets
-constexpr int64_t kMaxRowsPerTask = 8 * kMicroRows;
+static inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-struct Pixel {
-  int64_t input_row;  // first pixel of image n in the input, in pixels
-  int64_t ih, iw;     // input position of filter tap (0, 0); may lie outside
-  int64_t out;        // output pixel index
+// What a task owns. Column tasks vary slowest, so that threads that run side by side share weights.
+struct Task {
+  int64_t row_task, row_tasks, group, first_block, last_block;
+
+  Task(const Conv2dProblem& problem, int64_t index) : row_tasks(problem.row_tasks) {
+    const int64_t column_tasks = (problem.column_blocks + problem.blocks_per_task - 1) / problem.blocks_per_task;
+    row_task = index % row_tasks;
+    group = index / row_tasks / column_tasks;
+    first_block = index / row_tasks % column_tasks * problem.blocks_per_task;
+    last_block = smaller(first_block + problem.blocks_per_task, problem.column_blocks);
+  }
 };
 
-// ---- gather -------------------------------------------------------------------------------------------------------
-
-// Runs shorter than a vector go value by value; the end of a longer one is covered by a vector that overlaps its
-// neighbour.
-static inline void zero_fill(float* to, int64_t count) {
-  if (count < kVectorWidth) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
-    return;
-  }
-  for (int64_t i = 0; i + kVectorWidth < count; i += kVectorWidth) store(to + i, Vector{});
-  store(to + count - kVectorWidth, Vector{});
+static int64_t reduction_of(const Conv2dProblem& problem) {
+  return problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
 }
 
-template <typename T>
-static inline void copy_run(float* to, const T* from, int64_t count) {
-  if (count < kVectorWidth) {
-    for (int64_t i = 0; i < count; ++i) to[i] = load_one(from + i);
-    return;
-  }
-  for (int64_t i = 0; i + kVectorWidth < count; i += kVectorWidth) store(to + i, load(from + i));
-  store(to + count - kVectorWidth, load(from + count - kVectorWidth));
+static const float* weights_of(const Conv2dProblem& problem, int64_t group, int64_t block) {
+  return problem.packed_weight + (group * problem.column_blocks + block) * reduction_of(problem) * kColumnBlock;
 }
 
-// In place: the prologue of channels [c, c + count).
-static inline void apply_prologue(float* values, const Conv2dProblem& problem, int64_t c, int64_t count) {
-  const float* scale = problem.input_scale;
-  const float* shift = problem.input_shift;
-  if (scale != nullptr) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= scale[c + i];
-  }
-  if (shift != nullptr) {
-    for (int64_t i = 0; i < count; ++i) values[i] += shift[c + i];
-  }
-  if (problem.input_relu) {
-    for (int64_t i = 0; i < count; ++i) values[i] = relu(values[i]);
-  }
-}
-
-// Reduction values [begin, end) of all pixels, tap by tap: each tap is a run of adjacent channels.
-template <typename T>
-static void gather_taps(const Conv2dProblem& problem, const Pixel* pixels, int64_t rows, int64_t channel0,
-                        int64_t begin, int64_t end, bool has_prologue, float* panel) {
-  const Conv2dGeometry& g = problem.geometry;
-  const TensorView& x = problem.input;
-  const T* data = static_cast<const T*>(x.data);
-  const int64_t channels = problem.group_in;
-  int64_t tap = begin / channels, c = begin % channels;
-  while (begin < end) {
-    const int64_t count = channels - c < end - begin ? channels - c : end - begin;
-    const int64_t dh = tap / g.filter_w * g.dilation_h, dw = tap % g.filter_w * g.dilation_w;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t h = pixels[i].ih + dh, w = pixels[i].iw + dw;
-      float* to = panel + i * kPanelStride;
-      if (h >= 0 && h < x.h && w >= 0 && w < x.w) {
-        copy_run(to, data + (pixels[i].input_row + h * x.w + w) * x.pixel_stride + channel0 + c, count);
-        if (has_prologue) apply_prologue(to, problem, channel0 + c, count);
-      } else {
-        zero_fill(to, count);
-      }
-    }
-    panel += count;
-    begin += count;
-    c = 0;
-    ++tap;
-  }
-}
-
-// The same where a filter row's taps are adjacent in memory (no dilation, pixels without gaps): one run per filter row.
-// This is the few-channel stem's path.
-template <typename T>
-static void gather_rows(const Conv2dProblem& problem, const Pixel& pixel, int64_t begin, int64_t end, float* to) {
-  const Conv2dGeometry& g = problem.geometry;
-  const TensorView& x = problem.input;
-  const T* data = static_cast<const T*>(x.data);
-  const int64_t channels = x.c;
-  const int64_t row_length = g.filter_w * channels;
-  // Taps [first, last) of a row lie inside the image.
-  int64_t first = -pixel.iw, last = x.w - pixel.iw;
-  first = first < 0 ? 0 : (first > g.filter_w ? g.filter_w : first);
-  last = last < first ? first : (last > g.filter_w ? g.filter_w : last);
-  int64_t r = begin / row_length, j = begin % row_length;
-  while (begin < end) {
-    const int64_t count = row_length - j < end - begin ? row_length - j : end - begin;
-    const int64_t h = pixel.ih + r * g.dilation_h;
-    int64_t lo = first * channels, hi = last * channels;
-    if (h < 0 || h >= x.h) lo = hi = 0;
-    lo = lo < j ? j : (lo > j + count ? j + count : lo);
-    hi = hi < lo ? lo : (hi > j + count ? j + count : hi);
-    zero_fill(to, lo - j);
-    if (hi > lo) copy_run(to + (lo - j), data + (pixel.input_row + h * x.w + pixel.iw) * channels + lo, hi - lo);
-    zero_fill(to + (hi - j), j + count - hi);
-    to += count;
-    begin += count;
-    j = 0;
-    ++r;
-  }
-}
-
-template <typename T>
-static void gather_panel(const Conv2dProblem& problem, const Pixel* pixels, int64_t rows, int64_t channel0,
-                         int64_t begin, int64_t end, float* panel) {
-  const Conv2dGeometry& g = problem.geometry;
-  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
-  const bool adjacent_taps = problem.geometry.groups == 1 && problem.input.pixel_stride == problem.input.c &&
-                             g.dilation_w == 1 && g.filter_w > 1 && !has_prologue;
-  if (!adjacent_taps) {
-    gather_taps<T>(problem, pixels, rows, channel0, begin, end, has_prologue, panel);
-    return;
-  }
-  for (int64_t i = 0; i < rows; ++i) gather_rows<T>(problem, pixels[i], begin, end, panel + i * kPanelStride);
-}
-
-// ---- micro-kernel ---------------------------------------------------------------------------------------------------
-
-// Where a micro-tile's sums come from and go to.
-struct MicroTarget {
-  float* partial;  // [row][partial_stride] sums of earlier chunks, or to be left for later ones
-  int64_t partial_stride;
-  bool load_partial, finish;
-  const Conv2dProblem* problem;
-  const Pixel* pixels;
-  int64_t channel;     // first output channel (over all groups)
-  int64_t columns;     // valid output channels, <= kColumnBlock
-  const float* scale;  // at this block
-  const float* bias;
-};
-
-// One row's epilogue for any storage type and any number of valid channels.
-template <typename T>
-static void finish_row(const MicroTarget& target, int row, const float* sums) {
+static void aim_at_block(MicroTarget& target, int64_t group, int64_t block) {
   const Conv2dProblem& problem = *target.problem;
-  const int64_t pixel = target.pixels[row].out;
-  T* out = static_cast<T*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
-  const T* residual = problem.residual ? static_cast<const T*>(problem.residual.data) +
-                                             pixel * problem.residual.pixel_stride + target.channel
-                                       : nullptr;
-  for (int64_t k = 0; k < target.columns; k += kVectorWidth) {
-    const int64_t lanes = target.columns - k;
-    Vector value = load(sums + k) * load(target.scale + k) + load(target.bias + k);
-    if (residual != nullptr) value += lanes < kVectorWidth ? load_some(residual + k, lanes) : load(residual + k);
-    if (problem.relu) value = relu(value);
-    if (lanes < kVectorWidth) {
-      store_some(out + k, value, lanes);
-    } else {
-      store(out + k, value);
-    }
-  }
+  target.columns = smaller(problem.group_out - block * kColumnBlock, kColumnBlock);
+  target.channel = group * problem.group_out + block * kColumnBlock;
+  target.scale = problem.scale + (group * problem.column_blocks + block) * kColumnBlock;
+  target.bias = problem.bias + (group * problem.column_blocks + block) * kColumnBlock;
 }
 
-template <int Rows, int Vectors>
-static void micro_kernel(const float* panel, const float* weight, int64_t depth, const MicroTarget& target) {
-  Vector sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector w[Vectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) w[j] = load(weight + k * kColumnBlock + j * kVectorWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const Vector x = broadcast(panel[i * kPanelStride + k]);
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
-    }
-  }
-  // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
-  // filter's.
-  if (target.load_partial) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        sum[i][j] += load(target.partial + i * target.partial_stride + j * kVectorWidth);
-      }
-    }
-  }
-  if (!target.finish) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) store(target.partial + i * target.partial_stride + j * kVectorWidth, sum[i][j]);
-    }
-    return;
-  }
-  const Conv2dProblem& problem = *target.problem;
-  if (problem.out.dtype == DType::f32 && target.columns == Vectors * kVectorWidth) {
-    Vector scale[Vectors], bias[Vectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) {
-      scale[j] = load(target.scale + j * kVectorWidth);
-      bias[j] = load(target.bias + j * kVectorWidth);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const int64_t pixel = target.pixels[i].out;
-      float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        Vector value = sum[i][j] * scale[j] + bias[j];
-        if (problem.residual) {
-          value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
-                        target.channel + j * kVectorWidth);
-        }
-        if (problem.relu) value = relu(value);
-        store(out + j * kVectorWidth, value);
-      }
-    }
-    return;
-  }
-  for (int i = 0; i < Rows; ++i) {
-    alignas(64) float sums[Vectors * kVectorWidth];
-    for (int j = 0; j < Vectors; ++j) store(sums + j * kVectorWidth, sum[i][j]);
-    if (problem.out.dtype == DType::f32) {
-      finish_row<float>(target, i, sums);
-    } else {
-      finish_row<uint16_t>(target, i, sums);
-    }
-  }
+static const MicroKernel* kernels_for(const MicroTarget& target) {
+  return target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
 }
 
-using MicroKernel = void (*)(const float*, const float*, int64_t, const MicroTarget&);
-
-template <int Vectors>
-struct MicroKernels {
-  MicroKernel by_rows[kMicroRows + 1] = {};
-  constexpr MicroKernels() { fill<kMicroRows>(); }
-  template <int Rows>
-  constexpr void fill() {
-    by_rows[Rows] = micro_kernel<Rows, Vectors>;
-    if constexpr (Rows > 1) fill<Rows - 1>();
-  }
-};
-
-constexpr MicroKernels<1> kOneVector;
-constexpr MicroKernels<2> kTwoVectors;
-
-// ---- tasks
-// ------------------------------------------------------------------------------------------------------------
-
-struct Scratch {
-  float* panel;    // [tile_rows][kPanelStride]
-  float* partial;  // [tile_rows][blocks_per_task * kColumnBlock]
-};
-
-static int64_t panel_bytes(const Conv2dProblem& problem) {
-  return problem.tile_rows * kPanelStride * 4;
+// The next task's weights: its own first block again, or the first behind this task's.
+static const float* weights_after(const Conv2dProblem& problem, const Task& task) {
+  return weights_of(problem, task.group, task.row_task + 1 < task.row_tasks ? task.first_block : task.last_block);
 }
 
-static int64_t scratch_bytes(const Conv2dProblem& problem) {
-  return panel_bytes(problem) + problem.tile_rows * problem.blocks_per_task * kColumnBlock * 4;
-}
+// ---- in place, panel ----------------------------------------------------------------------------------------------
 
 static void locate_pixels(const Conv2dProblem& problem, int64_t first, int64_t count, Pixel* pixels) {
   const Conv2dGeometry& g = problem.geometry;
   const int64_t out_h = problem.out.h, out_w = problem.out.w;
   int64_t q = first % out_w, p = first / out_w % out_h, n = first / out_w / out_h;
   for (int64_t i = 0; i < count; ++i) {
-    pixels[i] = {n * problem.input.h * problem.input.w, p * g.stride_h - g.pad_top, q * g.stride_w - g.pad_left,
-                 first + i};
+    pixels[i] = {n * problem.input.h * problem.input.w, p * g.stride_h - g.pad_top, q * g.stride_w - g.pad_left};
     if (++q == out_w) {
       q = 0;
       if (++p == out_h) {
@@ -306,60 +94,163 @@ static void locate_pixels(const Conv2dProblem& problem, int64_t first, int64_t c
   }
 }
 
-static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) {
-  const int64_t pixels_total = problem.out.pixels();
-  const int64_t column_tasks = (problem.column_blocks + problem.blocks_per_task - 1) / problem.blocks_per_task;
-  const int64_t row_tasks = (pixels_total + problem.tile_rows - 1) / problem.tile_rows;
-  // Column tasks vary slowest, so that threads that run side by side share weights.
-  const int64_t row_task = index % row_tasks;
-  const int64_t column_task = index / row_tasks % column_tasks;
-  const int64_t group = index / row_tasks / column_tasks;
-
-  const int64_t first_pixel = row_task * problem.tile_rows;
-  const int64_t rows = pixels_total - first_pixel < problem.tile_rows ? pixels_total - first_pixel : problem.tile_rows;
-  const int64_t first_block = column_task * problem.blocks_per_task;
-  const int64_t last_block = first_block + problem.blocks_per_task < problem.column_blocks
-                                 ? first_block + problem.blocks_per_task
-                                 : problem.column_blocks;
-  const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
-  const int64_t group_weights = problem.column_blocks * reduction * kColumnBlock;
+static void run_pixels(const Conv2dProblem& problem, const Task& task, float* panel) {
+  const int64_t first_pixel = task.row_task * problem.tile_rows;
+  const int64_t rows = smaller(problem.out.pixels() - first_pixel, problem.tile_rows);
+  const int64_t reduction = reduction_of(problem);
   const int64_t partial_stride = problem.blocks_per_task * kColumnBlock;
-
-  float* panel = static_cast<float*>(memory);
-  float* partial = panel + problem.tile_rows * kPanelStride;
-  Pixel pixels[kMaxRowsPerTask];
-  locate_pixels(problem, first_pixel, rows, pixels);
+  const bool in_place = problem.source == ConvSource::in_place;
+  float* partial = in_place ? panel : panel + problem.tile_rows * kPanelStride;
+  Pixel pixels[kMaxMicroTiles * kMicroRows];
+  if (!in_place) locate_pixels(problem, first_pixel, rows, pixels);
 
   // Micro-tiles of nearly equal height: 49 pixels are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
   const int64_t micro_tiles = (rows + kMicroRows - 1) / kMicroRows;
+  MicroTarget target;
+  target.problem = &problem;
+  target.partial_stride = partial_stride;
 
   for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
-    const int64_t end = begin + problem.chunk < reduction ? begin + problem.chunk : reduction;
-    if (problem.input.dtype == DType::f32) {
-      gather_panel<float>(problem, pixels, rows, group * problem.group_in, begin, end, panel);
+    const int64_t end = smaller(begin + problem.chunk, reduction);
+    MicroSource source;
+    source.runs = 1;
+    source.run = end - begin;
+    source.pitch = 0;
+    const float* from = panel;
+    source.stride = kPanelStride;
+    if (in_place) {
+      source.stride = problem.input.pixel_stride;
+      from = static_cast<const float*>(problem.input.data) + first_pixel * source.stride +
+             task.group * problem.group_in + begin;
+    } else if (problem.input.dtype == DType::f32) {
+      gather_panel<float>(problem, pixels, rows, task.group * problem.group_in, begin, end, panel);
     } else {
-      gather_panel<uint16_t>(problem, pixels, rows, group * problem.group_in, begin, end, panel);
+      gather_panel<uint16_t>(problem, pixels, rows, task.group * problem.group_in, begin, end, panel);
     }
-    MicroTarget target;
-    target.problem = &problem;
-    target.partial_stride = partial_stride;
     target.load_partial = begin > 0;
     target.finish = end == reduction;
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const float* weight = problem.packed_weight + group * group_weights + (block * reduction + begin) * kColumnBlock;
-      const int64_t columns_left = problem.group_out - block * kColumnBlock;
-      target.columns = columns_left < kColumnBlock ? columns_left : kColumnBlock;
-      target.channel = group * problem.group_out + block * kColumnBlock;
-      target.scale = problem.scale + (group * problem.column_blocks + block) * kColumnBlock;
-      target.bias = problem.bias + (group * problem.column_blocks + block) * kColumnBlock;
+    if (problem.prefetch_input) {
+      // The pixels of the next task, spread over this one's steps.
+      const int64_t steps = (task.last_block - task.first_block) * micro_tiles * (end - begin);
+      const int64_t item = size_in_bytes(problem.input.dtype);
+      source.ahead = static_cast<const char*>(problem.input.data) +
+                     ((first_pixel + rows) * problem.input.pixel_stride + begin) * item;
+      source.ahead_step = rows * problem.input.pixel_stride * item / steps;
+    }
+    for (int64_t block = task.first_block; block < task.last_block; ++block) {
+      const float* weight = weights_of(problem, task.group, block) + begin * kColumnBlock;
+      aim_at_block(target, task.group, block);
+      if (!problem.prefetch_input) {
+        const float* next = block + 1 < task.last_block ? weight + reduction * kColumnBlock
+                            : end < reduction ? weights_of(problem, task.group, task.first_block) + end * kColumnBlock
+                                              : weights_after(problem, task);
+        source.ahead = reinterpret_cast<const char*>(next);
+        source.ahead_step = kColumnBlock * 4 / micro_tiles;
+      }
       int64_t row = 0;
       for (int64_t tile = 0; tile < micro_tiles; ++tile) {
         const int64_t height = (rows - row + micro_tiles - tile - 1) / (micro_tiles - tile);
-        target.partial = partial + row * partial_stride + (block - first_block) * kColumnBlock;
-        target.pixels = pixels + row;
-        const MicroKernel* kernels = target.columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
-        kernels[height](panel + row * kPanelStride, weight, end - begin, target);
+        target.partial = partial + row * partial_stride + (block - task.first_block) * kColumnBlock;
+        target.pixel = first_pixel + row;
+        source.first = from + row * source.stride;
+        kernels_for(target)[height](source, weight, target);
         row += height;
+        source.ahead += (end - begin) * source.ahead_step;
+      }
+    }
+  }
+}
+
+// ---- strip --------------------------------------------------------------------------------------------------------
+
+// Input rows that `rows` output rows read.
+static int64_t strip_rows(const Conv2dProblem& problem, int64_t rows) {
+  const Conv2dGeometry& g = problem.geometry;
+  return (rows - 1) * g.stride_h + (g.filter_h - 1) * g.dilation_h + 1;
+}
+
+// A micro-tile of a strip, pixels of one output row: its height, its first pixel in the task, and where that lies in
+// the strip.
+struct StripTile {
+  int64_t height, pixel, at;
+};
+
+static int64_t cut_strip(const Conv2dProblem& problem, int64_t rows, StripTile* tiles) {
+  const int64_t width = problem.out.w, step = problem.geometry.stride_w * problem.group_in;
+  const int64_t row_step = problem.geometry.stride_h * problem.strip_pitch;
+  int64_t count = 0;
+  const int64_t parts = (width + kMicroRows - 1) / kMicroRows;
+  for (int64_t p = 0; p < rows; ++p) {
+    int64_t q = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t height = (width - q + parts - part - 1) / (parts - part);
+      tiles[count++] = {height, p * width + q, p * row_step + q * step};
+      q += height;
+    }
+  }
+  return count;
+}
+
+static void run_strip(const Conv2dProblem& problem, const Task& task, float* strip) {
+  const Conv2dGeometry& g = problem.geometry;
+  const TensorView& x = problem.input;
+  const int64_t strips = (problem.out.h + problem.tile_rows - 1) / problem.tile_rows;  // in an image
+  const int64_t n = task.row_task / strips, p0 = task.row_task % strips * problem.tile_rows;
+  const int64_t rows = smaller(problem.out.h - p0, problem.tile_rows);
+  const int64_t h0 = p0 * g.stride_h - g.pad_top, input_rows = strip_rows(problem, rows);
+  if (x.dtype == DType::f32) {
+    fill_strip<float>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
+  } else {
+    fill_strip<uint16_t>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
+  }
+  StripTile tiles[kMaxMicroTiles];
+  const int64_t count = cut_strip(problem, rows, tiles);
+  alignas(64) float partial[kMicroRows * kColumnBlock];
+  const int64_t reduction = reduction_of(problem), row_values = g.filter_w * problem.group_in;
+  // A chunk is some filter rows, or a part of one.
+  const int64_t rows_per_chunk = row_values < kMaxChunk ? kMaxChunk / row_values : 1;
+  const int64_t parts = (row_values + kMaxChunk - 1) / kMaxChunk;
+  const int64_t part = (row_values + parts - 1) / parts;
+
+  MicroTarget target;
+  target.problem = &problem;
+  target.partial = partial;
+  target.partial_stride = kColumnBlock;
+  MicroSource source;
+  source.stride = g.stride_w * problem.group_in;
+  source.pitch = g.dilation_h * problem.strip_pitch;
+  if (problem.prefetch_input) {
+    // The input rows that the next task reads beyond these, spread over this one's steps.
+    const int64_t row_bytes = x.w * x.pixel_stride * size_in_bytes(x.dtype);
+    const int64_t steps = (task.last_block - task.first_block) * count * reduction;
+    source.ahead = static_cast<const char*>(x.data) + (n * x.h + h0 + input_rows) * row_bytes;
+    source.ahead_step = (rows * g.stride_h * row_bytes + steps - 1) / steps;
+  }
+  for (int64_t block = task.first_block; block < task.last_block; ++block) {
+    aim_at_block(target, task.group, block);
+    if (!problem.prefetch_input) {
+      const float* next =
+          block + 1 < task.last_block ? weights_of(problem, task.group, block + 1) : weights_after(problem, task);
+      source.ahead = reinterpret_cast<const char*>(next);
+      source.ahead_step = (kColumnBlock * 4 + count - 1) / count;
+    }
+    for (int64_t at = 0; at < count; ++at) {
+      const StripTile& tile = tiles[at];
+      const float* weight = weights_of(problem, task.group, block);
+      target.pixel = (n * problem.out.h + p0) * problem.out.w + tile.pixel;
+      target.load_partial = false;
+      for (int64_t r = 0; r < g.filter_h; r += rows_per_chunk) {
+        source.runs = smaller(rows_per_chunk, g.filter_h - r);
+        for (int64_t begin = 0; begin < row_values; begin += part) {
+          source.run = smaller(part, row_values - begin);
+          source.first = strip + tile.at + r * source.pitch + begin;
+          target.finish = r + source.runs == g.filter_h && begin + source.run == row_values;
+          kernels_for(target)[tile.height](source, weight, target);
+          const int64_t steps = source.runs * source.run;
+          weight += steps * kColumnBlock;
+          source.ahead += steps * source.ahead_step;
+          target.load_partial = true;
+        }
       }
     }
   }
@@ -368,11 +259,18 @@ static void run_task(const Conv2dProblem& problem, int64_t index, void* memory) 
 }  // namespace
 
 int64_t conv2d_scratch_bytes(const Conv2dProblem& problem) {
-  return scratch_bytes(problem);
+  if (problem.source == ConvSource::strip) return strip_rows(problem, problem.tile_rows) * problem.strip_pitch * 4;
+  const int64_t panel = problem.source == ConvSource::in_place ? 0 : problem.tile_rows * kPanelStride;
+  return (panel + problem.tile_rows * problem.blocks_per_task * kColumnBlock) * 4;
 }
 
 void conv2d_task(const Conv2dProblem& problem, int64_t index, void* scratch) {
-  run_task(problem, index, scratch);
+  const Task task(problem, index);
+  if (problem.source == ConvSource::strip) {
+    run_strip(problem, task, static_cast<float*>(scratch));
+  } else {
+    run_pixels(problem, task, static_cast<float*>(scratch));
+  }
 }
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

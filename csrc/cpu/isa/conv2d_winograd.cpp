@@ -365,20 +365,20 @@ void winograd_fused_task(const WinogradProblem& problem, int64_t index, void* sc
 }
 
 // Tasks: (channel part, tile block), blocks fastest.
-void winograd_input_task(const WinogradProblem& problem, int64_t index) {
+void winograd_input_task(const WinogradProblem& problem, float* shared, int64_t index) {
   const int64_t block = index % problem.blocks, part = index / problem.blocks;
   const int64_t begin = part * problem.vectors_per_task;
   const int64_t beyond = begin + problem.vectors_per_task;
   const int64_t end = beyond < problem.channel_vectors ? beyond : problem.channel_vectors;
-  float* to = problem.shared_input + block * block_floats(problem);
+  float* to = shared + block * block_floats(problem);
   problem.tile == 4 ? transform_block<4>(problem, block, begin, end, to)
                     : transform_block<2>(problem, block, begin, end, to);
 }
 
 // Tasks: (column block, tile block), blocks fastest.
-void winograd_product_task(const WinogradProblem& problem, int64_t index, void* scratch) {
+void winograd_product_task(const WinogradProblem& problem, const float* shared, int64_t index, void* scratch) {
   const int64_t block = index % problem.blocks, column = index / problem.blocks;
-  const float* panel = problem.shared_input + block * block_floats(problem);
+  const float* panel = shared + block * block_floats(problem);
   float* products = static_cast<float*>(scratch);
   problem.tile == 4 ? column_block<4>(problem, block, column, panel, products)
                     : column_block<2>(problem, block, column, panel, products);

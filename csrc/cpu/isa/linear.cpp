@@ -151,8 +151,8 @@ static void run_few_rows(const LinearProblem& problem, int64_t index) {
 
 // Values [begin, end) of one panel's input rows, transposed. Rows beyond the last become zeros.
 template <typename T>
-static void pack_panel(const LinearProblem& problem, int64_t panel, int64_t begin, int64_t end) {
-  float* to = problem.packed_input + panel * problem.depth * kColumnBlock;
+static void pack_panel(const LinearProblem& problem, float* packed, int64_t panel, int64_t begin, int64_t end) {
+  float* to = packed + panel * problem.depth * kColumnBlock;
   const int64_t first = panel * kColumnBlock;
   for (int64_t c = begin; c < end; c += kVectorWidth) {
     const int64_t count = end - c < kVectorWidth ? end - c : kVectorWidth;
@@ -208,7 +208,7 @@ constexpr MultiplyKernels<1> kOneVector;
 constexpr MultiplyKernels<2> kTwoVectors;
 
 template <typename T>
-static void run_many_rows(const LinearProblem& problem, int64_t index, float* scratch) {
+static void run_many_rows(const LinearProblem& problem, const float* packed, int64_t index, float* scratch) {
   const int64_t panels_total = (problem.rows + kColumnBlock - 1) / kColumnBlock;
   const int64_t column_tasks = (problem.columns + problem.columns_per_task - 1) / problem.columns_per_task;
   // Columns vary fastest: a group of input panels stays in the cache while weights pass.
@@ -235,7 +235,7 @@ static void run_many_rows(const LinearProblem& problem, int64_t index, float* sc
       }
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t rows = problem.rows - (panel0 + p) * kColumnBlock;
-        const float* inputs = problem.packed_input + ((panel0 + p) * problem.depth + begin) * kColumnBlock;
+        const float* inputs = packed + ((panel0 + p) * problem.depth + begin) * kColumnBlock;
         (rows <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows)[height](
             weights, inputs, depth, sums + (k * panels + p * height) * kColumnBlock, begin > 0);
       }
@@ -263,29 +263,28 @@ static void run_many_rows(const LinearProblem& problem, int64_t index, float* sc
 }  // namespace
 
 int64_t linear_scratch_bytes(const LinearProblem& problem) {
-  if (problem.packed_input == nullptr) return 0;
   return (kMicroRows * kPanelStride + problem.columns_per_task * problem.panels_per_task * kColumnBlock) * 4;
 }
 
-void linear_pack_task(const LinearProblem& problem, int64_t index) {
+void linear_pack_task(const LinearProblem& problem, float* packed, int64_t index) {
   const int64_t chunks = (problem.depth + kChunk - 1) / kChunk;
   const int64_t begin = index % chunks * kChunk;
   const int64_t end = begin + kChunk < problem.depth ? begin + kChunk : problem.depth;
   if (problem.dtype == DType::f32) {
-    pack_panel<float>(problem, index / chunks, begin, end);
+    pack_panel<float>(problem, packed, index / chunks, begin, end);
   } else {
-    pack_panel<uint16_t>(problem, index / chunks, begin, end);
+    pack_panel<uint16_t>(problem, packed, index / chunks, begin, end);
   }
 }
 
-void linear_task(const LinearProblem& problem, int64_t index, void* scratch) {
-  const bool few = problem.packed_input == nullptr;
-  if (problem.dtype == DType::f32) {
-    few ? run_few_rows<float>(problem, index) : run_many_rows<float>(problem, index, static_cast<float*>(scratch));
-  } else {
-    few ? run_few_rows<uint16_t>(problem, index)
-        : run_many_rows<uint16_t>(problem, index, static_cast<float*>(scratch));
-  }
+void linear_few_rows_task(const LinearProblem& problem, int64_t index) {
+  problem.dtype == DType::f32 ? run_few_rows<float>(problem, index) : run_few_rows<uint16_t>(problem, index);
+}
+
+void linear_many_rows_task(const LinearProblem& problem, const float* packed, int64_t index, void* scratch) {
+  float* memory = static_cast<float*>(scratch);
+  problem.dtype == DType::f32 ? run_many_rows<float>(problem, packed, index, memory)
+                              : run_many_rows<uint16_t>(problem, packed, index, memory);
 }
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

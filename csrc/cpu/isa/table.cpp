@@ -29,9 +29,15 @@ const KernelTable& kernel_table() {
       local_response_norm_task,
       linear_scratch_bytes,
       linear_pack_task,
-      linear_task,
+      linear_few_rows_task,
+      linear_many_rows_task,
       channel_affine_task,
+      map_block,
+      rows_task,
       batch_statistics_task,
+      fma_loop,
+      bf16_dot_loop,
+      read_loop,
   };
   return table;
 }

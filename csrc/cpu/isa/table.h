@@ -12,6 +12,10 @@
 
 namespace fastcnn::cpu {
 
+// Where a direct convolution's inner loop reads its input: see isa/conv2d.cpp.
+enum class ConvSource : int32_t { in_place, strip, panel };
+constexpr int kMaxMicroTiles = 16;  // of output pixels, in a task
+
 // One convolution, ready to run. Filled by conv2d.cpp.
 struct Conv2dProblem {
   TensorView out, input;
@@ -27,9 +31,15 @@ struct Conv2dProblem {
   TensorView residual;
   bool relu;
   // How the work is cut: see isa/conv2d.cpp.
-  int64_t chunk;            // reduction values per pass
-  int64_t tile_rows;        // output pixels per task
-  int64_t blocks_per_task;  // column blocks per task
+  ConvSource source;
+  int64_t chunk;                      // reduction values per pass; not of a strip
+  int64_t tile_rows;                  // per task: output pixels, or output rows of a strip
+  int64_t row_tasks;                  // tasks that the output pixels make
+  int64_t blocks_per_task;            // column blocks per task
+  int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
+  bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
+
+  bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
 };
 
 // One Winograd convolution, ready to run. Filled by conv2d_winograd.cpp.
@@ -50,8 +60,7 @@ struct WinogradProblem {
   // How the work is cut: see isa/conv2d_winograd.cpp.
   int64_t tiles_h, tiles_w, tiles;  // in an image's height and width; in the batch
   int64_t tiles_per_block, blocks;
-  float* shared_input;       // this and the next: only where the transformed input is shared
-  int64_t vectors_per_task;  // channel vectors to an input task
+  int64_t vectors_per_task;  // channel vectors to an input task, where the transformed input is shared
 };
 
 enum class PoolKind : int32_t { max, average, adaptive };
@@ -91,7 +100,6 @@ struct LinearProblem {
   int64_t rows, columns, depth;  // M, K, C
   const float* bias;
   bool relu;
-  float* packed_input;  // for many rows: room for [panel][c][column_block]; null for few
   int64_t columns_per_task, panels_per_task;
 };
 
@@ -107,6 +115,63 @@ struct ChannelAffineProblem {
   const float* shift;
   float factor;
   bool relu;
+  int64_t rows_per_task;
+};
+
+// Functions of one value (x) or two (x, z). alpha and beta are a map's own settings.
+enum class Map : int32_t {
+  add,       // x + alpha z
+  subtract,  // x - alpha z
+  multiply,
+  divide,
+  maximum,
+  minimum,
+  negate,  // the first function of one value
+  absolute,
+  square,
+  sqrt,
+  rsqrt,
+  reciprocal,
+  exp,
+  tanh,
+  sigmoid,
+  silu,         // x sigmoid(x)
+  hardsigmoid,  // clamp(x + 3, 0, 6) / 6
+  hardswish,    // x hardsigmoid(x)
+  gelu,         // x Phi(x)
+  gelu_tanh,    // its approximation by tanh
+  mish,         // x tanh(log(1 + exp(x)))
+  clamp,        // to alpha ... beta; ReLU6 is clamp to 0 ... 6
+  leaky_relu,   // x, or alpha x below 0
+  elu           // beta x, or alpha (exp(x) - 1) below 0
+};
+
+// Rows of one element-wise pass, ready to run. Filled by strided.cpp.
+struct MapProblem {
+  Map map;
+  DType dtype;
+  float alpha, beta;
+  void* out;
+  const void* a;
+  const void* b;  // null for functions of one value
+  int64_t rows, columns;
+  int64_t out_row, a_row, b_row, out_column, a_column, b_column;  // strides
+};
+
+enum class RowsKind : int32_t { layer_norm, softmax };
+
+// One layer normalisation or softmax, ready to run. Filled by rows.cpp.
+struct RowsProblem {
+  RowsKind kind;
+  DType dtype;
+  void* out;
+  const void* input;
+  int64_t out_stride, input_stride;  // from one row to the next
+  int64_t rows, columns;
+  // RowsKind::layer_norm only.
+  const float* weight;
+  const float* bias;
+  float eps;
   int64_t rows_per_task;
 };
 
@@ -132,16 +197,25 @@ struct KernelTable {
   int64_t (*winograd_input_bytes)(const WinogradProblem&);    // transformed input of a tile block
   int64_t (*winograd_product_bytes)(const WinogradProblem&);  // products of a tile block and a column block
   void (*winograd_fused_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: input, then products
-  void (*winograd_input_task)(const WinogradProblem&, int64_t index);
-  void (*winograd_product_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: products
+  // Where the transformed input of all blocks is shared. scratch: products
+  void (*winograd_input_task)(const WinogradProblem&, float* shared, int64_t index);
+  void (*winograd_product_task)(const WinogradProblem&, const float* shared, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);
   int64_t (*linear_scratch_bytes)(const LinearProblem&);
-  void (*linear_pack_task)(const LinearProblem&, int64_t index);
-  void (*linear_task)(const LinearProblem&, int64_t index, void* scratch);
+  // For many rows: packed has room for [panel][c][column_block].
+  void (*linear_pack_task)(const LinearProblem&, float* packed, int64_t index);
+  void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
+  void (*linear_many_rows_task)(const LinearProblem&, const float* packed, int64_t index, void* scratch);
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
+  void (*map_block)(const MapProblem&);
+  void (*rows_task)(const RowsProblem&, int64_t index);
   void (*batch_statistics_task)(const BatchStatisticsProblem&, int64_t index);
+  // Loops that reach the machine's limits: see isa/machine_limits.cpp. The first two return the operations done.
+  double (*fma_loop)(int64_t iterations, float* mean);
+  double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
+  float (*read_loop)(const float* data, int64_t count);
 };
 
 namespace portable {

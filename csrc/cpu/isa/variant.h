@@ -12,15 +12,21 @@ void conv2d_grouped_task(const Conv2dProblem& problem, int64_t index);
 int64_t winograd_input_bytes(const WinogradProblem& problem);
 int64_t winograd_product_bytes(const WinogradProblem& problem);
 void winograd_fused_task(const WinogradProblem& problem, int64_t index, void* scratch);
-void winograd_input_task(const WinogradProblem& problem, int64_t index);
-void winograd_product_task(const WinogradProblem& problem, int64_t index, void* scratch);
+void winograd_input_task(const WinogradProblem& problem, float* shared, int64_t index);
+void winograd_product_task(const WinogradProblem& problem, const float* shared, int64_t index, void* scratch);
 void pool2d_task(const Pool2dProblem& problem, int64_t index);
 int64_t local_response_norm_scratch_bytes(const LocalResponseNormProblem& problem);
 void local_response_norm_task(const LocalResponseNormProblem& problem, int64_t index, void* scratch);
 int64_t linear_scratch_bytes(const LinearProblem& problem);
-void linear_pack_task(const LinearProblem& problem, int64_t index);
-void linear_task(const LinearProblem& problem, int64_t index, void* scratch);
+void linear_pack_task(const LinearProblem& problem, float* packed, int64_t index);
+void linear_few_rows_task(const LinearProblem& problem, int64_t index);
+void linear_many_rows_task(const LinearProblem& problem, const float* packed, int64_t index, void* scratch);
 void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
+void map_block(const MapProblem& problem);
+void rows_task(const RowsProblem& problem, int64_t index);
 void batch_statistics_task(const BatchStatisticsProblem& problem, int64_t index);
+double fma_loop(int64_t iterations, float* mean);
+double bf16_dot_loop(int64_t iterations, float* mean);
+float read_loop(const float* data, int64_t count);
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

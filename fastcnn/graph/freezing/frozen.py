@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten, treespec_loads
 
 from fastcnn import _native
+from fastcnn.backends import cpp
+from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.aten import aten_rules
 from fastcnn.graph.freezing.capture import capture
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
+from fastcnn.graph.optimizing import is_fastcnn, optimize
 
 
 class Memory(NamedTuple):
@@ -37,7 +40,7 @@ class FrozenModel(nn.Module):
     threads are safe; they run one after the other, since there is one arena. No gradient is recorded.
     """
 
-    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[_native.PackedConv2dWeight]) -> None:
+    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
         super().__init__()
         self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
         self._plan = build_plan(recipe, constants, self._weights)
@@ -109,17 +112,34 @@ def _require_within(spec: TensorSpec, memory: list[tuple[int, torch.dtype]]) -> 
         raise ValueError("an output reaches beyond its memory")
 
 
+def _prepared(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> nn.Module:
+    """The model itself where it is made of fastcnn's operators already, else a copy that is optimized.
+
+    The copy has the model's own parameters and buffers, unless they must be converted.
+    """
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    if is_fastcnn(model) or any(STATE in module.__dict__ for module in model.modules()):
+        return model
+    if dtype is None:
+        tensors = [*model.parameters(), *model.buffers()]
+        model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return optimize(model, list(inputs), inplace=True)
+
+
 def freeze(
     model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dtype: torch.dtype | None = None
 ) -> FrozenModel:
     """A model in eval mode, for inputs of one shape on the CPU, as a plan that runs in one native call.
 
     Batch norm is folded, weights are packed for this processor, and activations share one arena whose memory is planned
-    and touched here. The results are the model's own, since the same kernels run.
+    and touched here. The results are the optimized model's own, since the same kernels run; what is not fastcnn's
+    (activations but ReLU, layer norm, sums) is computed by steps of the plan, within the accuracy rule.
 
     Args:
-        model: made of fastcnn's operators and simple ATen operators (copies, concatenation, padding, arithmetic). It is
-            not changed, and later changes of its parameters do not reach the frozen model.
+        model: any convolutional network. Unless it is made of fastcnn's modules or was optimized, a copy of it goes
+            through :func:`fastcnn.optimize` first. It is not changed, and later changes of its parameters do not reach
+            the frozen model.
         example_inputs: a tensor, or a sequence of them, as ``model(*example_inputs)`` takes; only shapes, strides and
             dtypes matter.
         dtype: ``torch.float32`` or ``torch.bfloat16``: freeze a converted copy, for inputs of this dtype.
@@ -132,10 +152,8 @@ def freeze(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, is a {type(model).__name__}")
     examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, is {dtype}")
-        model = copy.deepcopy(model).to(dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, is {dtype}")
     for index, example in enumerate(examples):
         if not isinstance(example, Tensor):
             raise TypeError(f"example_inputs[{index}] must be a tensor, is a {type(example).__name__}")
@@ -146,7 +164,7 @@ def freeze(
             )
     # Memory of their own each, with the same strides: values do not matter, and no two inputs may share a storage.
     blank = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype) for e in examples]
-    captured = capture(model, blank)
+    captured = capture(_prepared(model, blank, dtype), blank)
     with torch.inference_mode(False), torch.no_grad():
         program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}).run()
         recipe, constants = make_recipe(program, captured.spec)

@@ -2,23 +2,32 @@
 
 Every tensor of the graph is either a constant, which depends on parameters alone and is computed here, or a view of a
 buffer: views are recognised by their fake storage, so that reshapes, slices and permutations cost nothing whatever
-operator made them. What is left are operators that compute, each with a rule: fastcnn's below, ATen's in aten.py.
+operator made them. What is left are operators that compute, each with a rule: fastcnn's below, ATen's in the files that
+aten.py gathers.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.capture import Captured
-from fastcnn.graph.freezing.program import Attribute, Buffer, PackedWeight, Program, Step, View, channels_last_strides
+from fastcnn.graph.freezing.program import (
+    Attribute,
+    Buffer,
+    PackedWeight,
+    Program,
+    Step,
+    View,
+    channels_last_strides,
+    contiguous_strides,
+)
 
 Rule = Callable[["Lowering", "View", list[Any]], None]
 
@@ -37,7 +46,7 @@ class Lowering:
         self._captured, self._rules = captured, rules
         self._values: dict[Node, Any] = {}  # View or constant Tensor, or a tuple of them
         self._buffers: dict[int, Buffer] = {}  # by the fake storage's identity
-        self._weights: dict[tuple[int, int], int] = {}
+        self._weights: dict[tuple[int, int, str], int] = {}
         self._constants: dict[int, Buffer] = {}
         self._kept: list[Tensor] = []  # keeps identities of constants unique
         self._errors: list[str] = []
@@ -53,7 +62,7 @@ class Lowering:
                 self._node(node)
             except Unsupported as reason:
                 self._errors.append(f"  {_described(node)}: {reason}")
-                self._values[node] = None
+                self._values[node] = self._stand_in(node)
         if self._errors:
             raise ValueError("model cannot be frozen; no native step covers\n" + "\n".join(self._errors))
         return self.program
@@ -96,7 +105,7 @@ class Lowering:
                 self._values[node] = target(*args, **kwargs)
             return
         if schema is None:  # operator.getitem, of a node with several results
-            self._values[node] = target(*args, **kwargs)
+            self._values[node] = target(*args, **kwargs) if node.users else None
             return
         positional = _in_schema_order(schema, args, kwargs)
         if schema.is_mutable:
@@ -110,7 +119,7 @@ class Lowering:
                 self._values[node] = tuple(self._view_of(f) for f in fake)
                 return
             fake = fake[0]  # operators whose other results (indices, statistics) nobody reads in eval mode
-            if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+            if any(user.users and (user.target is not operator.getitem or user.args[1] != 0) for user in node.users):
                 raise Unsupported("only its first result can be used")
             view = self._view_of(fake)
             self._values[node] = (view,)
@@ -121,6 +130,16 @@ class Lowering:
         self._values[node] = view
         if not known and not allocates:
             self.rule(target)(self, view, positional)
+
+    def _stand_in(self, node: Node) -> Any:
+        """For a node that was refused, so that those after it are looked at too; None where there can be no view."""
+        fake = node.meta.get("val")
+        try:
+            if isinstance(fake, Tensor):
+                return self._view_of(fake)
+            return tuple(self._view_of(f) for f in fake)  # type: ignore[union-attr]
+        except (Unsupported, TypeError, AttributeError):
+            return None
 
     def rule(self, target: Any) -> Rule:
         """How an operator is lowered; raises :class:`Unsupported`."""
@@ -172,6 +191,21 @@ class Lowering:
         view.buffer.length = view.extent
         return view
 
+    def temporary_like(self, view: View) -> View:
+        """Of a view's shape, without gaps, its dimensions in the same order."""
+        strides = [0] * len(view.shape)
+        step = 1
+        for dim in sorted(range(len(view.shape)), key=lambda d: (view.strides[d], -d)):
+            strides[dim] = step
+            step *= view.shape[dim]
+        return self.temporary(view.shape, strides, view.dtype)
+
+    def copied(self, view: View, dtype: torch.dtype | None = None) -> View:
+        """A contiguous copy, of another dtype if one is given."""
+        copied = self.temporary(view.shape, contiguous_strides(view.shape), dtype or view.dtype)
+        self.emit("copy", copied, view)
+        return copied
+
     def temporary_pixels(self, like: View) -> View:
         return self.temporary(like.shape, channels_last_strides(like.shape), like.dtype)
 
@@ -209,6 +243,27 @@ class Lowering:
         fill(pixels)
         self.emit("copy", out, pixels)
 
+    def as_matrix(self, value: View | Tensor, first: int) -> View:
+        """Dimensions before ``first`` as rows, the others as adjacent columns; a copy where they lie otherwise."""
+        view = self.as_view(value)
+        matrix = view.as_matrix(first)
+        if matrix is None:
+            matrix = self.copied(view).as_matrix(first)
+            assert matrix is not None
+        return matrix
+
+    def filled_as_matrix(self, out: View, first: int, fill: Callable[[View], None]) -> None:
+        """``fill`` such a matrix: ``out`` itself, or a temporary copied to it."""
+        matrix = out.as_matrix(first)
+        if matrix is not None:
+            fill(matrix)
+            return
+        dense = self.temporary(out.shape, contiguous_strides(out.shape), out.dtype)
+        matrix = dense.as_matrix(first)
+        assert matrix is not None
+        fill(matrix)
+        self.emit("copy", out, dense)
+
     def vector(self, value: View | Tensor | None, name: str) -> View | None:
         """A per-channel vector, which must be a constant, as float32."""
         if value is None:
@@ -219,16 +274,16 @@ class Lowering:
             value = value.detach().float().contiguous()
         return self.as_view(value)
 
-    def conv_weight(self, value: View | Tensor, groups: int, dtype: torch.dtype) -> int:
+    def conv_weight(self, value: View | Tensor, groups: int, dtype: torch.dtype, algorithm: str) -> int:
         if isinstance(value, View):
             raise Unsupported("weight depends on the input")
         if value.dtype != dtype:
             raise Unsupported(f"weight is {value.dtype}, the input {dtype}")
-        key = (id(value), groups)
+        key = (id(value), groups, algorithm)
         if key not in self._weights:
             self._kept.append(value)
             k, c, r, s = value.shape
-            packed = PackedWeight(_native.PackedConv2dWeight(value.detach(), groups), (k, c, r, s), groups)
+            packed = PackedWeight(cpp.pack_weight(value, groups, algorithm), (k, c, r, s), groups, algorithm)
             self._weights[key] = len(self.program.weights)
             self.program.weights.append(packed)
         return self._weights[key]
@@ -277,37 +332,30 @@ def _in_schema_order(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _conv2d(low: Lowering, out: View, args: list[Any]) -> None:
     input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, in_scale, in_shift, relu = args
     x = low.as_pixels(input)
-    packed = low.conv_weight(weight, groups, x.dtype)
+    algorithm = cpp.conv2d_algorithm(out.shape, weight.shape, tuple(stride), tuple(dilation), groups)
+    packed = low.conv_weight(weight, groups, x.dtype, algorithm)
     vectors = (low.vector(scale, "scale"), low.vector(bias, "bias"))
     r = None if residual is None else low.as_pixels(residual)
     prologue = (low.vector(in_scale, "input_scale"), low.vector(in_shift, "input_shift"))
-    attributes = (relu, activation == "relu", tuple(stride), tuple(padding[:2]), tuple(dilation))
+    acts, top_left = (relu, activation == "relu"), tuple(padding[:2])
+    direct = algorithm == cpp.DIRECT
+    name = "conv2d" if direct else "conv2d_winograd"
+    attributes: tuple[Attribute, ...] = (
+        (*acts, tuple(stride), top_left, tuple(dilation)) if direct else (*acts, top_left)
+    )
     low.filled_as_pixels(
         out,
-        lambda y: low.emit("conv2d", y, x, *vectors, r, *prologue, attributes=attributes, weight=packed),
+        lambda y: low.emit(name, y, x, *vectors, r, *prologue, attributes=attributes, weight=packed),
     )
 
 
 def _linear(low: Lowering, out: View, args: list[Any]) -> None:
     input, weight, bias, activation = args
-    x, w = low.as_view(input), low.as_view(weight)
-    if len(x.shape) != 2:
-        x = _flattened(low, x)
-    if x.strides[1] != 1 and x.shape[1] > 1:
-        copied = low.temporary(x.shape, (x.shape[1], 1), x.dtype)
-        low.emit("copy", copied, x)
-        x = copied
-    y = out if len(out.shape) == 2 else _flattened(low, out, copy=False)
-    low.emit("linear", y, x, w, low.vector(bias, "bias"), attributes=(activation == "relu",))
-
-
-def _flattened(low: Lowering, view: View, copy: bool = True) -> View:
-    """All dimensions but the last as one."""
-    columns = view.shape[-1]
-    rows = view.values // columns
-    if view.is_dense and list(view.strides) == sorted(view.strides, reverse=True):
-        return replace(view, shape=(rows, columns), strides=(columns, 1))
-    raise Unsupported(f"shape {view.shape} with strides {view.strides} cannot be rows")
+    x, w = low.as_matrix(input, len(input.shape) - 1), low.as_matrix(weight, 1)
+    vector = low.vector(bias, "bias")
+    low.filled_as_matrix(
+        out, len(out.shape) - 1, lambda y: low.emit("linear", y, x, w, vector, attributes=(activation == "relu",))
+    )
 
 
 def _channel_affine(low: Lowering, out: View, args: list[Any]) -> None:

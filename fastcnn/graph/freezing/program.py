@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.ops._layout import pixel_stride
 
 Attribute = int | float | bool | str | tuple[int, ...]
@@ -72,6 +72,66 @@ class View:
         """All values of a dense view as one pixel's channels, in memory order: for work that knows no channels."""
         return replace(self, shape=(1, self.values, 1, 1), strides=(self.values, 1, self.values, self.values))
 
+    def reshaped(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> View:
+        return replace(self, shape=shape, strides=strides)
+
+    def permuted(self, dims: Sequence[int]) -> View:
+        """Dimensions in another order; those left out must have size 1 or are dropped by the caller's intent."""
+        return replace(self, shape=tuple(self.shape[d] for d in dims), strides=tuple(self.strides[d] for d in dims))
+
+    def unsqueezed(self, dim: int) -> View:
+        """With a dimension of size 1 before ``dim``."""
+        shape = (*self.shape[:dim], 1, *self.shape[dim:])
+        return replace(self, shape=shape, strides=(*self.strides[:dim], 0, *self.strides[dim:]))
+
+    def selected(self, dim: int, index: int) -> View:
+        """One index of a dimension, without it."""
+        rest = [d for d in range(len(self.shape)) if d != dim]
+        return replace(self.permuted(rest), offset=self.offset + index * self.strides[dim])
+
+    def split(self, dim: int, sizes: tuple[int, int]) -> View:
+        """One dimension as two, the second of which moves fastest."""
+        stride = self.strides[dim]
+        shape = (*self.shape[:dim], *sizes, *self.shape[dim + 1 :])
+        return replace(
+            self, shape=shape, strides=(*self.strides[:dim], stride * sizes[1], stride, *self.strides[dim + 1 :])
+        )
+
+    def merged(self, first: int, last: int) -> View | None:
+        """Dimensions ``first`` up to ``last`` as one, or None where no single stride reaches their values."""
+        size, stride = 1, 1
+        for have, step in zip(reversed(self.shape[first:last]), reversed(self.strides[first:last]), strict=True):
+            if have == 1:
+                continue
+            if size == 1:
+                stride = step
+            elif step != size * stride:
+                return None
+            size *= have
+        return replace(
+            self,
+            shape=(*self.shape[:first], size, *self.shape[last:]),
+            strides=(*self.strides[:first], stride, *self.strides[last:]),
+        )
+
+    def as_matrix(self, first: int) -> View | None:
+        """Dimensions before ``first`` as rows, the others as adjacent columns; None where memory does not allow it."""
+        columns = self.merged(first, len(self.shape))
+        matrix = None if columns is None else columns.merged(0, first)
+        if matrix is None or (matrix.shape[1] > 1 and matrix.strides[1] != 1):
+            return None
+        rows, width = matrix.shape
+        if rows > 1 and matrix.strides[0] < width:
+            return None
+        return replace(matrix, strides=(matrix.strides[0] if rows > 1 else width, 1))
+
+    def expanded(self, shape: tuple[int, ...]) -> View:
+        """Broadcast to a shape: stride 0 where a size-1 dimension is repeated."""
+        missing = len(shape) - len(self.shape)
+        sizes, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
+        new = tuple(0 if have == 1 != want else st for have, want, st in zip(sizes, shape, strides, strict=True))
+        return replace(self, shape=shape, strides=new)
+
     def narrowed(self, dim: int, start: int, length: int) -> View:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         return replace(self, offset=self.offset + start * self.strides[dim], shape=shape)
@@ -81,7 +141,7 @@ class View:
 class Step:
     """One call of the native plan: ``plan.operator(out, *inputs, *attributes)``.
 
-    For ``conv2d`` the packed weight ``weight`` (its place in :attr:`Program.weights`) follows the first input.
+    For convolutions the packed weight ``weight`` (its place in :attr:`Program.weights`) follows the first input.
     """
 
     operator: str
@@ -96,11 +156,12 @@ class Step:
 
 @dataclass
 class PackedWeight:
-    """A convolution's weight, packed for this processor's instruction set."""
+    """A convolution's weight, packed for this processor's instruction set and one of the C++ backend's algorithms."""
 
-    packed: _native.PackedConv2dWeight
+    packed: cpp.PackedWeight
     shape: tuple[int, int, int, int]
     groups: int
+    algorithm: str
 
 
 @dataclass
@@ -119,7 +180,9 @@ def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides[: len(shape)])
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return tuple(strides)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, treespec_dumps
 
 from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
@@ -20,8 +21,8 @@ ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs f
 # What a step may call on the native plan.
 OPERATORS = frozenset(
     {
-        "conv2d", "linear", "channel_affine", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "local_response_norm",
-        "copy", "fill", "map", "sum_last",
+        "conv2d", "conv2d_winograd", "linear", "channel_affine", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+        "local_response_norm", "copy", "fill", "map", "reduce_last", "layer_norm", "softmax",
     }
 )  # fmt: skip
 
@@ -65,7 +66,7 @@ class Recipe:
     arena_bytes: int
     activation_bytes: int  # of all activations side by side, as the captured graph allocates them
     steps: list[StepRecipe]
-    weights: list[tuple[tuple[int, ...], int]]  # shape and groups of each packed weight
+    weights: list[tuple[tuple[int, ...], int, str]]  # shape, groups and algorithm of each packed weight
     structure: str  # of the result: a pytree specification in JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Recipe:
             int(data["arena_bytes"]),
             int(data["activation_bytes"]),
             [step(v) for v in data["steps"]],
-            [(tuple(shape), int(groups)) for shape, groups in data["weights"]],
+            [(tuple(shape), int(groups), str(algorithm)) for shape, groups, algorithm in data["weights"]],
             str(data["structure"]),
         )
 
@@ -149,7 +150,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
         arena_bytes,
         activation_bytes,
         steps,
-        [(w.shape, w.groups) for w in program.weights],
+        [(w.shape, w.groups, w.algorithm) for w in program.weights],
         treespec_dumps(structure),
     )
     return recipe, constants
@@ -173,7 +174,7 @@ def _gather_constants(program: Program, places: dict[Buffer, tuple[int, int]]) -
     return memory
 
 
-def build_plan(recipe: Recipe, constants: Tensor, weights: Sequence[_native.PackedConv2dWeight]) -> _native.Plan:
+def build_plan(recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> _native.Plan:
     """The native plan. Raises ValueError or TypeError where a recipe (of a file) does not hold together."""
     output_bytes = [length * dtype_of(dtype).itemsize for length, dtype in recipe.output_memory]
     plan = _native.Plan(recipe.arena_bytes, constants, recipe.input_bytes, output_bytes)
@@ -185,7 +186,7 @@ def build_plan(recipe: Recipe, constants: Tensor, weights: Sequence[_native.Pack
     return plan
 
 
-def packed(weights: Sequence[PackedWeight]) -> list[_native.PackedConv2dWeight]:
+def packed(weights: Sequence[PackedWeight]) -> list[cpp.PackedWeight]:
     return [weight.packed for weight in weights]
 
 

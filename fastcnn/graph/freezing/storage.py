@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.frozen import FrozenModel
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_frozen(
-    path: str | os.PathLike[str], recipe: Recipe, constants: Tensor, weights: Sequence[_native.PackedConv2dWeight]
+    path: str | os.PathLike[str], recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]
 ) -> None:
     parts = [constants.numpy().tobytes(), *(weight.packed() for weight in weights)]
     digest = hashlib.sha256()
@@ -104,7 +105,7 @@ def _rebuilt(header: dict[str, Any], payload: memoryview) -> FrozenModel:
         constants.copy_(torch.frombuffer(bytearray(payload[: lengths[0]]), dtype=torch.uint8))
     at = lengths[0]
     weights = []
-    for length, (shape, groups) in zip(lengths[1:], recipe.weights, strict=True):
-        weights.append(_native.PackedConv2dWeight.from_packed(payload[at : at + length], shape, groups))
+    for length, (shape, groups, algorithm) in zip(lengths[1:], recipe.weights, strict=True):
+        weights.append(cpp.packed_weight_from(payload[at : at + length], shape, groups, algorithm))
         at += length
     return FrozenModel(recipe, constants, weights)

@@ -1,0 +1,199 @@
+// The micro-kernel of direct convolution: up to kMicroRows output pixels x kColumnBlock output channels, all in
+// registers, and the epilogue.
+//
+// Adjacent output pixels lie equally spaced in what the kernel reads. To keep their addresses to few registers, they
+// are one of two pointers, half the rows apart, plus a small multiple of the spacing. A pixel's reduction values come
+// in equally spaced runs, one after the other in the weights.
+#pragma once
+
+#include "table.h"
+#include "vector.h"
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+namespace {
+
+constexpr int kHalfRows = kMicroRows / 2;
+
+struct MicroSource {
+  const float* first;        // of pixel 0
+  int64_t stride;            // from one pixel to the next
+  int64_t runs, run, pitch;  // runs of `run` values, `pitch` apart
+  // What is needed later, fetched into L2 meanwhile: each step of the reduction touches one address.
+  const char* ahead;
+  int64_t ahead_step;
+};
+
+// Where a micro-tile's sums come from and go to.
+struct MicroTarget {
+  float* partial;  // [row][partial_stride] sums of earlier chunks, or to be left for later ones
+  int64_t partial_stride;
+  bool load_partial, finish;
+  const Conv2dProblem* problem;
+  int64_t pixel;       // first output pixel
+  int64_t channel;     // first output channel (over all groups)
+  int64_t columns;     // valid output channels, <= kColumnBlock
+  const float* scale;  // at this block
+  const float* bias;
+};
+
+// One row's epilogue for any storage type and any number of valid channels.
+template <typename T>
+static void finish_row(const MicroTarget& target, int row, const float* sums) {
+  const Conv2dProblem& problem = *target.problem;
+  const int64_t pixel = target.pixel + row;
+  T* out = static_cast<T*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
+  const T* residual = problem.residual ? static_cast<const T*>(problem.residual.data) +
+                                             pixel * problem.residual.pixel_stride + target.channel
+                                       : nullptr;
+  for (int64_t k = 0; k < target.columns; k += kVectorWidth) {
+    const int64_t lanes = target.columns - k;
+    Vector value = load(sums + k) * load(target.scale + k) + load(target.bias + k);
+    if (residual != nullptr) value += lanes < kVectorWidth ? load_some(residual + k, lanes) : load(residual + k);
+    if (problem.relu) value = relu(value);
+    if (lanes < kVectorWidth) {
+      store_some(out + k, value, lanes);
+    } else {
+      store(out + k, value);
+    }
+  }
+}
+
+// Sums that do not fill whole fp32 vectors of the output: by way of memory, row by row.
+template <int Rows, int Vectors>
+static __attribute__((noinline)) void finish_rows(const MicroTarget& target, const float* sums) {
+  for (int i = 0; i < Rows; ++i) {
+    if (target.problem->out.dtype == DType::f32) {
+      finish_row<float>(target, i, sums + i * Vectors * kVectorWidth);
+    } else {
+      finish_row<uint16_t>(target, i, sums + i * Vectors * kVectorWidth);
+    }
+  }
+}
+
+// What the epilogue reads and writes, asked for before the sums are formed.
+template <int Rows>
+static inline void prefetch_epilogue(const MicroTarget& target) {
+  const TensorView& out = target.problem->out;
+  const TensorView& residual = target.problem->residual;
+  const int64_t item = size_in_bytes(out.dtype), last = (target.columns - 1) * item;
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t pixel = target.pixel + i;
+    const char* to = static_cast<const char*>(out.data) + (pixel * out.pixel_stride + target.channel) * item;
+    __builtin_prefetch(to, 1, 3);
+    __builtin_prefetch(to + last, 1, 3);
+    if (residual) {
+      const char* from =
+          static_cast<const char*>(residual.data) + (pixel * residual.pixel_stride + target.channel) * item;
+      __builtin_prefetch(from, 0, 3);
+      __builtin_prefetch(from + last, 0, 3);
+    }
+  }
+}
+
+template <int Rows, int Vectors>
+static void micro_kernel(const MicroSource& source, const float* weight, const MicroTarget& target) {
+  Vector sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
+  }
+  if (target.finish) prefetch_epilogue<Rows>(target);
+  const char* ahead = source.ahead;
+  int64_t stride = source.stride, stride3 = 3 * stride, stride5 = 5 * stride;
+  for (int64_t run = 0; run < source.runs; ++run) {
+    const float* from = source.first + run * source.pitch;
+    const float* x[2] = {from, from + kHalfRows * stride};
+    for (int64_t k = 0; k < source.run; ++k) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += source.ahead_step;
+      Vector w[Vectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kVectorWidth);
+      weight += kColumnBlock;
+      // Keeps the compiler from making a pointer for every row.
+      __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(stride), "+r"(stride3), "+r"(stride5));
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const int at = i % kHalfRows;
+        const Vector value = broadcast(x[i / kHalfRows][at == 3   ? stride3
+                                                        : at == 5 ? stride5
+                                                        : at == 6 ? 2 * stride3
+                                                                  : at * stride]);
+#pragma GCC unroll 2
+        for (int j = 0; j < Vectors; ++j) sum[i][j] += value * w[j];
+      }
+      ++x[0], ++x[1];
+    }
+  }
+  // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
+  // filter's.
+  if (target.load_partial) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) {
+        sum[i][j] += load(target.partial + i * target.partial_stride + j * kVectorWidth);
+      }
+    }
+  }
+  if (!target.finish) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) store(target.partial + i * target.partial_stride + j * kVectorWidth, sum[i][j]);
+    }
+    return;
+  }
+  const Conv2dProblem& problem = *target.problem;
+  if (problem.out.dtype != DType::f32 || target.columns != Vectors * kVectorWidth) {
+    alignas(64) float sums[Rows * Vectors * kVectorWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) store(sums + (i * Vectors + j) * kVectorWidth, sum[i][j]);
+    }
+    finish_rows<Rows, Vectors>(target, sums);
+    return;
+  }
+  Vector scale[Vectors], bias[Vectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) {
+    scale[j] = load(target.scale + j * kVectorWidth);
+    bias[j] = load(target.bias + j * kVectorWidth);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t pixel = target.pixel + i;
+    float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      Vector value = sum[i][j] * scale[j] + bias[j];
+      if (problem.residual) {
+        value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
+                      target.channel + j * kVectorWidth);
+      }
+      if (problem.relu) value = relu(value);
+      store(out + j * kVectorWidth, value);
+    }
+  }
+}
+
+using MicroKernel = void (*)(const MicroSource&, const float*, const MicroTarget&);
+
+template <int Vectors>
+struct MicroKernels {
+  MicroKernel by_rows[kMicroRows + 1] = {};
+  constexpr MicroKernels() { fill<kMicroRows>(); }
+  template <int Rows>
+  constexpr void fill() {
+    by_rows[Rows] = micro_kernel<Rows, Vectors>;
+    if constexpr (Rows > 1) fill<Rows - 1>();
+  }
+};
+
+constexpr MicroKernels<1> kOneVector;
+constexpr MicroKernels<2> kTwoVectors;
+
+}  // namespace
+}  // namespace fastcnn::cpu::FASTCNN_ISA
