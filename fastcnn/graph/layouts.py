@@ -54,7 +54,7 @@ _FUSED: dict[Callable[..., Any], int] = {
 _READ_SHAPES = (concatenation.begin, concatenation.target)
 # Value by value, or over pixels: the result has the layout of the input.
 _OTHERS = "GLU Softmax LogSoftmax softmax log_softmax RReLU PReLU prelu"
-_OPERATIONS = "add sub mul truediv iadd isub imul add_ sub_ mul_ mean cat concat"
+_OPERATIONS = "relu relu_ ReLU add sub mul truediv iadd isub imul add_ sub_ mul_ mean cat concat"
 _FOLLOW = (roles.ACTIVATIONS | frozenset(_OPERATIONS.split())) - frozenset(_OTHERS.split())
 
 
@@ -121,7 +121,10 @@ def _follows(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _images(node: fx.Node) -> list[fx.Node]:
     """What a member reads that is worth converting: the images of fused calls."""
     if node.target is concatenation.end:
-        return []
+        slices: Any = node.args[0]
+        parts: Any = node.args[1]
+        like = slices.args[0]  # its layout decides whether there is a buffer
+        return [like] if like in parts else []
     count = _FUSED.get(node.target, 0) if node.op == "call_function" else 0  # type: ignore[arg-type]
     given = [*node.args[:count], node.kwargs.get("residual")]
     return [v for v in given if isinstance(v, fx.Node) and v.op != "get_attr"] if count else []
@@ -149,12 +152,18 @@ def _borders(
 def _entries_of(
     graph: fx.Graph, members: set[fx.Node], entries: Mapping[fx.Node, Any]
 ) -> dict[fx.Node, frozenset[fx.Node]]:
-    """From which entries each member's value comes."""
+    """From which entries each member's value has its layout: of a sum, that of the first operand."""
     found: dict[fx.Node, frozenset[fx.Node]] = {}
+
+    def reached(value: Any) -> frozenset[fx.Node]:
+        return frozenset([value]) if value in entries else found.get(value, frozenset())
+
     for node in graph.nodes:
         if node in members:
-            reached = frozenset(v for v in _images(node) if v in entries)
-            found[node] = reached.union(*(found[v] for v in node.all_input_nodes if v in found))
+            several = node.target in (torch.cat, torch.concat, concatenation.end)
+            known = (v for v in node.args if isinstance(v, fx.Node) and (v in found or v in entries))
+            first = reached(next(known, None))
+            found[node] = first.union(*map(reached, node.all_input_nodes)) if several else first
     return found
 
 
@@ -169,8 +178,8 @@ def _convolution_of(graph: fx.Graph, value: fx.Node, readers: list[fx.Node], bef
     """A convolution that reads a value, as :func:`enter` takes it."""
     for reader in readers:
         if reader.target in (calls.conv_bn, calls.conv_act) and reader.args[0] is value:
-            layer = reader.args[1]
-            weight = layer if isinstance(layer, fx.Node) else layer["weight"]  # type: ignore[index, call-overload]
+            layer: Any = reader.args[1]
+            weight: fx.Node = layer if isinstance(layer, fx.Node) else layer["weight"]
             if weight.op == "placeholder":
                 return {"weight": weight}
             if weight.op == "get_attr":
