@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,10 +81,7 @@ def _row(recipe: Recipe, indices: Sequence[int], milliseconds: float) -> LayerTi
 
 
 def _algorithm(recipe: Recipe, step: StepRecipe) -> str | None:
-    if step.weight is None:
-        return None
-    shape_groups_algorithm: tuple[Any, ...] = recipe.weights[step.weight]
-    return str(shape_groups_algorithm[2]) if len(shape_groups_algorithm) > 2 else None
+    return None if step.weight is None else recipe.weights[step.weight][2]
 
 
 def _flops(recipe: Recipe, step: StepRecipe) -> int:
