@@ -74,13 +74,22 @@ def test_a_wrong_missing_or_failing_peer_is_left_out_and_said_so(monkeypatch):
     )
     peers.PEERS["missing"] = (("a_package_that_is_not_there",), (torch.float32,), failing)
     peers.PEERS["narrow"] = ((), (torch.bfloat16,), failing)
-    runners, left_out = peers.cpu_peers(network, expected)
+    runners, left_out = peers.cpu_peers(network, peers.Expected.of(expected, expected))
     assert list(runners) == ["right"]
     assert left_out[0].startswith("wrong: its result is off by 1.0e-02")
     assert left_out[1] == "undefined: its result is off by nan"
     assert left_out[2] == "failing: failed (RuntimeError: no such operator)"
     assert "a_package_that_is_not_there not installed" in left_out[3]
     assert left_out[4] == "narrow: not timed in torch.float32"
+
+
+def test_a_result_may_be_twice_as_far_off_as_pytorch_in_the_same_dtype():
+    exact = torch.ones(4)
+    assert peers.Expected.of(exact, exact).tolerance == 1e-4
+    expected = peers.Expected.of(exact, (exact * 1.0625).bfloat16())
+    assert expected.tolerance == pytest.approx(0.125)
+    assert expected.fault(exact * 1.12) is None
+    assert expected.fault(exact * 1.13) == "its result is off by 1.3e-01"
 
 
 def test_engines_are_timed_in_the_same_run(monkeypatch):
