@@ -24,7 +24,6 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from fastcnn import ops
-from fastcnn.backends.derived import operations_are_replaced
 from fastcnn.graph import calls, roles
 from fastcnn.graph.aliases import Aliases
 from fastcnn.graph.capturing import memory_is_unknown
