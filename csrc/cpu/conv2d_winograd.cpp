@@ -126,9 +126,16 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.columns_per_task = cut.columns_per_task;
-  return {
-      {p.blocks * ceil_div(p.column_blocks, p.columns_per_task), cut.threads, table.winograd_scratch_bytes(p),
-       [p, memory = vectors.memory, &table](int64_t task, void* scratch) { table.winograd_task(p, task, scratch); }}};
+  Work work;
+  work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
+  work.threads = cut.threads;
+  work.scratch_bytes = table.winograd_scratch_bytes(p);
+  work.run = [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
+    table.winograd_task(p, task, scratch);
+  };
+  work.constants = weight.data();
+  work.constant_bytes = weight.bytes();
+  return {work};
 }
 
 void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,

@@ -13,7 +13,7 @@ namespace fastcnn::cpu {
 namespace {
 
 constexpr double kL2 = 832 << 10, kL3 = 16 << 20;                 // of which a thread, or all, may fill this much
-constexpr double kNearBytesPerCycle = 12, kFarBytesPerCycle = 7;  // for a thread, from L3 and from memory
+constexpr double kNearBytesPerCycle = 12, kFarBytesPerCycle = 9;  // for a thread, from L3 and from memory
 constexpr double kPhaseCycles = 6000, kTaskCycles = 1000;         // until all threads have come; to begin a task
 
 // Products and a stream of bytes that is fetched ahead of them: the longer one, and what they take from each other.
@@ -43,7 +43,7 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
       points * channels * static_cast<double>(std::max(tiles, 4 * ceil_div(tiles, table.micro_rows))) * 1.06;
   // Of the blocks that a thread passes through with the same weights, the first reads them from memory, the others from
   // L3 if they fit there, or find them in L2.
-  const double passes = static_cast<double>(ceil_div(blocks, threads));
+  const double passes = static_cast<double>(parts < threads ? ceil_div(blocks, threads) : blocks);
   const bool in_l2 = part * weight_bytes + panel_bytes + products_bytes < kL2;
   const bool in_l3 = static_cast<double>(sizes.column_blocks) * weight_bytes < kL3;
   const double again = in_l2 ? 0 : 1 / (in_l3 ? kNearBytesPerCycle : kFarBytesPerCycle);
