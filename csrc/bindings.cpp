@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/conv2d_winograd_cut.h"
 #include "cpu/kernels.h"
 #include "python_tensor.h"
 
@@ -61,18 +62,20 @@ void require_packable(const std::array<int64_t, 4>& shape, const py::buffer_info
     if (size < 1 || size > (int64_t{1} << 24)) throw py::value_error("shape must be positive and at most 2^24");
   }
   const int64_t bytes = info.size * info.itemsize;
-  if (shape[0] * shape[1] > bytes / 4 || shape[2] * shape[3] > bytes / 4) {
+  if (shape[0] * shape[1] > bytes / 2 || shape[2] * shape[3] > bytes / 2) {
     throw py::value_error("packed must hold the weight's values");
   }
 }
 
 std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
-                                                                   const std::array<int64_t, 4>& shape,
-                                                                   int64_t groups) {
+                                                                   const std::array<int64_t, 4>& shape, int64_t groups,
+                                                                   const std::string& dtype) {
+  if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16");
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
   if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
-  auto weight = std::make_shared<cpu::PackedConv2dWeight>(shape.data(), groups);
+  auto weight =
+      std::make_shared<cpu::PackedConv2dWeight>(dtype == "float32" ? DType::f32 : DType::bf16, shape.data(), groups);
   assign_packed(*weight, info);
   return weight;
 }
@@ -90,6 +93,9 @@ void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight&
   const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
   const Conv2dGeometry geometry =
       conv2d_geometry(weight.filter_h, weight.filter_w, weight.groups, stride, padding, dilation);
+  if (weight.bf16_pairs && x.dtype != DType::bf16) {
+    throw py::type_error("input must be bfloat16, as the weight that was packed");
+  }
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
@@ -140,6 +146,15 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
+}
+
+double cpu_conv2d_3x3_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int tile) {
+  if (tile != 0) require_winograd_tile(tile);
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+  if (in_channels < 1) throw py::value_error("in_channels must be positive");
+  return cpu::conv2d_3x3_cycles(out_shape[0], out_shape[1], out_shape[2], out_shape[3], in_channels, tile);
 }
 
 // The two views of a pooling, of one dtype, batch and channel count.
@@ -326,7 +341,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_instruction_sets", &cpu::instruction_sets);
   py::class_<cpu::PackedConv2dWeight, std::shared_ptr<cpu::PackedConv2dWeight>>(m, "PackedConv2dWeight")
       .def(py::init(&pack_conv2d_weight), py::arg("weight"), py::arg("groups"))
-      .def_static("from_packed", &packed_conv2d_weight_from, py::arg("packed"), py::arg("shape"), py::arg("groups"))
+      .def_static("from_packed", &packed_conv2d_weight_from, py::arg("packed"), py::arg("shape"), py::arg("groups"),
+                  py::arg("dtype"))
       .def("packed", &packed_bytes<cpu::PackedConv2dWeight>)
       .def_property_readonly("bytes", &cpu::PackedConv2dWeight::bytes);
   m.def("cpu_conv2d", &cpu_conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
@@ -342,6 +358,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  m.def("cpu_conv2d_3x3_cycles", &cpu_conv2d_3x3_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("tile"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

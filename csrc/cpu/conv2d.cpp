@@ -2,13 +2,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "conv2d_bf16.h"
 #include "isa/table.h"
 #include "kernels.h"
 #include "preparation.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
-PackedConv2dWeight::PackedConv2dWeight(const int64_t shape[4], int64_t groups)
+PackedConv2dWeight::PackedConv2dWeight(DType dtype, const int64_t shape[4], int64_t groups)
     : out_channels(shape[0]),
       in_channels(shape[1] * groups),
       filter_h(shape[2]),
@@ -23,8 +24,15 @@ PackedConv2dWeight::PackedConv2dWeight(const int64_t shape[4], int64_t groups)
   const int64_t block = spans_groups ? table.vector_width : table.column_block;
   const int64_t taps = filter_h * filter_w;
   const int64_t reduction = taps * group_in;
+  bf16_pairs = dtype == DType::bf16 && table.bf16 != nullptr && !(spans_groups && group_in == 1);
   column_blocks = ceil_div(spans_groups ? out_channels : group_out, block);
   bytes_ = (spans_groups ? 1 : groups) * column_blocks * reduction * block * 4;
+  if (bf16_pairs && spans_groups) {
+    bytes_ /= 2;
+  } else if (bf16_pairs) {
+    column_blocks = bf16_column_blocks(group_out);
+    bytes_ = groups * column_blocks * filter_h * bf16_row_values(filter_w, group_in) * kBf16ColumnBlock * 2;
+  }
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
   std::memset(data_.get(), 0, static_cast<size_t>(bytes_));
 }
@@ -35,7 +43,11 @@ void PackedConv2dWeight::assign(const void* packed) {
 
 PackedConv2dWeight::PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4],
                                        const int64_t strides[4], int64_t groups)
-    : PackedConv2dWeight(shape, groups) {
+    : PackedConv2dWeight(dtype, shape, groups) {
+  if (bf16_pairs) {
+    pack_bf16_pairs(*this, static_cast<const uint16_t*>(weight), strides, reinterpret_cast<uint16_t*>(data_.get()));
+    return;
+  }
   // Where the element (k, tap, c) goes: see the two kernels.
   const KernelTable& table = kernels();
   const int64_t block = spans_groups ? table.vector_width : table.column_block;
@@ -159,6 +171,7 @@ int64_t cut_grouped(Conv2dProblem& problem) {
 
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
+  if (weight.bf16_pairs) return conv2d_bf16_work(out, input, weight, prologue, epilogue, geometry, threads);
   const KernelTable& table = kernels();
   const int64_t groups = weight.spans_groups ? 1 : weight.groups;
   const int64_t group_out = weight.out_channels / groups;

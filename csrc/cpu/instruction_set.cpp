@@ -15,6 +15,9 @@ std::vector<const KernelTable*> runnable_tables() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
+#if FASTCNN_AVX512_BF16
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16::kernel_table());
+#endif
     tables.push_back(&avx512::kernel_table());
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2::kernel_table());

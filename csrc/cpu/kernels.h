@@ -15,13 +15,14 @@
 namespace fastcnn::cpu {
 
 // Weights of a convolution rearranged for the micro-kernel of one instruction set (layouts: isa/conv2d.cpp,
-// isa/conv2d_grouped.cpp).
+// isa/conv2d_grouped.cpp, and the same with _bf16).
 class PackedConv2dWeight {
  public:
   // weight: (K, C/groups, R, S) with the given element strides, any of the three dtypes.
   PackedConv2dWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4], int64_t groups);
-  // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes.
-  PackedConv2dWeight(const int64_t shape[4], int64_t groups);
+  // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes. dtype: of
+  // the weight that was packed.
+  PackedConv2dWeight(DType dtype, const int64_t shape[4], int64_t groups);
   void assign(const void* packed);
 
   int64_t out_channels, in_channels;  // K and C, over all groups
@@ -29,8 +30,12 @@ class PackedConv2dWeight {
   int64_t group_in, group_out;  // channels of one group
   // Narrow groups, as wide out as in: packed for isa/conv2d_grouped.cpp by vectors that span several groups.
   bool spans_groups;
+  // Of a bf16 weight, where the processor has bf16 dot products: packed in pairs for isa/conv2d_bf16.cpp or, where
+  // spans_groups, isa/conv2d_grouped_bf16.cpp, which take bf16 tensors only.
+  bool bf16_pairs;
   int64_t column_blocks;  // blocks of output channels in a group, or vectors of channels over all where spans_groups
   const float* data() const { return data_.get(); }
+  const uint16_t* pairs() const { return reinterpret_cast<const uint16_t*>(data_.get()); }
   int64_t bytes() const { return bytes_; }
 
  private:
@@ -92,23 +97,23 @@ void batch_statistics(float* mean, float* var, const TensorView& input, int thre
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
-// `workspace` is reserved here and used by the works.
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                           int threads, const std::shared_ptr<Workspace>& workspace);
+                           int threads);
 Works max_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
 Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry,
                       int64_t pad_bottom, int64_t pad_right, bool count_include_pad, int64_t divisor, int threads);
 Works adaptive_avg_pool2d_work(const TensorView& out, const TensorView& input, int threads);
 Works local_response_norm_work(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta,
                                float k, int threads);
+// `workspace` is reserved here and used by the works.
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
                   Activation activation, int threads, const std::shared_ptr<Workspace>& workspace);
 Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
                           const TensorView& residual, Activation activation, float factor, int threads);
 
-// The instruction set in use: "avx512", "avx2" or "portable". Chosen once from what the processor has; the environment
-// variable FASTCNN_CPU_ISA asks for a lower one.
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". Chosen once from what the processor has;
+// the environment variable FASTCNN_CPU_ISA asks for a lower one.
 std::string instruction_set();
 std::vector<std::string> instruction_sets();  // those that this build holds and this processor can run, best first
 

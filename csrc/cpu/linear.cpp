@@ -1,7 +1,8 @@
-// A fully connected layer on the CPU: the cut into tasks. The arithmetic is in isa/linear.cpp.
+// A fully connected layer on the CPU: the cut into tasks. The arithmetic is in isa/linear.cpp and isa/linear_bf16.cpp.
 #include <algorithm>
 #include <memory>
 
+#include "isa/conv2d_bf16.h"
 #include "isa/table.h"
 #include "kernels.h"
 #include "preparation.h"
@@ -28,8 +29,12 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
 
   if (problem.rows <= kLinearFewRows) {
     problem.columns_per_task = std::clamp<int64_t>(problem.columns / wanted / 4 * 4, 4, 32);
-    return {{ceil_div(problem.columns, problem.columns_per_task), threads, 0,
-             [problem, &table](int64_t task, void*) { table.linear_few_rows_task(problem, task); }}};
+    const int64_t tasks = ceil_div(problem.columns, problem.columns_per_task);
+    if (problem.dtype == DType::bf16 && table.bf16 != nullptr) {
+      return {{tasks, threads, 0,
+               [problem, &table](int64_t task, void*) { table.bf16->linear_few_rows_task(problem, task); }}};
+    }
+    return {{tasks, threads, 0, [problem, &table](int64_t task, void*) { table.linear_few_rows_task(problem, task); }}};
   }
 
   const int64_t panels = ceil_div(problem.rows, table.column_block);

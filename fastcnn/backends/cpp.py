@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,33 +47,49 @@ def winograd_covers(weight: Sequence[int], stride: Pair, dilation: Pair, groups:
     return tuple(weight[2:]) == (3, 3) and stride == (1, 1) and dilation == (1, 1) and groups == 1
 
 
-def conv2d_algorithm(out: Sequence[int], weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> str:
-    """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact` and of whether a gradient
-    is recorded, nothing else. ``out`` and ``weight`` are shapes.
+# From how many output pixels on Winograd's algorithm, in fp32, is faster than the plain sum by bf16 dot products.
+_WINOGRAD_PIXELS_BF16 = 4096
 
-    Winograd, where it is allowed, from 8 channels in and out (with fewer the transforms outweigh the products)
-    and 16 output pixels. In tiles of 4x4, which need the fewest products, but of 2x2 where a single 4x4 tile would do,
-    or where fewer than 8 would have to pay for reading large weights (their transforms are 4 times as large as the
-    weights, in 2x2 tiles 1.8 times).
+
+def has_bf16_dot_products() -> bool:
+    """Whether bf16 tensors are convolved in bf16 arithmetic, with twice the multiplications of fp32."""
+    return _native.cpu_instruction_set() == "avx512_bf16"
+
+
+def conv2d_algorithm(
+    out: Sequence[int], weight: Sequence[int], stride: Pair, dilation: Pair, groups: int, dtype: torch.dtype
+) -> str:
+    """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact`, of whether a gradient
+    is recorded and of the processor's instruction set, nothing else. ``out`` and ``weight`` are shapes.
+
+    Where Winograd is allowed and covers the form, from 8 channels in and out and 16 output pixels: what an estimate of
+    cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as large as the
+    weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the edge of a
+    narrow output waste products.
     """
     if not backends.allows_fast_algorithms() or not winograd_covers(weight, stride, dilation, groups):
         return DIRECT
-    n, k, p, q = out
-    c = weight[1]
-    if c < 8 or k < 8 or n * p * q < 16:
+    n, _, p, q = out
+    if dtype == torch.bfloat16 and has_bf16_dot_products() and n * p * q < _WINOGRAD_PIXELS_BF16:
         return DIRECT
-    tiles = n * ((p + 3) // 4) * ((q + 3) // 4)
-    few = tiles == 1 or (tiles < 8 and c * k >= 1 << 17)
-    chosen, products = (WINOGRAD2, 16 * n * ((p + 1) // 2) * ((q + 1) // 2)) if few else (WINOGRAD4, 36 * tiles)
-    # Tiles that hang over the edge of a narrow output waste products: half as many again must be saved.
-    return chosen if 3 * products <= 2 * (9 * n * p * q) else DIRECT
+    return _cheapest(tuple(out), weight[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(out: tuple[int, ...], in_channels: int) -> str:
+    n, k, p, q = out
+    if in_channels < 8 or k < 8 or n * p * q < 16:
+        return DIRECT
+    tiles = {DIRECT: 0, **_TILES}
+    return min(tiles, key=lambda name: _native.cpu_conv2d_3x3_cycles(out, in_channels, tiles[name]))
 
 
 def fast_algorithm(operator: str, *args: Any) -> str | None:
     if operator != "conv2d":
         return None
     out, weight, (stride, _, dilation, groups) = args[0], args[2], args[10:14]
-    return None if conv2d_algorithm(out.shape, weight.shape, stride, dilation, groups) == DIRECT else "winograd"
+    algorithm = conv2d_algorithm(out.shape, weight.shape, stride, dilation, groups, weight.dtype)
+    return None if algorithm == DIRECT else "winograd"
 
 
 def conv2d(
@@ -91,7 +108,7 @@ def conv2d(
     dilation: Pair,
     groups: int,
 ) -> None:
-    algorithm = conv2d_algorithm(out.shape, weight.shape, stride, dilation, groups)
+    algorithm = conv2d_algorithm(out.shape, weight.shape, stride, dilation, groups, weight.dtype)
     conv2d_by(
         algorithm, out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, activation,
         stride, padding, dilation, groups,
@@ -149,10 +166,12 @@ def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
     return _native.PackedConv2dWinogradWeight(weight, _TILES[algorithm])
 
 
-def packed_weight_from(packed: bytes | memoryview, shape: tuple[int, ...], groups: int, algorithm: str) -> PackedWeight:
+def packed_weight_from(
+    packed: bytes | memoryview, shape: tuple[int, ...], groups: int, algorithm: str, dtype: str
+) -> PackedWeight:
     """The same from the bytes that its ``packed()`` gave. Raises ValueError for what no packing gives."""
     if algorithm == DIRECT:
-        return _native.PackedConv2dWeight.from_packed(packed, shape, groups)
+        return _native.PackedConv2dWeight.from_packed(packed, shape, groups, dtype)
     if algorithm not in _TILES or groups != 1:
         raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
     return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm])

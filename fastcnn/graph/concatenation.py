@@ -24,9 +24,9 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from fastcnn import ops
-from fastcnn.backends.derived import operations_are_replaced
 from fastcnn.graph import calls, roles
 from fastcnn.graph.aliases import Aliases
+from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.nn import fusing
 from fastcnn.ops._layout import empty_channels_last, is_channels_last
 from fastcnn.ops._registration import autocasts
@@ -57,7 +57,7 @@ def begin(like: Tensor, layer: Any, widths: Sequence[Any]) -> Slices | None:
         return None
     if forward_ad._current_level >= 0 or autocasts(like.device.type) or fusing._is_watched():
         return None
-    if operations_are_replaced():
+    if memory_is_unknown():
         return None
     shape = like.shape if layer is None else calls.conv_shape(like, layer)
     assert shape is not None

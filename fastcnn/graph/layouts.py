@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastcnn import ops
-from fastcnn.backends.derived import operations_are_replaced
 from fastcnn.graph import calls, concatenation, roles
 from fastcnn.graph.aliases import Aliases
+from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.ops._layout import in_layout, is_channels_last
 
 # ---- in each call ----------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def enter(x: Any, conv: Any) -> tuple[Any, bool]:
 
     ``conv``: a convolution that reads it, if there is one: it goes on in channels-last memory if its weight is.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4 or is_channels_last(x) or operations_are_replaced():
+    if not isinstance(x, Tensor) or x.dim() != 4 or is_channels_last(x) or memory_is_unknown():
         return x, False
     weight = conv["weight"] if isinstance(conv, dict) else getattr(conv, "weight", None)
     contiguous = not (isinstance(weight, Tensor) and weight.dim() == 4 and is_channels_last(weight))

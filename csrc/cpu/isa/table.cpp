@@ -19,11 +19,8 @@ const KernelTable& kernel_table() {
       conv2d_scratch_bytes,
       conv2d_task,
       conv2d_grouped_task,
-      winograd_input_bytes,
-      winograd_product_bytes,
-      winograd_fused_task,
-      winograd_input_task,
-      winograd_product_task,
+      winograd_scratch_bytes,
+      winograd_task,
       pool2d_task,
       local_response_norm_scratch_bytes,
       local_response_norm_task,
@@ -38,6 +35,7 @@ const KernelTable& kernel_table() {
       fma_loop,
       bf16_dot_loop,
       read_loop,
+      nullptr,
   };
   return table;
 }

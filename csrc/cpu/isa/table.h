@@ -58,9 +58,9 @@ struct WinogradProblem {
   TensorView residual;
   bool relu;
   // How the work is cut: see isa/conv2d_winograd.cpp.
-  int64_t tiles_h, tiles_w, tiles;  // in an image's height and width; in the batch
-  int64_t tiles_per_block, blocks;
-  int64_t vectors_per_task;  // channel vectors to an input task, where the transformed input is shared
+  int64_t tiles_h, tiles_w;  // in an image's height and width
+  int64_t tiles;             // in the batch
+  int64_t tiles_per_block, blocks, columns_per_task;
 };
 
 enum class PoolKind : int32_t { max, average, adaptive };
@@ -183,6 +183,8 @@ struct BatchStatisticsProblem {
   int64_t pixels_per_task, pixels_per_block, channels_per_task;
 };
 
+struct Bf16Kernels;
+
 struct KernelTable {
   const char* name;
   int vector_width;  // floats per vector
@@ -194,12 +196,8 @@ struct KernelTable {
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).
   void (*conv2d_task)(const Conv2dProblem&, int64_t index, void* scratch);
   void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
-  int64_t (*winograd_input_bytes)(const WinogradProblem&);    // transformed input of a tile block
-  int64_t (*winograd_product_bytes)(const WinogradProblem&);  // products of a tile block and a column block
-  void (*winograd_fused_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: input, then products
-  // Where the transformed input of all blocks is shared. scratch: products
-  void (*winograd_input_task)(const WinogradProblem&, float* shared, int64_t index);
-  void (*winograd_product_task)(const WinogradProblem&, const float* shared, int64_t index, void* scratch);
+  int64_t (*winograd_scratch_bytes)(const WinogradProblem&);
+  void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);
@@ -216,6 +214,7 @@ struct KernelTable {
   double (*fma_loop)(int64_t iterations, float* mean);
   double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
   float (*read_loop)(const float* data, int64_t count);
+  const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
 };
 
 namespace portable {
@@ -225,6 +224,9 @@ namespace avx2 {
 const KernelTable& kernel_table();
 }
 namespace avx512 {
+const KernelTable& kernel_table();
+}
+namespace avx512_bf16 {
 const KernelTable& kernel_table();
 }
 

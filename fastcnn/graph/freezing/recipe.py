@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, treespec_dumps
 
 from fastcnn import _native
 from fastcnn.backends import cpp
+from fastcnn.graph.freezing.layouts import choose_layouts, drop_unread, forward_copies
 from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
@@ -66,7 +67,8 @@ class Recipe:
     arena_bytes: int
     activation_bytes: int  # of all activations side by side, as the captured graph allocates them
     steps: list[StepRecipe]
-    weights: list[tuple[tuple[int, ...], int, str]]  # shape, groups and algorithm of each packed weight
+    # Shape, groups, algorithm and dtype of each packed weight.
+    weights: list[tuple[tuple[int, ...], int, str, str]]
     structure: str  # of the result: a pytree specification in JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class Recipe:
             int(data["arena_bytes"]),
             int(data["activation_bytes"]),
             [step(v) for v in data["steps"]],
-            [(tuple(shape), int(groups), str(algorithm)) for shape, groups, algorithm in data["weights"]],
+            [(tuple(s), int(g), str(algorithm), str(dtype)) for s, g, algorithm, dtype in data["weights"]],
             str(data["structure"]),
         )
 
@@ -113,7 +115,10 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     """Plan a program's memory. Returns its recipe and the bytes of its constants."""
     activation_bytes = sum(need.size for need in lifetimes(program).values())
     memories = outputs_of_their_own(program)
+    choose_layouts(program)
+    forward_copies(program)
     place_in_slices(program)
+    drop_unread(program)
     alive = lifetimes(program)
     offsets, arena_bytes = plan_offsets(list(alive.values()))
     places: dict[Buffer, tuple[int, int]] = {
@@ -150,7 +155,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
         arena_bytes,
         activation_bytes,
         steps,
-        [(w.shape, w.groups, w.algorithm) for w in program.weights],
+        [(w.shape, w.groups, w.algorithm, dtype_name(w.dtype)) for w in program.weights],
         treespec_dumps(structure),
     )
     return recipe, constants
