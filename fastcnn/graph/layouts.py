@@ -67,6 +67,7 @@ def keep_channels_last(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Non
         graph, lambda n: roles.may_write(n, modules), lambda n: roles.makes_a_new_tensor(n, modules)
     )  # fmt: skip
     while True:
+        members -= {node for node in members if node.target is concatenation.begin and not _whole(node, members)}
         entries, exits = _borders(graph, members)
         torn = {v for v in (*entries, *exits) if aliases.last_written(v) > aliases.order[v]}
         if not torn:
@@ -116,6 +117,16 @@ def _follows(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return True
     origin = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]
     return origin in ("torch", "_operator") and getattr(node.target, "__name__", "") in _FOLLOW
+
+
+def _whole(begin: fx.Node, members: set[fx.Node]) -> bool:
+    """Whether a concatenation and all that write into its buffer are members: else the layout that it reads, and so
+    whether there is a buffer, must be PyTorch's.
+    """
+    for user in begin.users:
+        if not (user.users.keys() if user.target is concatenation.target else {user}) <= members:
+            return False
+    return True
 
 
 def _images(node: fx.Node) -> list[fx.Node]:

@@ -138,7 +138,22 @@ def written_out(m: Any, x: Tensor) -> Any:
     return z + m.conv[2](y), y
 
 
-@pytest.mark.parametrize("body", [written_in, written_out])
+def concatenated(m: Any, x: Tensor) -> Any:
+    y = m.conv[3](torch.cat([m.conv[1](x + x)[:, :4], m.conv[2](x)[:, :4]], 1))
+    z = m.conv[4](torch.cat([m.down(y), m.up(m.down(y))[:, :6]], 1).relu_())
+    z.relu_()
+    return y + y, z + z, z
+
+
+def parts_of_what_is_written(m: Any, x: Tensor) -> Any:
+    y = m.conv[1](x)
+    z = torch.cat([m.down(y), m.up(m.down(y)), F.max_pool2d(y, 3, 1, 1)], 1)
+    z.relu_()
+    y.relu_()
+    return z.view(z.size(0), -1), y
+
+
+@pytest.mark.parametrize("body", [written_in, written_out, concatenated, parts_of_what_is_written])
 @torch.no_grad()
 def test_writes_reach_both_forms(body: Callable[[Any, Tensor], Any]) -> None:
     class Body(Net):
@@ -153,3 +168,4 @@ def test_writes_reach_both_forms(body: Callable[[Any, Tensor], Any]) -> None:
         found.append([*outputs(model(given)), given])
     for ours, theirs, exact in zip(*found, strict=True):
         assert_accurate(ours, theirs, exact)
+        assert ours.is_contiguous() == theirs.is_contiguous()

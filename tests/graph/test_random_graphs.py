@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
+from support.accuracy import assert_accurate, relative_error
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
 
@@ -173,9 +173,12 @@ def test_the_same_results(steps: list[Step], size: tuple[int, ...], returned: in
     hypothesis.assume(all(t.isfinite().all() and t.abs().max() < 1e4 for t in exact))
     optimized = fastcnn.optimize(model)
     assert not any(entry.module == "(model)" for entry in fastcnn.report(optimized).left)  # it was traced
-    for ours, theirs, precise in zip(run(optimized, x), run(model, x), exact, strict=True):
+    # PyTorch's rounding in both layouts: over several layers and few values one of them may be lucky.
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    references = zip(run(model, x), run(other, x.contiguous(memory_format=torch.channels_last)), strict=True)
+    for ours, (theirs, again), precise in zip(run(optimized, x), references, exact, strict=True):
         if ours.is_floating_point():
-            assert_accurate(ours, theirs, precise)
+            assert_accurate(ours, max(theirs, again, key=lambda t: relative_error(t, precise)), precise)
             assert channels_last or ours.dim() != 4 or ours.is_contiguous() == theirs.is_contiguous()
         else:
             assert torch.equal(ours, theirs)
