@@ -20,8 +20,8 @@ METHOD = """Medians of runs in one process a network; in brackets the quartiles.
 PyTorch in the same dtype. *Speed-up* is the best peer's time over the frozen network's; the best peer (bold) is the
 fastest of all but fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second
 that a loop in registers reaches in the same process: Winograd's algorithm may pass 100 %. PyTorch is torchvision's
-network in channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16 by
-a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random.
+network in channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16
+by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random.
 """
 
 
