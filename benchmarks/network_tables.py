@@ -18,10 +18,10 @@ METHOD = """Medians of runs in one process a network; in brackets the quartiles.
 {pause:.0f} ms (the threads of engines go on spinning for up to 31 ms after a run), an untimed run, and runs for about
 {block:.0f} ms. Each candidate's result is first checked against the fp32 network: at most 1e-4 off, or twice as far as
 PyTorch in the same dtype. *Speed-up* is the best peer's time over the frozen network's; the best peer (bold) is the
-fastest of all but fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second that
-a loop in registers reaches in the same process: Winograd's algorithm may pass 100 %. PyTorch is torchvision's network in
-channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16 by a precision
-hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random.
+fastest of all but fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second
+that a loop in registers reaches in the same process: Winograd's algorithm may pass 100 %. PyTorch is torchvision's
+network in channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16
+by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random.
 """
 
 
