@@ -37,6 +37,7 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
 # How conv2d is computed: the plain sum, or Winograd's algorithm in tiles of 4x4 or 2x2 outputs.
 DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
+ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2)
 
 
 PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight
@@ -181,12 +182,12 @@ def variants(operator: str, *args: Any) -> tuple[str, ...]:
     """The algorithms that cover a convolution, for the tuner."""
     if operator != "conv2d" or not winograd_covers(args[2].shape, args[10], args[12], args[13]):
         return ()
-    return (DIRECT, WINOGRAD4, WINOGRAD2) if backends.allows_fast_algorithms() else ()
+    return ALGORITHMS if backends.allows_fast_algorithms() else ()
 
 
 def variant(text: str) -> Any:
-    if text != DIRECT and text not in _TILES:
-        raise ValueError(f"backend 'cpp' has the variants {', '.join((DIRECT, *_TILES))}, not {text!r}")
+    if text not in ALGORITHMS:
+        raise ValueError(f"backend 'cpp' has the variants {', '.join(ALGORITHMS)}, not {text!r}")
     return _Algorithm(text)
 
 

@@ -15,6 +15,7 @@ from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.aten import aten_rules
 from fastcnn.graph.freezing.capture import capture
+from fastcnn.graph.freezing.choosing import ByMeasurement, by_rule
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
 from fastcnn.graph.freezing.storage import as_bytes, from_bytes
@@ -161,7 +162,11 @@ def _prepared(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | N
 
 
 def freeze(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    tune: bool = False,
 ) -> FrozenModel:
     """A model in eval mode, for inputs of one shape on the CPU, as a plan that runs in one native call.
 
@@ -176,6 +181,9 @@ def freeze(
         example_inputs: a tensor, or a sequence of them, as ``model(*example_inputs)`` takes; only shapes, strides and
             dtypes matter.
         dtype: ``torch.float32`` or ``torch.bfloat16``: freeze a converted copy, for inputs of this dtype.
+        tune: measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles) is fastest here for each 3x3 convolution,
+            for the number of threads now set, instead of going by the backend's estimate. Takes some seconds. Results
+            may then differ from the unfrozen model's within what fast algorithms may be off.
 
     Raises:
         ValueError: the model holds operators without a native step (all are listed), or an example is empty, not
@@ -199,6 +207,7 @@ def freeze(
     blank = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype) for e in examples]
     captured = capture(_prepared(model, blank, dtype), blank)
     with torch.inference_mode(False), torch.no_grad():
-        program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}).run()
+        choose = ByMeasurement() if tune else by_rule
+        program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}, choose).run()
         recipe, constants = make_recipe(program, captured.spec)
     return FrozenModel(recipe, constants, packed(program.weights))

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fastcnn.backends import cpp
 from fastcnn.graph.freezing.capture import Captured
+from fastcnn.graph.freezing.choosing import Choose, by_rule
 from fastcnn.graph.freezing.program import (
     Attribute,
     Buffer,
@@ -41,8 +42,9 @@ class Unsupported(Exception):
 class Lowering:
     """Builds a :class:`Program`. Rules get the view to fill and the node's arguments, with views and constants."""
 
-    def __init__(self, captured: Captured, rules: dict[Any, Rule]) -> None:
+    def __init__(self, captured: Captured, rules: dict[Any, Rule], choose: Choose = by_rule) -> None:
         self.program = Program()
+        self.choose = choose  # a convolution's algorithm
         self._captured, self._rules = captured, rules
         self._needed = _needed(captured.graph)
         self._values: dict[Node, Any] = {}  # View or constant Tensor, or a tuple of them
@@ -283,9 +285,7 @@ class Lowering:
             value = value.detach().float().contiguous()
         return self.as_view(value)
 
-    def conv_weight(self, value: View | Tensor, groups: int, dtype: torch.dtype, algorithm: str) -> int:
-        if isinstance(value, View):
-            raise Unsupported("weight depends on the input")
+    def conv_weight(self, value: Tensor, groups: int, dtype: torch.dtype, algorithm: str) -> int:
         if value.dtype != dtype:
             raise Unsupported(f"weight is {value.dtype}, the input {dtype}")
         key = (id(value), groups, algorithm)
@@ -354,17 +354,18 @@ def _in_schema_order(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _conv2d(low: Lowering, out: View, args: list[Any]) -> None:
     input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, in_scale, in_shift, relu = args
     x = low.as_pixels(input)
-    algorithm = cpp.conv2d_algorithm(out.shape, weight.shape, tuple(stride), tuple(dilation), groups, x.dtype)
+    if isinstance(weight, View):
+        raise Unsupported("weight depends on the input")
+    stride, top_left, dilation = tuple(stride), tuple(padding[:2]), tuple(dilation)
+    algorithm = low.choose(out.shape, x.shape, weight, stride, top_left, dilation, groups)
     packed = low.conv_weight(weight, groups, x.dtype, algorithm)
     vectors = (low.vector(scale, "scale"), low.vector(bias, "bias"))
     r = None if residual is None else low.as_pixels(residual)
     prologue = (low.vector(in_scale, "input_scale"), low.vector(in_shift, "input_shift"))
-    acts, top_left = (relu, activation == "relu"), tuple(padding[:2])
     direct = algorithm == cpp.DIRECT
     name = "conv2d" if direct else "conv2d_winograd"
-    attributes: tuple[Attribute, ...] = (
-        (*acts, tuple(stride), top_left, tuple(dilation)) if direct else (*acts, top_left)
-    )
+    geometry = (stride, top_left, dilation) if direct else (top_left,)
+    attributes = (relu, activation == "relu", *geometry)
     low.filled_as_pixels(
         out,
         lambda y: low.emit(name, y, x, *vectors, r, *prologue, attributes=attributes, weight=packed),
