@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.accuracy import assert_accurate
+from support.accuracy import assert_accurate, relative_error
 from support.networks import small_input, small_network
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
 
 import fastcnn
 from fastcnn import ops
+from fastcnn.backends import cpp
+from fastcnn.graph.freezing import choosing
 
 # A name of each family and variant, with the smallest image that it takes.
 FAMILIES = {
@@ -224,8 +226,10 @@ def test_winograd_steps_give_the_models_own_bits(form: str, dtype: torch.dtype) 
     x = torch.randn(batch, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
     expected = unfrozen(model, x)
     frozen = fastcnn.freeze(model, x)
-    assert operators_of(frozen) == ["conv2d_winograd"] * 2
-    assert {algorithm for *_, algorithm in frozen._recipe.weights} == {"winograd2" if form == "2x2" else "winograd4"}
+    if dtype == torch.float32 or form == "blocks":  # where a processor multiplies bf16, small pictures need no Winograd
+        assert operators_of(frozen) == ["conv2d_winograd"] * 2
+        chosen = {algorithm for _, _, algorithm, *_ in frozen._recipe.weights}
+        assert chosen == {"winograd2" if form == "2x2" else "winograd4"}
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -243,6 +247,50 @@ def test_exact_rules_winograd_out_of_a_frozen_model() -> None:
     assert operators_of(frozen) == ["conv2d"] * 2
     assert torch.equal(frozen(x), expected)
     assert not torch.equal(unfrozen(model, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tuning_takes_the_fastest_algorithm_that_is_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"direct": 3.0, "winograd4": 1.0, "winograd2": 2.0}
+    monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: taken[layer.algorithm])
+    model = _Convolution(16, 24).to(dtype)
+    x = images(1, 16, 12).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def chosen() -> set[str]:
+        frozen = fastcnn.freeze(model, x, tune=True)
+        assert frozen(x).isfinite().all()
+        return {algorithm for _, _, algorithm, *_ in frozen._recipe.weights}
+
+    assert chosen() == {"winograd4"}
+    with fastcnn.exact():
+        assert chosen() == {"direct"}
+    plain = cpp.pack_weight
+
+    def wrong(weight: Tensor, groups: int, algorithm: str) -> cpp.PackedWeight:
+        return plain(weight * (1 + 2e-5) if algorithm == "winograd4" else weight, groups, algorithm)
+
+    monkeypatch.setattr(cpp, "pack_weight", wrong)
+    assert chosen() == {"winograd2"}
+    usual = cpp.conv2d_algorithm((1, 24, 12, 12), (24, 16, 3, 3), (1, 1), (1, 1), 1, dtype)
+    taken.update(dict.fromkeys(taken, 1.0), winograd2=0.99)  # too little to matter
+    monkeypatch.setattr(cpp, "pack_weight", plain)
+    assert chosen() == {usual}
+
+
+def test_a_tuned_model_computes_the_same_within_the_stated_error() -> None:
+    model = model_named("resnet20_cifar")
+    x = images(2, 3, 32)
+    expected, tuned = unfrozen(model, x), fastcnn.freeze(model, x, tune=True)
+    assert relative_error(tuned(x), expected.double()) <= 1e-5
+    assert torch.equal(tuned(x), tuned(x))
+
+
+@pytest.mark.parametrize("weight", [0.0, float("nan")])
+def test_tuning_with_weights_that_say_nothing(weight: float) -> None:
+    model = _Convolution(16, 24)
+    torch.nn.init.constant_(model.weight, weight)
+    x = images(1, 16, 12)
+    assert torch.equal(fastcnn.freeze(model, x, tune=True)(x).isnan(), unfrozen(model, x).isnan())
 
 
 @pytest.mark.parametrize("rows", [1, 9, 40])

@@ -65,17 +65,20 @@ class ByMeasurement:
         return self._known[key]
 
     def _measured(self, out: Sequence[int], input: Sequence[int], weight: Tensor, padding: Pair, usual: str) -> str:
-        x = torch.randn(tuple(input)).contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(tuple(input), generator=generator).contiguous(memory_format=torch.channels_last)
         sums = _Layer(cpp.DIRECT, out, x, weight.detach().float(), padding).run()
         layers = {}
         narrow = x.to(weight.dtype)
         for name in cpp.ALGORITHMS:
             # Judged in fp32, where nothing hides the algorithm's own error.
-            error = float((_Layer(name, out, x, weight.detach().float(), padding).run() - sums).norm() / sums.norm())
-            if error <= FAST_ALGORITHM_ERROR:
+            error = (_Layer(name, out, x, weight.detach().float(), padding).run() - sums).norm()
+            if error <= FAST_ALGORITHM_ERROR * sums.norm():
                 layers[name] = _Layer(name, out, narrow, weight.detach(), padding)
             else:
-                logger.warning("%s is off by %.1e on %s: not used", name, error, tuple(out))
+                logger.warning("%s is off by %.1e on %s: not used", name, error / sums.norm(), tuple(out))
+        if not layers:  # weights that are not finite
+            return usual
         times: dict[str, list[float]] = {name: [] for name in layers}
         for _ in range(_ROUNDS):
             for name, layer in layers.items():
@@ -92,7 +95,7 @@ class _Layer:
     """One convolution by one algorithm, as a plan of a single step."""
 
     def __init__(self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair) -> None:
-        self._x = x
+        self.algorithm, self._x = algorithm, x
         self._y = torch.empty(tuple(out), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
         self._weight = cpp.pack_weight(weight, 1, algorithm)
         constants = torch.empty(0, dtype=torch.uint8)
