@@ -49,7 +49,8 @@ def rows(run: dict[str, Any]) -> list[dict[str, Any]]:
             "q3_ms": None if "gpu_ms" in extra else stats["q3"] * 1e3,
             "rounds": stats["rounds"],
         }
-        row |= {k: extra[k] for k in ("flop_per_s", "bytes_per_s", "items_per_s") if k in extra}
+        kept = ("flop_per_s", "bytes_per_s", "items_per_s", "peak_flop_per_s", "share_of_peak")
+        row |= {k: extra[k] for k in kept if k in extra}
         collected.append(row | common)
     return collected
 

@@ -1,41 +1,64 @@
-"""Writes docs/performance.md from the raw results in benchmarks/results. No figure on that page has another source.
+"""Writes docs/performance.md and its pictures from the raw results in benchmarks/results. No figure on that page has
+another source.
 
-python benchmarks/write_performance_page.py
+    python benchmarks/write_performance_page.py            writes them
+    python benchmarks/write_performance_page.py --check    exits 1 when one on disk is not what would be written
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from network_tables import logits_section, sections
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 INTRODUCTION = """# Performance
 
 Written by `python benchmarks/write_performance_page.py` from the raw files in `benchmarks/results/`; do not edit.
+"""
+
+OPERATORS = """# Operators
+
 Within a group every candidate was timed in the same run. `ratio` is PyTorch's median time over the candidate's: above
 1 is faster than PyTorch. `pytorch` is eager mode on channels-last memory; `pytorch_folded` has batch norm folded into
-the weights by hand.
+the weights by hand. `of peak` is the share of the processor's peak, measured in the same run.
 """
 
 
-def main() -> None:
-    files = sorted(RESULTS.glob("*.json"))
+def page(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """The page and its pictures, by path below docs/, for raw files by name: networks, logits, operators."""
+    written: dict[str, str] = {}
+    networks = {stem: rows for stem, rows in results.items() if "what" in rows[0] and rows[0]["what"] != "logits"}
+    logits = {stem: rows for stem, rows in results.items() if rows[0].get("what") == "logits"}
+    operators = {stem: rows for stem, rows in results.items() if "what" not in rows[0]}
     parts = [INTRODUCTION]
-    for file in files:
-        parts.append(section(file.stem, json.loads(file.read_text())))
-    if not any("NVIDIA" in json.loads(f.read_text())[0]["device"] for f in files):
-        parts.append("## GPU\n\nNo GPU has run these kernels yet: there are no figures.\n")
-    PAGE.write_text("\n".join(parts))
+    if networks:
+        parts.append("# Networks\n")
+    for stem, rows in networks.items():
+        text, pictures = sections(stem, rows)
+        parts.append(text)
+        written.update({f"images/{name}": picture for name, picture in pictures.items()})
+    parts += [logits_section(stem, rows) for stem, rows in logits.items()]
+    if operators:
+        parts.append(OPERATORS)
+    parts += [section(stem, rows) for stem, rows in operators.items()]
+    if not any("NVIDIA" in str(row.get("device")) for rows in results.values() for row in rows):
+        parts.append("# GPU\n\nNo GPU has run these kernels yet: there are no figures.\n")
+    written["performance.md"] = "\n".join(parts)
+    return written
 
 
 def section(name: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     shown = ("device", "threads", "instruction_set", "torch", "triton", "cudnn", "driver", "commit", "date")
     text = [f"## {name}\n", ", ".join(f"{key} {first[key]}" for key in shown if first.get(key) is not None) + ".\n"]
-    text.append("| group | candidate | median ms | quartiles | GFLOP/s | GB/s | ratio |\n|---|---|---|---|---|---|---|")
+    headings = ("group", "candidate", "median ms", "quartiles", "GFLOP/s", "GB/s", "of peak", "ratio")
+    text.append("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
@@ -53,9 +76,25 @@ def line(group: str, row: dict[str, Any], baseline: dict[str, Any] | None) -> st
 
     quartiles = f"{row['q1_ms']:.3f} .. {row['q3_ms']:.3f}" if row["q1_ms"] is not None else ""
     ratio = f"{baseline['median_ms'] / row['median_ms']:.2f}" if baseline else ""
+    share = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
     cells = [group, row["candidate"], f"{row['median_ms']:.3f}", quartiles, scaled("flop_per_s"), scaled("bytes_per_s")]
-    return "| " + " | ".join([*cells, ratio]) + " |"
+    return "| " + " | ".join([*cells, share, ratio]) + " |"
+
+
+def main() -> int:
+    results = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob("*.json"))}
+    stale = []
+    for name, text in page(results).items():
+        path = DOCS / name
+        if "--check" in sys.argv[1:]:
+            if not path.exists() or path.read_text("utf-8") != text:
+                stale.append(name)
+        else:
+            path.write_text(text, "utf-8")
+    for name in stale:
+        print(f"docs/{name} is not what benchmarks/write_performance_page.py writes", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/conv2d_winograd_cut.h"
 #include "cpu/kernels.h"
 #include "python_tensor.h"
 
@@ -145,6 +146,15 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
+}
+
+double cpu_conv2d_3x3_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int tile) {
+  if (tile != 0) require_winograd_tile(tile);
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+  if (in_channels < 1) throw py::value_error("in_channels must be positive");
+  return cpu::conv2d_3x3_cycles(out_shape[0], out_shape[1], out_shape[2], out_shape[3], in_channels, tile);
 }
 
 // The two views of a pooling, of one dtype, batch and channel count.
@@ -348,6 +358,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  m.def("cpu_conv2d_3x3_cycles", &cpu_conv2d_3x3_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("tile"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

@@ -18,7 +18,7 @@ void require_positive(int64_t value, const char* name) {
 }
 
 template <cpu::LoopResult (*Limit)(int64_t, int)>
-std::pair<double, float> in_registers(int64_t iterations, int threads) {
+std::pair<double, double> in_registers(int64_t iterations, int threads) {
   require_positive(iterations, "iterations");
   require_positive(threads, "threads");
   py::gil_scoped_release release;

@@ -59,11 +59,11 @@ class PyPlan {
                        const py::object& bias, const py::object& residual, const py::object& input_scale,
                        const py::object& input_shift, bool input_relu, bool relu, Pair padding) {
     const Conv2dGeometry geometry = conv2d_geometry(3, 3, 1, {1, 1}, padding, {1, 1});
-    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
-                [=, workspace = workspace_](const TensorView& y, const TensorView& x, const Prologue& prologue,
-                                            const Epilogue& epilogue, int threads) {
-                  return cpu::conv2d_winograd_work(y, x, *weight, prologue, epilogue, geometry, threads, workspace);
-                });
+    convolution(
+        out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+        [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
+          return cpu::conv2d_winograd_work(y, x, *weight, prologue, epilogue, geometry, threads);
+        });
   }
 
   void linear(const py::tuple& out, const py::tuple& input, const py::tuple& weight, const py::object& bias,

@@ -1,16 +1,16 @@
-// Winograd convolution on the CPU: weight transform and the cut into tasks. The arithmetic is in
-// isa/conv2d_winograd.cpp.
+// Winograd convolution on the CPU: the weights' transform and the work. The arithmetic is in
+// isa/conv2d_winograd.cpp, the cut into tasks in conv2d_winograd_cut.cpp.
 #include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "conv2d_winograd_cut.h"
 #include "isa/table.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "preparation.h"
 #include "work.h"
-#include "workspace.h"
 
 namespace fastcnn::cpu {
 namespace {
@@ -97,7 +97,7 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType
 
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                           int threads, const std::shared_ptr<Workspace>& workspace) {
+                           int threads) {
   const KernelTable& table = kernels();
   const int64_t padded = weight.column_blocks * table.column_block;
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, padded);
@@ -122,55 +122,25 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tiles_w = ceil_div(out.w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
 
-  // A thread more must save more than it costs to wake: some 20 microseconds of products.
-  constexpr int64_t kFlopsPerThread = 2'000'000;
-  const int64_t channels = p.channel_vectors * table.vector_width;
-  const int64_t flops = 2 * (p.tile + 2) * (p.tile + 2) * p.tiles * channels * p.column_blocks * table.column_block;
-  threads = static_cast<int>(std::clamp<int64_t>(flops / kFlopsPerThread, 1, threads));
-
-  // Fused: blocks of as many micro-tiles as their transformed input leaves room for in an L2 of 1 MiB, and at least
-  // one; of nearly equal size, and where there are few, as many for each thread.
-  const int64_t tile_bytes = (p.tile + 2) * (p.tile + 2) * channels * 4;
-  const int64_t micro = table.micro_rows;
-  constexpr int64_t kBlockBytes = 768 << 10, kMaxMicroTiles = 2, kMaxSharedMicroTiles = 4;
-  const int64_t room = std::clamp<int64_t>(kBlockBytes / (tile_bytes * micro), 1, kMaxMicroTiles) * micro;
-  int64_t blocks = ceil_div(p.tiles, room);
-  // Shared: where weights beyond L2 would be streamed again and again for a few tiles each and the transformed input
-  // is small enough to be reread from L3 instead; or where there are too few blocks to keep the threads busy.
-  constexpr int64_t kLargeWeightBytes = 4 << 20, kSharedBytes = 4 << 20;
-  const bool rereads_weights = weight.bytes() >= kLargeWeightBytes && p.tiles * tile_bytes <= kSharedBytes;
-  const bool shared = rereads_weights || (threads > 1 && blocks < 2 * threads);
-  if (shared) {
-    blocks = ceil_div(p.tiles, kMaxSharedMicroTiles * micro);
-  } else if (blocks < 8 * threads) {
-    blocks = ceil_div(blocks, threads) * threads;
-  }
-  p.tiles_per_block = ceil_div(p.tiles, blocks);
+  const WinogradCut cut = cheapest_cut({p.tile, p.tiles, p.channel_vectors, p.column_blocks}, threads);
+  p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
-  p.vectors_per_task = std::max<int64_t>(1, p.channel_vectors * p.blocks / (4 * threads));
-
-  if (!shared) {
-    return {{p.blocks, threads, table.winograd_input_bytes(p) + table.winograd_product_bytes(p),
-             [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
-               table.winograd_fused_task(p, task, scratch);
-             }}};
-  }
-  workspace->reserve(p.blocks * table.winograd_input_bytes(p));
-  const Work transform = {ceil_div(p.channel_vectors, p.vectors_per_task) * p.blocks, threads, 0,
-                          [p, workspace, &table](int64_t task, void*) {
-                            table.winograd_input_task(p, static_cast<float*>(workspace->data()), task);
-                          }};
-  const Work multiply = {p.column_blocks * p.blocks, threads, table.winograd_product_bytes(p),
-                         [p, workspace, memory = vectors.memory, &table](int64_t task, void* scratch) {
-                           table.winograd_product_task(p, static_cast<float*>(workspace->data()), task, scratch);
-                         }};
-  return {transform, multiply};
+  p.columns_per_task = cut.columns_per_task;
+  Work work;
+  work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
+  work.threads = cut.threads;
+  work.scratch_bytes = table.winograd_scratch_bytes(p);
+  work.run = [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
+    table.winograd_task(p, task, scratch);
+  };
+  work.constants = weight.data();
+  work.constant_bytes = weight.bytes();
+  return {work};
 }
 
 void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                      const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
-  static thread_local const auto workspace = std::make_shared<Workspace>();
-  run_now(conv2d_winograd_work(out, input, weight, prologue, epilogue, geometry, threads, workspace));
+  run_now(conv2d_winograd_work(out, input, weight, prologue, epilogue, geometry, threads));
 }
 
 }  // namespace fastcnn::cpu

@@ -97,16 +97,16 @@ void batch_statistics(float* mean, float* var, const TensorView& input, int thre
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
-// `workspace` is reserved here and used by the works.
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                           int threads, const std::shared_ptr<Workspace>& workspace);
+                           int threads);
 Works max_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
 Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry,
                       int64_t pad_bottom, int64_t pad_right, bool count_include_pad, int64_t divisor, int threads);
 Works adaptive_avg_pool2d_work(const TensorView& out, const TensorView& input, int threads);
 Works local_response_norm_work(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta,
                                float k, int threads);
+// `workspace` is reserved here and used by the works.
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
                   Activation activation, int threads, const std::shared_ptr<Workspace>& workspace);
 Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,

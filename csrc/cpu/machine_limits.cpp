@@ -25,8 +25,9 @@ LoopResult in_registers(Loop loop, int64_t iterations, int threads) {
   LoopResult result = {0, 0};
   for (size_t i = 0; i < operations.size(); ++i) {
     result.operations += operations[i];
-    result.mean += means[i] / static_cast<float>(tasks);
+    result.mean += means[i];
   }
+  result.mean /= static_cast<double>(tasks);
   return result;
 }
 

@@ -8,7 +8,7 @@ namespace fastcnn::cpu {
 
 struct LoopResult {
   double operations;  // floating-point operations done, two to a multiply-accumulate; 0: no such instruction here
-  float mean;         // of what the accumulators hold: shows that the work was done
+  double mean;        // of what the accumulators hold: shows that the work was done
 };
 
 // `iterations` rounds of multiply-adds in the registers of each of `threads` threads.

@@ -5,16 +5,27 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace fastcnn::cpu {
 
-// Memory aligned to a cache line, freed with std::free.
+// Memory aligned to a cache line, freed with std::free. Large blocks ask for huge pages: a network's weights are read
+// from one end to the other in every run, past what the processor's table of small pages covers.
 inline void* allocate_aligned(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64));
+  constexpr int64_t kHugePage = 2 << 20;
+  const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  const int64_t rounded = (bytes + 63) / 64 * 64 + 64;
+  void* memory = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
   if (memory == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+  if (alignment == kHugePage) madvise(memory, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);
+#endif
   return memory;
 }
 

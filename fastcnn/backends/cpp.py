@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
 # How conv2d is computed: the plain sum, or Winograd's algorithm in tiles of 4x4 or 2x2 outputs.
 DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
+ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2)
 
 
 PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight
@@ -61,24 +63,26 @@ def conv2d_algorithm(
     """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact`, of whether a gradient
     is recorded and of the processor's instruction set, nothing else. ``out`` and ``weight`` are shapes.
 
-    Winograd, where it is allowed, from 8 channels in and out (with fewer the transforms outweigh the products)
-    and 16 output pixels. In tiles of 4x4, which need the fewest products, but of 2x2 where a single 4x4 tile would do,
-    or where fewer than 8 would have to pay for reading large weights (their transforms are 4 times as large as the
-    weights, in 2x2 tiles 1.8 times).
+    Where Winograd is allowed and covers the form, from 8 channels in and out and 16 output pixels: what an estimate of
+    cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as large as the
+    weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the edge of a
+    narrow output waste products.
     """
     if not backends.allows_fast_algorithms() or not winograd_covers(weight, stride, dilation, groups):
         return DIRECT
-    n, k, p, q = out
-    c = weight[1]
-    if c < 8 or k < 8 or n * p * q < 16:
-        return DIRECT
+    n, _, p, q = out
     if dtype == torch.bfloat16 and has_bf16_dot_products() and n * p * q < _WINOGRAD_PIXELS_BF16:
         return DIRECT
-    tiles = n * ((p + 3) // 4) * ((q + 3) // 4)
-    few = tiles == 1 or (tiles < 8 and c * k >= 1 << 17)
-    chosen, products = (WINOGRAD2, 16 * n * ((p + 1) // 2) * ((q + 1) // 2)) if few else (WINOGRAD4, 36 * tiles)
-    # Tiles that hang over the edge of a narrow output waste products: half as many again must be saved.
-    return chosen if 3 * products <= 2 * (9 * n * p * q) else DIRECT
+    return _cheapest(tuple(out), weight[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(out: tuple[int, ...], in_channels: int) -> str:
+    n, k, p, q = out
+    if in_channels < 8 or k < 8 or n * p * q < 16:
+        return DIRECT
+    tiles = {DIRECT: 0, **_TILES}
+    return min(tiles, key=lambda name: _native.cpu_conv2d_3x3_cycles(out, in_channels, tiles[name]))
 
 
 def fast_algorithm(operator: str, *args: Any) -> str | None:
@@ -178,12 +182,12 @@ def variants(operator: str, *args: Any) -> tuple[str, ...]:
     """The algorithms that cover a convolution, for the tuner."""
     if operator != "conv2d" or not winograd_covers(args[2].shape, args[10], args[12], args[13]):
         return ()
-    return (DIRECT, WINOGRAD4, WINOGRAD2) if backends.allows_fast_algorithms() else ()
+    return ALGORITHMS if backends.allows_fast_algorithms() else ()
 
 
 def variant(text: str) -> Any:
-    if text != DIRECT and text not in _TILES:
-        raise ValueError(f"backend 'cpp' has the variants {', '.join((DIRECT, *_TILES))}, not {text!r}")
+    if text not in ALGORITHMS:
+        raise ValueError(f"backend 'cpp' has the variants {', '.join(ALGORITHMS)}, not {text!r}")
     return _Algorithm(text)
 
 

@@ -15,7 +15,7 @@ from fastcnn.graph.freezing import freeze
 from fastcnn.measurement import Comparison, compare
 from fastcnn.measurement.candidates import OURS
 from fastcnn.measurement.comparison import ENGINE_TURNS
-from fastcnn.measurement.frozen_layers import frozen_layer_times, named_after
+from fastcnn.measurement.frozen_layers import frozen_layer_times
 from fastcnn.measurement.layers import LayerTime, layer_times, layers_table
 from fastcnn.measurement.limits import MachineLimits, machine_limits
 from fastcnn.measurement.peers import engine_versions
@@ -155,8 +155,7 @@ def _measure(
             except ValueError as error:
                 notes.append(f"{name}: not shown step by step: {next(iter(str(error).splitlines()), '')}")
             else:
-                steps = frozen_layer_times(frozen, images, rounds=options.rounds)
-                found.frozen = named_after(steps, found.eager)
+                found.frozen = frozen_layer_times(frozen, images, rounds=options.rounds, eager=found.eager)
     return found
 
 

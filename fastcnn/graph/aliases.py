@@ -44,6 +44,13 @@ class Aliases:
             self._parent[a] = b
             self._members[b] += self._members.pop(a)
 
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """``new`` has taken a node's place."""
+        self.order[new] = self.order[node]
+        root = self._find(node)
+        self._parent[new] = root
+        self._members[root].append(new)
+
     def of(self, node: fx.Node) -> list[fx.Node]:
         """All that may share memory with a value."""
         return self._members[self._find(node)]

@@ -113,10 +113,10 @@ def bn_act_conv(
     if residual is not None and not _fits(residual, conv_shape(x, conv), x):
         y = bn_act_conv(x, bn, conv, preactivation=preactivation, next_bn=next_bn)
         return _add_and_act(y, residual, writes, activation, out)
-    if not any(isinstance(layer, dict) for layer in (bn, conv, next_bn)):
+    if not (isinstance(bn, dict) or isinstance(conv, dict) or isinstance(next_bn, dict)):
         return fusing.bn_act_conv(
             x, bn, conv, preactivation=preactivation, next_bn=next_bn, residual=residual, activation=activation, out=out
-        )  # type: ignore[arg-type]
+        )
     before, filters, norm = fusing._fusable_name(preactivation), _filters(conv), _statistics(bn)
     end: Settings = {"residual": residual, "writes": writes, "activation": activation, "out": out}
     # Autocast rounds the convolution's input, not the batch norm's.
@@ -124,7 +124,7 @@ def bn_act_conv(
         y = bn_act(x, bn, activation=preactivation)
         return conv_act(y, conv, **end) if next_bn is None else conv_bn(y, conv, next_bn, **end)
     input_scale, input_shift = _folded(norm)
-    given = {"input_scale": input_scale, "input_shift": input_shift, "input_activation": before}
+    given: Settings = {"input_scale": input_scale, "input_shift": input_shift, "input_activation": before}
     name, next_norm = fusing._fusable_name(activation), None if next_bn is None else _statistics(next_bn)
     if name is None or (next_bn is not None and next_norm is None):
         y = ops.conv2d(x, **filters, **given)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fastcnn.backends.derived import operations_are_replaced
+from fastcnn import ops
 from fastcnn.graph import calls, roles
 from fastcnn.graph.aliases import Aliases
+from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.nn import fusing
 from fastcnn.ops._layout import empty_channels_last, is_channels_last
 from fastcnn.ops._registration import autocasts
@@ -50,13 +51,13 @@ def begin(like: Tensor, layer: Any, widths: Sequence[Any]) -> Slices | None:
 
     Args:
         like: (N, C, H, W), a part; or with ``layer`` the input of a convolution that makes one.
-        widths: for each part the convolution that will make it, or the part itself.
+        widths: for each part the convolution that will make it, or a tensor with as many channels.
     """
     if torch.is_grad_enabled() or not isinstance(like, Tensor) or like.dim() != 4 or not is_channels_last(like):
         return None
     if forward_ad._current_level >= 0 or autocasts(like.device.type) or fusing._is_watched():
         return None
-    if operations_are_replaced():
+    if memory_is_unknown():
         return None
     shape = like.shape if layer is None else calls.conv_shape(like, layer)
     assert shape is not None
@@ -112,6 +113,7 @@ def _fits(slices: Slices, i: int, part: Any) -> bool:
 # ---- in the graph ----------------------------------------------------------------------------------------------------
 
 _CONVOLUTIONS = (calls.conv_bn, calls.conv_act, calls.bn_act_conv)
+_KEEP_CHANNELS = (calls.pool, calls.bn_act, calls.add_act, ops.max_pool2d, ops.avg_pool2d)
 
 
 @dataclass
@@ -124,12 +126,13 @@ class _Group:
 
 def concatenate_in_place(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Rewrite a graph whose convolutions are fused calls. Returns names of concatenations that stay, with reasons."""
-    groups = _groups(graph)
-    if not any(_is_convolution(part) for group in groups for part in group.parts):
+    if not any(_parts(node) and any(map(_is_convolution, node.all_input_nodes)) for node in graph.nodes):
         return {}
     aliases = Aliases(
         graph, lambda n: roles.may_write(n, modules), lambda n: roles.makes_a_new_tensor(n, modules)
     )  # fmt: skip
+    _unnest(graph, aliases)
+    groups = _groups(graph)
     placed: set[fx.Node] = set()
     left: dict[str, str] = {}
     for group in groups:
@@ -148,6 +151,22 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
     if set(given) != {"tensors", "dim"} or given["dim"] != 1 or not isinstance(parts, (list, tuple)):
         return None
     return list(parts) if parts and all(isinstance(p, fx.Node) for p in parts) else None
+
+
+def _unnest(graph: fx.Graph, aliases: Aliases) -> None:
+    """Let ``cat([a, cat([b, c])])`` be ``cat([a, b, c])`` where nothing else reads the inner one."""
+    for node in list(graph.nodes):
+        parts = _parts(node)
+        for inner in parts or ():
+            inside = _parts(inner)
+            if inside is None or len(inner.users) > 1 or parts is None or parts.count(inner) > 1:
+                continue
+            if any(True for value in (inner, *inside) for _ in aliases.writers(value)):
+                continue
+            where = parts.index(inner)
+            parts = [*parts[:where], *inside, *parts[where + 1 :]]
+            node.args, node.kwargs = (tuple(parts), 1), {}
+            graph.erase_node(inner)
 
 
 def _groups(graph: fx.Graph) -> list[_Group]:
@@ -173,6 +192,7 @@ def _layer(node: fx.Node) -> Any:
 def _apply(graph: fx.Graph, group: _Group, aliases: Aliases, placed: set[fx.Node]) -> str | None:
     """Rewrite one group, or return why not. One without convolutions is left without a word."""
     order = aliases.order
+    group.parts = _parts(group.nodes[0]) or []  # some may have been rewritten since
     slots = [p for p in group.parts if _is_convolution(p) and p not in placed and group.parts.count(p) == 1]
     if not slots:
         return None
@@ -191,14 +211,19 @@ def _apply(graph: fx.Graph, group: _Group, aliases: Aliases, placed: set[fx.Node
             return "several that share their beginning are returned"
     first = min((*slots, *group.nodes), key=order.__getitem__)
     like: tuple[Any, Any] | None = None
-    ready = [p for p in plain if order[p] < order[first]]
+    ready = {p: p for p in plain if order[p] < order[first]}
     if ready:
-        like = (ready[0], None)
+        like = (next(iter(ready)), None)
     elif first in slots:
         like = (first.args[0], _layer(first))
-    if like is None or len(ready) < len(plain):
+    for part in plain:  # of a pooling the channels are known before it is computed
+        if part.op == "call_function" and part.target in _KEEP_CHANNELS:
+            source = roles.first_argument(part)
+            if order.get(source, len(order)) < order[first]:
+                ready.setdefault(part, source)
+    if like is None or not ready.keys() >= set(plain):
         return "the channels of a part are not known before it is computed"
-    widths = [p if p in ready else _early(graph, _layer(p), first, order) for p in group.parts]
+    widths = [ready[p] if p in ready else _early(graph, _layer(p), first, order) for p in group.parts]
     if any(width is None for width in widths):
         return "the weights of a part are computed"
     with graph.inserting_before(first):
@@ -215,6 +240,7 @@ def _apply(graph: fx.Graph, group: _Group, aliases: Aliases, placed: set[fx.Node
             new = graph.call_function(end, (slices, tuple(_parts(node) or ())))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
+        aliases.replace(node, new)
         graph.erase_node(node)
     return None
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastcnn import ops
-from fastcnn.backends.derived import operations_are_replaced
 from fastcnn.graph import calls, concatenation, roles
 from fastcnn.graph.aliases import Aliases
+from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.ops._layout import in_layout, is_channels_last
 
 # ---- in each call ----------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def enter(x: Any, conv: Any) -> tuple[Any, bool]:
 
     ``conv``: a convolution that reads it, if there is one: it goes on in channels-last memory if its weight is.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4 or is_channels_last(x) or operations_are_replaced():
+    if not isinstance(x, Tensor) or x.dim() != 4 or is_channels_last(x) or memory_is_unknown():
         return x, False
     weight = conv["weight"] if isinstance(conv, dict) else getattr(conv, "weight", None)
     contiguous = not (isinstance(weight, Tensor) and weight.dim() == 4 and is_channels_last(weight))
@@ -54,7 +54,7 @@ _FUSED: dict[Callable[..., Any], int] = {
 _READ_SHAPES = (concatenation.begin, concatenation.target)
 # Value by value, or over pixels: the result has the layout of the input.
 _OTHERS = "GLU Softmax LogSoftmax softmax log_softmax RReLU PReLU prelu"
-_OPERATIONS = "add sub mul truediv iadd isub imul add_ sub_ mul_ mean cat concat"
+_OPERATIONS = "relu relu_ ReLU add sub mul truediv iadd isub imul add_ sub_ mul_ mean cat concat"
 _FOLLOW = (roles.ACTIVATIONS | frozenset(_OPERATIONS.split())) - frozenset(_OTHERS.split())
 
 
@@ -67,6 +67,7 @@ def keep_channels_last(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Non
         graph, lambda n: roles.may_write(n, modules), lambda n: roles.makes_a_new_tensor(n, modules)
     )  # fmt: skip
     while True:
+        members -= {node for node in members if node.target is concatenation.begin and not _whole(node, members)}
         entries, exits = _borders(graph, members)
         torn = {v for v in (*entries, *exits) if aliases.last_written(v) > aliases.order[v]}
         if not torn:
@@ -118,10 +119,23 @@ def _follows(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return origin in ("torch", "_operator") and getattr(node.target, "__name__", "") in _FOLLOW
 
 
+def _whole(begin: fx.Node, members: set[fx.Node]) -> bool:
+    """Whether a concatenation and all that write into its buffer are members: else the layout that it reads, and so
+    whether there is a buffer, must be PyTorch's.
+    """
+    for user in begin.users:
+        if not (user.users.keys() if user.target is concatenation.target else {user}) <= members:
+            return False
+    return True
+
+
 def _images(node: fx.Node) -> list[fx.Node]:
     """What a member reads that is worth converting: the images of fused calls."""
     if node.target is concatenation.end:
-        return []
+        slices: Any = node.args[0]
+        parts: Any = node.args[1]
+        like = slices.args[0]  # its layout decides whether there is a buffer
+        return [like] if like in parts else []
     count = _FUSED.get(node.target, 0) if node.op == "call_function" else 0  # type: ignore[arg-type]
     given = [*node.args[:count], node.kwargs.get("residual")]
     return [v for v in given if isinstance(v, fx.Node) and v.op != "get_attr"] if count else []
@@ -149,12 +163,18 @@ def _borders(
 def _entries_of(
     graph: fx.Graph, members: set[fx.Node], entries: Mapping[fx.Node, Any]
 ) -> dict[fx.Node, frozenset[fx.Node]]:
-    """From which entries each member's value comes."""
+    """From which entries each member's value has its layout: of a sum, that of the first operand."""
     found: dict[fx.Node, frozenset[fx.Node]] = {}
+
+    def reached(value: Any) -> frozenset[fx.Node]:
+        return frozenset([value]) if value in entries else found.get(value, frozenset())
+
     for node in graph.nodes:
         if node in members:
-            reached = frozenset(v for v in _images(node) if v in entries)
-            found[node] = reached.union(*(found[v] for v in node.all_input_nodes if v in found))
+            several = node.target in (torch.cat, torch.concat, concatenation.end)
+            known = (v for v in node.args if isinstance(v, fx.Node) and (v in found or v in entries))
+            first = reached(next(known, None))
+            found[node] = first.union(*map(reached, node.all_input_nodes)) if several else first
     return found
 
 
@@ -169,8 +189,8 @@ def _convolution_of(graph: fx.Graph, value: fx.Node, readers: list[fx.Node], bef
     """A convolution that reads a value, as :func:`enter` takes it."""
     for reader in readers:
         if reader.target in (calls.conv_bn, calls.conv_act) and reader.args[0] is value:
-            layer = reader.args[1]
-            weight = layer if isinstance(layer, fx.Node) else layer["weight"]  # type: ignore[index, call-overload]
+            layer: Any = reader.args[1]
+            weight: fx.Node = layer if isinstance(layer, fx.Node) else layer["weight"]
             if weight.op == "placeholder":
                 return {"weight": weight}
             if weight.op == "get_attr":

@@ -97,7 +97,10 @@ def plans_of(module: nn.Module, *, in_force: bool) -> Iterator[Plan]:
 
 def _optimize(module: nn.Module, arguments: tuple[Any, ...] | None) -> None:
     """Exchange a module's class and trace it in both modes; where that fails, go on with its children."""
-    if is_fastcnn(module) or isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+    if is_fastcnn(module) or isinstance(module, torch.jit.ScriptModule):
+        return
+    if "forward" in module.__dict__:
+        _optimize_children(module)
         return
     shapes = None
     if arguments is not None:
@@ -123,15 +126,19 @@ def _optimize(module: nn.Module, arguments: tuple[Any, ...] | None) -> None:
         if name in submodules and len(list(submodules[name].children())):
             _optimize(submodules[name], None)
     if refused:
-        for child in list(module.children()):
-            if STATE in child.__dict__:
-                continue
-            if not _is_leaf(child):
-                _optimize(child, None)
-            elif roles.MODULES.get(type(child)) in _ALONE:
-                _optimize(child, None)
-                if not any(plan.sites for plan in plans_of(child, in_force=False)):
-                    restore(child)
+        _optimize_children(module)
+
+
+def _optimize_children(module: nn.Module) -> None:
+    for child in list(module.children()):
+        if STATE in child.__dict__ or ("forward" in child.__dict__ and _is_leaf(child)):
+            continue
+        if not _is_leaf(child):
+            _optimize(child, None)
+        elif roles.MODULES.get(type(child)) in _ALONE:
+            _optimize(child, None)
+            if not any(plan.sites for plan in plans_of(child, in_force=False)):
+                restore(child)
 
 
 # What is worth a call of its own inside a forward that cannot be traced.

@@ -120,7 +120,7 @@ def _pool(m: Match) -> FusedCall:
     return FusedCall(_POOL_FUNCTIONS[m.steps[0]], node.args, dict(node.kwargs))
 
 
-_POOL_FUNCTIONS = {
+_POOL_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max_pool": ops.max_pool2d,
     "avg_pool": ops.avg_pool2d,
     "adaptive_pool": ops.adaptive_avg_pool2d,

@@ -92,7 +92,9 @@ class _Watcher:
         if site is None:
             assert self._site is not None
             prefix, done = self._site
-            self.found.append(_served(tuple(prefix + m for m in done.modules), done.pattern, done.call, self._calls))
+            into_slice = "+into slice" if self._calls and _writes_a_slice(self._calls[-1]) else ""
+            names = tuple(prefix + m for m in done.modules)
+            self.found.append(_served(names, done.pattern + into_slice, done.call, self._calls))
             self._site = None
         else:
             path = self._paths.get(id(module), "")
@@ -168,10 +170,15 @@ def _vocabulary(call: Call) -> str:
         parts += ["relu"] if activation == "relu" else []
     else:
         parts += ["relu"] if "relu" in [a for a in arguments if isinstance(a, str)] else []
-    out = arguments[0]
-    if isinstance(out, Tensor) and out.dim() == 4 and (pixel_stride(out) or 0) > out.shape[1]:
+    if _writes_a_slice(call):
         parts.append("into slice")
     return "+".join(parts)
+
+
+def _writes_a_slice(call: Call) -> bool:
+    """Whether a call's output is some channels of a wider tensor."""
+    out = call.args[0]
+    return isinstance(out, Tensor) and out.dim() == 4 and (pixel_stride(out) or 0) > out.shape[1]
 
 
 def _planned(model: nn.Module) -> Iterator[FusedSite]:

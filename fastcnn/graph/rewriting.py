@@ -74,6 +74,8 @@ def _ask_inputs_for_their_rank(graph: fx.Graph, modules: Mapping[str, nn.Module]
             first = roles.first_argument(of)
             if not isinstance(first, fx.Node):
                 break
+            if roles.role(of, modules) == "relu" and roles.role(first, modules) not in _KEEP_RANK:
+                break  # rather its result than the sum before it, which it may be fused with
             node.replace_input_with(of, first)
             of.prepend(node)
             of = first

@@ -136,13 +136,15 @@ def makes_a_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module] | None = 
     if node.op == "call_method":
         return str(node.target) in NEW
     name = getattr(node.target, "__name__", "")
-    if node.op != "call_function" or name not in NEW or node.kwargs.get("out") is not None:
+    if node.op != "call_function" or name not in NEW:
         return False
-    return not node.kwargs.get("inplace") and not any(a is True for a in node.args)
+    if str(getattr(node.target, "__module__", "")).startswith("fastcnn."):
+        return True
+    return not node.kwargs.get("out") and not node.kwargs.get("inplace") and not any(a is True for a in node.args)
 
 
 _NEW = (
-    "conv_bn conv_act bn_act bn_act_conv linear_act add_act "  # fastcnn's
+    "conv_bn conv_act bn_act bn_act_conv linear_act add_act begin target "  # fastcnn's
     "add sub mul truediv neg pow exp sqrt rsqrt mean sum matmul conv2d linear batch_norm layer_norm group_norm "
     "max_pool2d avg_pool2d adaptive_avg_pool2d local_response_norm cat concat stack "
     "Conv2d Linear BatchNorm2d LayerNorm GroupNorm MaxPool2d AvgPool2d LocalResponseNorm"
@@ -160,6 +162,8 @@ def may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
         return False
+    if str(getattr(node.target, "__module__", "")).startswith("fastcnn."):
+        return False  # into buffers of its own
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") or any(a is True for a in node.args):
         return True
     name = getattr(node.target, "__name__", "")

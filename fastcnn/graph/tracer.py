@@ -226,7 +226,8 @@ class _Tracer(fx.Tracer):
             return True
         if kind is nn.Identity and not has_hooks(m):
             return False  # nothing is left of it; its guard remembers that it had no hooks
-        if kind.forward.__module__.startswith("torch.nn") and kind.forward is not nn.Sequential.forward:
+        own = kind.forward not in (nn.Sequential.forward, nn.Module.forward)  # the latter: set on the instance
+        if own and kind.forward.__module__.startswith("torch.nn"):
             return True
         if has_hooks(m):
             self.opaque[module_qualified_name] = "it has hooks or a forward of its own"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastcnn.backends import use_backend
 from fastcnn.graph.freezing import freeze
-from fastcnn.measurement.peers import PEERS, Network, cpu_peers, wrong
+from fastcnn.measurement.peers import PEERS, Expected, Network, cpu_peers
 
 Candidate = Callable[[], Any]
 
@@ -54,7 +54,7 @@ def candidates(
     def wanted(*names: str) -> bool:
         return only is None or any(name in only for name in names)
 
-    expected: Tensor | None = None
+    expected: Expected | None = None
     network: Network | None = None
     if engines and wanted(*PEERS):
         network = Network.of(model, nchw)
@@ -66,7 +66,7 @@ def candidates(
         tell("freezing")
         try:
             plan = freeze(model, nhwc)
-            fault = None if expected is None else wrong(plan(nhwc), expected, input.dtype)
+            fault = None if expected is None else expected.fault(plan(nhwc))
         except ValueError as error:
             fault = f"cannot be frozen ({next(iter(str(error).splitlines()), '')})"
         if fault is None:
@@ -89,10 +89,11 @@ def _on_backend(model: nn.Module, x: Tensor, backend: str) -> Candidate:
     return run
 
 
-def _expected(model: nn.Module, x: Tensor) -> Tensor:
-    wide = model if x.dtype == torch.float32 else copy.deepcopy(model).float()
+def _expected(model: nn.Module, x: Tensor) -> Expected:
     with use_backend("reference"):
-        return wide(x.float())
+        in_dtype = model(x)
+        result = in_dtype if x.dtype == torch.float32 else copy.deepcopy(model).float()(x.float())
+    return Expected.of(result, in_dtype)
 
 
 def _pytorch(

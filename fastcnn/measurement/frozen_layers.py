@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,18 @@ BACKEND = "frozen"
 
 
 @torch.no_grad()
-def frozen_layer_times(frozen: FrozenModel, input: Tensor, *, rounds: int = 10) -> list[LayerTime]:
+def frozen_layer_times(
+    frozen: FrozenModel, input: Tensor, *, rounds: int = 10, eager: Sequence[LayerTime] = ()
+) -> list[LayerTime]:
     """Time a frozen model's steps, in place. Medians over ``rounds`` runs.
 
-    Steps that ran side by side have one row together: ``operator`` names each kind once, ``out_shape`` is the last's.
+    Steps that ran side by side have one row together: ``name`` names them all, ``operator`` counts them by kind, and
+    ``out_shape`` is the last one's.
+
+    Args:
+        eager: the calls of the model that was frozen (:func:`fastcnn.measurement.layers.layer_times`), to name steps
+            after. A plan knows no modules, but roughly keeps the order of what it was captured from: a step is called
+            as the next eager call of its operator, shape and FLOPs, and by its number where there is none.
 
     Raises:
         ValueError: fewer than one round.
@@ -44,36 +51,31 @@ def frozen_layer_times(frozen: FrozenModel, input: Tensor, *, rounds: int = 10) 
             rows[-1] = (steps, rows[-1][1] + milliseconds)
         else:
             rows.append((steps, milliseconds))
-    return [_row(recipe, steps, milliseconds) for steps, milliseconds in rows]
+    names = _step_names(recipe, eager)
+    return [_row(recipe, names, steps, milliseconds) for steps, milliseconds in rows]
 
 
-def named_after(frozen: Sequence[LayerTime], eager: Sequence[LayerTime]) -> list[LayerTime]:
-    """The rows of a frozen model with the names that the same calls have in the eager one.
-
-    A plan knows no modules, but keeps the order of what it was captured from: a row takes the name of the next eager
-    call of its operator and shape, and keeps its own where there is none.
-    """
+def _step_names(recipe: Recipe, eager: Sequence[LayerTime]) -> list[str]:
     waiting = list(eager)
-    result = []
-    for row in frozen:
-        kind = row.operator.removesuffix("_winograd")
-        match = next((call for call in waiting if (call.operator, call.out_shape) == (kind, row.out_shape)), None)
+    names = []
+    for index, step in enumerate(recipe.steps):
+        facts = (step.operator.removesuffix("_winograd"), tuple(step.out.shape), _flops(recipe, step))
+        match = next((call for call in waiting if (call.operator, call.out_shape, call.flops) == facts), None)
         if match is not None:
             waiting.remove(match)
-            row = replace(row, name=match.name)
-        result.append(row)
-    return result
+        names.append(f"step {index}" if match is None else match.name)
+    return names
 
 
-def _row(recipe: Recipe, indices: Sequence[int], milliseconds: float) -> LayerTime:
+def _row(recipe: Recipe, names: Sequence[str], indices: Sequence[int], milliseconds: float) -> LayerTime:
     steps = [recipe.steps[i] for i in indices]
-    name = f"step {indices[0]}" if len(indices) == 1 else f"steps {', '.join(map(str, indices))}"
+    kinds = Counter(step.operator for step in steps)
     algorithms = [_algorithm(recipe, step) for step in steps]
     return LayerTime(
-        name=name,
-        operator="+".join(dict.fromkeys(step.operator for step in steps)),
+        name=" + ".join(names[i] for i in indices),
+        operator=" + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in kinds.items()),
         backend=BACKEND,
-        algorithm="+".join(dict.fromkeys(a for a in algorithms if a is not None)) or None,
+        algorithm=" + ".join(dict.fromkeys(a for a in algorithms if a is not None)) or None,
         out_shape=tuple(steps[-1].out.shape),
         median_ms=milliseconds,
         flops=sum(_flops(recipe, step) for step in steps),
@@ -82,10 +84,7 @@ def _row(recipe: Recipe, indices: Sequence[int], milliseconds: float) -> LayerTi
 
 
 def _algorithm(recipe: Recipe, step: StepRecipe) -> str | None:
-    if step.weight is None:
-        return None
-    shape_groups_algorithm: tuple[Any, ...] = recipe.weights[step.weight]
-    return str(shape_groups_algorithm[2]) if len(shape_groups_algorithm) > 2 else None
+    return None if step.weight is None else recipe.weights[step.weight][2]
 
 
 def _flops(recipe: Recipe, step: StepRecipe) -> int:

@@ -110,9 +110,6 @@ def openvino(network: Network) -> Runner:
     return lambda: torch.from_numpy(request.infer([values], share_inputs=True)[0])
 
 
-# Relative distance from the fp32 result: a few roundings of each layer's values.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
 PEERS: dict[str, tuple[tuple[str, ...], tuple[torch.dtype, ...], Callable[[Network], Runner]]] = {
     # Packages it needs, dtypes it runs, and what makes its runner.
     COMPILED_FROZEN: ((), (torch.float32, torch.bfloat16), compiled_frozen),
@@ -135,15 +132,27 @@ def distance(output: Tensor, expected: Tensor) -> float:
     return float((output.detach().float() - expected).norm() / expected.norm())
 
 
-def wrong(output: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """What is wrong with a candidate's result, or None: nothing that computes something else is timed."""
-    off = distance(output, expected)
-    return None if off <= _TOLERANCE[dtype] else f"its result is off by {off:.1e}"
+@dataclass(frozen=True)
+class Expected:
+    """What every candidate has to compute, so that nothing that computes something else is timed."""
+
+    result: Tensor  # of the fp32 network on PyTorch's operators
+    tolerance: float  # relative distance from it
+
+    @classmethod
+    def of(cls, result: Tensor, in_dtype: Tensor) -> Expected:
+        """The accuracy rule: up to twice as far off as PyTorch itself (``in_dtype``) in the dtype that is measured."""
+        return cls(result, max(1e-4, 2 * distance(in_dtype, result)))
+
+    def fault(self, output: Tensor) -> str | None:
+        """What is wrong with a candidate's result, or None."""
+        off = distance(output, self.result)
+        return None if off <= self.tolerance else f"its result is off by {off:.1e}"
 
 
 def cpu_peers(
     network: Network,
-    expected: Tensor | None,
+    expected: Expected | None,
     tell: Callable[[str], None] = lambda text: None,
     only: Collection[str] | None = None,
 ) -> tuple[dict[str, Runner], list[str]]:
@@ -170,7 +179,7 @@ def cpu_peers(
         try:
             runner = make(network)
             output = runner()
-            fault = None if expected is None else wrong(output, expected, dtype)
+            fault = None if expected is None else expected.fault(output)
         except Exception as error:  # whatever a foreign compiler raises, the others can still be timed
             first_line = next(iter(str(error).splitlines()), "")
             left_out.append(f"{name}: failed ({type(error).__name__}: {first_line})")

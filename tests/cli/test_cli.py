@@ -165,7 +165,7 @@ def test_bench_verifies_and_times_in_one_table(cli):
     for column in ("verified", "error", "fastcnn ms", "eager ms", "channels_last ms", "speedup"):
         assert column in heading
     assert "yes, " in result.out
-    assert "medians of 3 interleaved rounds" in result.out
+    assert "medians of 3 interleaved runs" in result.out
     assert f"torch {torch.__version__}" in result.out
 
 

@@ -42,13 +42,15 @@ def test_a_wrong_number_or_kind_of_inputs(frozen: nn.Module) -> None:
 class _Refused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = ops.max_pool2d(x, 2).erf()
-        return y.cumsum(1) + 1
+        return y.cumsum(1) + y.long()
 
 
 def test_every_node_without_a_native_step_is_listed() -> None:
     with pytest.raises(ValueError, match="cannot be frozen") as error:
         fastcnn.freeze(_Refused(), small_input())
     assert "aten.erf" in str(error.value)
+    assert "aten.cumsum" in str(error.value)  # also what comes after a refused node
+    assert "torch.int64" in str(error.value)
     assert "(4, 3, 8, 8)" in str(error.value)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.networks import small_input, small_network
+from torch import Tensor, nn
 
 import fastcnn
 
@@ -42,6 +46,30 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     loaded = fastcnn.load_frozen(tmp_path / "model")
     assert torch.equal(loaded(x), frozen(x))
     assert loaded.memory() == frozen.memory()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles(again: Callable[[nn.Module], nn.Module]) -> None:
+    x = small_input()
+    model = nn.Sequential(fastcnn.freeze(small_network(), x), nn.ReLU())
+    model[0].register_forward_hook(_doubled)
+    other = again(model)
+    expected = model(x)
+    model[0]._plan.fill_arena(0xFF)  # an arena of its own
+    assert torch.equal(other(x), expected)
+    assert other[0].memory() == model[0].memory()
+    assert not other[0].training
+
+
+def _doubled(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def test_a_pickle_for_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = pickle.dumps(fastcnn.freeze(small_network(), small_input()))
+    monkeypatch.setattr("fastcnn.graph.freezing.storage.FORMAT", 99)
+    with pytest.raises(ValueError, match=r"the pickled model was written for format .*, here it is 99: freeze"):
+        pickle.loads(content)
 
 
 def test_loads_in_another_process_without_the_model(saved: Path, tmp_path: Path) -> None:

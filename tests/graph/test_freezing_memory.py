@@ -54,7 +54,8 @@ def test_no_buffers_need_no_arena() -> None:
 @pytest.mark.parametrize(("name", "share"), [("resnet18", 0.4), ("googlenet", 0.35), ("densenet121", 0.5)])
 def test_networks_take_a_part_of_what_their_activations_would(name: str, share: float) -> None:
     model = fastcnn.create_model(name)
-    frozen = fastcnn.freeze(model, torch.zeros(1, 3, 64, 64))
+    with fastcnn.exact():  # Winograd's weights take more room than the plain ones
+        frozen = fastcnn.freeze(model, torch.zeros(1, 3, 64, 64))
     memory = frozen.memory()
     assert frozen._plan.arena_bytes == memory.arena
     assert 0 < memory.arena < share * memory.activations

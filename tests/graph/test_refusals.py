@@ -244,9 +244,19 @@ def own_gradient(m: Any, x: Tensor) -> Tensor:
     return m.inner(Doubled.apply(x))
 
 
+def by_type(m: Any, x: Tensor) -> Tensor:
+    return m.inner(x) if isinstance(x.shape[2], int) else x
+
+
+def pads_by_size(m: Any, x: Tensor) -> Tensor:
+    return m.inner(F.pad(x, (0, max(0, 8 - x.shape[3]))))[:, :, :, : x.shape[3]]
+
+
 BLOCKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "values": (by_value, "control flow"),
     "shapes": (by_shape, "control flow"),
+    "types": (by_type, "the type of a value"),
+    "sizes": (pads_by_size, "control flow"),
     "python-random": (drops_in_python, "random"),
     "torch-random": (drops_by_torch, "random"),
     "attributes": (counts, "changes attributes"),
@@ -274,6 +284,45 @@ def test_the_same_as_a_whole_model(name: str) -> None:
     left = left_of(model)
     assert reason in left["(model)"]
     assert patterns(model) == ["conv+bn+relu"]
+
+
+def test_single_layers_of_what_cannot_be_traced() -> None:
+    class ByShape(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.fc = nn.Conv2d(C, C, 3, padding=1), nn.MaxPool2d(2), nn.Linear(C, 3)
+            self.bn, self.watched = nn.BatchNorm2d(C), nn.Conv2d(C, C, 1)
+            self.watched.register_forward_hook(lambda module, args, output: output * 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.watched(self.bn(self.conv(x)))
+            return self.fc((self.pool(x) if x.shape[2] > 3 else x).mean((2, 3)))
+
+    model = ByShape().eval()
+    assert "control flow" in left_of(model)["(model)"]
+    optimized = fastcnn.optimize(model)
+    report = fastcnn.report(optimized, (2, C, 6, 5))
+    assert [site.pattern for site in report.sites] == ["conv", "conv", "max_pool", "linear"]
+    assert all(site.on_kernels for site in report.sites)
+    optimized.train()(image()).sum().backward()
+    assert optimized.conv.weight.grad is not None
+    restored = fastcnn.restore(copy.deepcopy(optimized))
+    assert [type(m) for m in restored.modules()] == [type(m) for m in model.modules()]
+
+
+def test_a_forward_set_on_the_instance() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(C, C, 1)
+            self.forward = self.forward_twice
+
+        def forward_twice(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x))
+
+    model = Around(Chosen()).eval()
+    assert "forward of its own" in left_of(model)["block"]
+    assert fastcnn.report(fastcnn.optimize(model), (2, C, 6, 5)).fused_fraction == 1
 
 
 def test_custom_gradient_is_kept() -> None:

@@ -35,6 +35,7 @@ class Net(nn.Module):
         self.average, self.adaptive = nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(2)
         self.lrn = nn.LocalResponseNorm(5)
         self.linear = nn.Linear(C, C)
+        self.identity = nn.Identity()
         self.body = body
         randomise_batch_norms(self)
 
@@ -94,6 +95,24 @@ def identity_added(m: Any, x: Tensor) -> Tensor:
     return m.relu(out)
 
 
+def added_into_new(m: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y += m.bn(m.conv(x))
+    return m.relu(y)
+
+
+def rank_checked(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    torch._assert(y.ndim == 4, "expected 4 dimensions")
+    return F.relu(m.bn(y))
+
+
+def rank_checked_after_a_sum(m: Any, x: Tensor) -> Tensor:
+    y = m.conv2(F.relu(m.bn(m.conv(x)) + x))
+    torch._assert(y.ndim == 4, "expected 4 dimensions")
+    return m.bn2(y)
+
+
 CHAINS: dict[str, tuple[Forward, list[str]]] = {
     "modules": (lambda m, x: m.relu(m.bn(m.conv(x))), ["conv+bn+relu"]),
     "functional": (lambda m, x: F.relu(m.bn(m.conv(x))), ["conv+bn+relu"]),
@@ -120,7 +139,18 @@ CHAINS: dict[str, tuple[Forward, list[str]]] = {
                          ["max_pool", "avg_pool", "adaptive_pool"]),
     "functional-layers": (lambda m, x: F.relu(F.conv2d(x, m.biased.weight, m.biased.bias, padding=1)), ["conv+relu"]),
     "add-relu": (lambda m, x: F.relu(x + x * 2), ["add+relu"]),
-    "cat": (lambda m, x: torch.cat([F.relu(m.conv(x)), m.bn(m.conv2(x))], 1), ["conv+relu", "conv+bn"]),
+    "cat": (lambda m, x: torch.cat([F.relu(m.conv(x)), m.bn(m.conv2(x))], 1),
+            ["conv+relu+into slice", "conv+bn+into slice"]),
+    "functional-preactivation": (
+        lambda m, x: F.conv2d(F.relu(F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias,
+                                                  m.bn.training)), m.conv.weight, padding=1) + x, ["bn+relu+conv+add"]),
+    "functional-norm": (
+        lambda m, x: F.relu(F.batch_norm(m.conv(x), m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias,
+                                         m.bn.training)), ["conv+bn+relu"]),
+    "iadd-into-new": (added_into_new, ["conv+bn+add+relu"]),
+    "identity-between": (lambda m, x: m.relu(m.identity(m.bn(m.identity(m.conv(x))))), ["conv+bn+relu"]),
+    "rank-checked": (rank_checked, ["conv+bn+relu"]),
+    "rank-checked-after-a-sum": (rank_checked_after_a_sum, ["conv+bn+add+relu", "conv+bn"]),
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@
 // with G = 1, 2, 4, ... channels a group, at most one vector. Lane l of a vector of output channels needs input channel
 // (l / G) * G + j for j = 0 .. G-1: always one of the same vector of input channels. So the input is read in whole
 // vectors, and a permutation inside the register brings each lane its input: G multiply-adds a tap, none wasted,
-// nothing gathered.
+// nothing gathered. With three adjacent taps and stride 1 an input pixel is permuted once for the three outputs it
+// touches.
 //
 // Weights: [channel block][tap][j][kVectorWidth]. A task owns one output row x a few channel blocks; registers hold the
 // accumulators of kPixels output pixels and one weight vector. Taps in the padding are skipped, per row for r and, at
@@ -54,6 +55,7 @@ struct Block {
   int64_t channel, lanes;  // first channel, channels that exist
   Vector input_scale, input_shift;
   bool has_prologue;
+  bool plain;  // whole vectors and no prologue
 };
 
 template <typename T>
@@ -85,71 +87,91 @@ static inline void finish(const Block& block, int64_t pixel, Vector sum) {
   }
 }
 
-// Output pixels [q, q + Pixels) of one row. Columns are tested only where `border` says that some may lie outside.
-// Plain: whole vectors and no prologue.
-template <typename T, int Group, int Pixels, bool Plain>
-static inline void row_tile(const Block& block, const T* image, int64_t ih, int64_t first_pixel, int64_t q,
-                            bool border) {
+// Pixel (row, w), or zeros where it lies in the padding; columns are tested only where `border` says that some may.
+template <typename T>
+static inline Vector read_column(const Block& block, const T* row, int64_t w, bool border) {
+  const TensorView& x = block.problem->input;
+  if (border && (w < 0 || w >= x.w)) return Vector{};
+  const T* pixel = row + w * x.pixel_stride;
+  return block.plain ? load(pixel) : read_input(block, pixel);
+}
+
+// One filter row of output pixels [q, q + Pixels) for any stride, dilation and number of taps: each tap reads its
+// pixels.
+template <typename T, int Group, int Pixels>
+static inline void add_taps(const Block& block, const T* row, const float* weight, int64_t q, bool border,
+                            Vector (&sum)[Pixels]) {
+  const Conv2dGeometry& g = block.problem->geometry;
+  for (int64_t s = 0; s < g.filter_w; ++s, weight += Group * kVectorWidth) {
+    const int64_t w0 = q * g.stride_w - g.pad_left + s * g.dilation_w;
+    Vector value[Pixels];
+    for (int i = 0; i < Pixels; ++i) value[i] = read_column(block, row, w0 + i * g.stride_w, border);
+    // Without this GCC permutes ahead, once per branch above, and spills the results.
+#pragma GCC unroll 8
+    for (int i = 0; i < Pixels; ++i) keep_in_register(value[i]);
+#pragma GCC unroll 16
+    for (int j = 0; j < Group; ++j) {
+      const Vector factor = load(weight + j * kVectorWidth);
+#pragma GCC unroll 8
+      for (int i = 0; i < Pixels; ++i) sum[i] += spread<Group>(value[i], j) * factor;
+    }
+  }
+}
+
+// The same for three adjacent taps with stride 1: an input pixel is permuted once for the three outputs that it
+// touches.
+template <typename T, int Group, int Pixels>
+static inline void add_three_taps(const Block& block, const T* row, const float* weight, int64_t q, bool border,
+                                  Vector (&sum)[Pixels]) {
+  const int64_t w0 = q - block.problem->geometry.pad_left;
+#pragma GCC unroll 10
+  for (int w = 0; w < Pixels + 2; ++w) {
+    Vector value = read_column(block, row, w0 + w, border);
+    keep_in_register(value);
+#pragma GCC unroll 16
+    for (int j = 0; j < Group; ++j) {
+      const Vector input = spread<Group>(value, j);
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) {
+        if (w - s >= 0 && w - s < Pixels) sum[w - s] += input * load(weight + (s * Group + j) * kVectorWidth);
+      }
+    }
+  }
+}
+
+// Output pixels [q, q + Pixels) of one row.
+template <typename T, int Group, int Pixels>
+static void row_tile(const Block& block, const T* image, int64_t ih, int64_t first_pixel, int64_t q, bool border) {
   const Conv2dGeometry& g = block.problem->geometry;
   const TensorView& x = block.problem->input;
+  const bool three_taps = g.filter_w == 3 && g.stride_w == 1 && g.dilation_w == 1;
   Vector sum[Pixels] = {};
   for (int64_t r = 0; r < g.filter_h; ++r) {
     const int64_t h = ih + r * g.dilation_h;
     if (h < 0 || h >= x.h) continue;
     const T* row = image + h * x.w * x.pixel_stride + block.channel;
-    for (int64_t s = 0; s < g.filter_w; ++s) {
-      const float* weight = block.weight + (r * g.filter_w + s) * Group * kVectorWidth;
-      const int64_t w0 = q * g.stride_w - g.pad_left + s * g.dilation_w;
-      Vector value[Pixels];
-      if (!border && Plain) {
-#pragma GCC unroll 8
-        for (int i = 0; i < Pixels; ++i) value[i] = load(row + (w0 + i * g.stride_w) * x.pixel_stride);
-      } else {
-        for (int i = 0; i < Pixels; ++i) {
-          const int64_t w = w0 + i * g.stride_w;
-          const bool outside = border && (w < 0 || w >= x.w);
-          value[i] = outside ? Vector{} : read_input(block, row + w * x.pixel_stride);
-        }
-      }
-      // Without this GCC permutes ahead, once per branch above, and spills the results.
-#pragma GCC unroll 8
-      for (int i = 0; i < Pixels; ++i) keep_in_register(value[i]);
-      if constexpr (Group == kVectorWidth) {
-        // One group fills the vector: its inputs are broadcast, from a copy in L1.
-        alignas(64) float inputs[Pixels][kVectorWidth];
-#pragma GCC unroll 8
-        for (int i = 0; i < Pixels; ++i) store(inputs[i], value[i]);
-        __asm__ volatile("" ::: "memory");  // broadcast from memory, not by permuting the registers
-#pragma GCC unroll 16
-        for (int j = 0; j < Group; ++j) {
-          const Vector factor = load(weight + j * kVectorWidth);
-#pragma GCC unroll 8
-          for (int i = 0; i < Pixels; ++i) sum[i] += broadcast(inputs[i][j]) * factor;
-        }
-      } else {
-#pragma GCC unroll 8
-        for (int j = 0; j < Group; ++j) {
-          const Vector factor = load(weight + j * kVectorWidth);
-#pragma GCC unroll 8
-          for (int i = 0; i < Pixels; ++i) sum[i] += spread<Group>(value[i], j) * factor;
-        }
-      }
+    const float* weight = block.weight + r * g.filter_w * Group * kVectorWidth;
+    if (three_taps) {
+      add_three_taps<T, Group>(block, row, weight, q, border, sum);
+    } else {
+      add_taps<T, Group>(block, row, weight, q, border, sum);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < Pixels; ++i) finish<T>(block, first_pixel + q + i, sum[i]);
 }
 
-template <typename T, int Group, bool Plain>
-static inline void row_tiles(int64_t pixels, const Block& block, const T* image, int64_t ih, int64_t first_pixel,
-                             int64_t q, bool border) {
-  if (pixels == kPixels) {
-    row_tile<T, Group, kPixels, Plain>(block, image, ih, first_pixel, q, border);
-  } else if (pixels == kPixels / 2) {
-    row_tile<T, Group, kPixels / 2, Plain>(block, image, ih, first_pixel, q, border);
-  } else {
-    row_tile<T, Group, 1, Plain>(block, image, ih, first_pixel, q, border);
+template <typename T, int Group>
+struct RowTiles {
+  using RowTile = void (*)(const Block&, const T*, int64_t, int64_t, int64_t, bool);
+  RowTile by_pixels[kPixels + 1] = {};
+  constexpr RowTiles() { fill<kPixels>(); }
+  template <int Pixels>
+  constexpr void fill() {
+    by_pixels[Pixels] = row_tile<T, Group, Pixels>;
+    if constexpr (Pixels > 1) fill<Pixels - 1>();
   }
-}
+};
 
 template <typename T, int Group>
 static void run_row(const Conv2dProblem& problem, int64_t row, int64_t first_block, int64_t last_block) {
@@ -180,16 +202,15 @@ static void run_row(const Conv2dProblem& problem, int64_t row, int64_t first_blo
     if (problem.input_shift != nullptr) {
       block.input_shift = load_some(problem.input_shift + block.channel, lanes);
     }
-    const bool plain = !block.has_prologue && block.lanes >= kVectorWidth;
-    for (int64_t q = 0; q < out_w;) {
-      const int64_t left = out_w - q;
-      const int64_t pixels = left >= kPixels ? kPixels : left >= kPixels / 2 ? kPixels / 2 : 1;
+    block.plain = !block.has_prologue && block.lanes >= kVectorWidth;
+    // Tiles of nearly equal width: 14 pixels are 7 + 7, not 8 + 6.
+    static constexpr RowTiles<T, Group> kTiles;
+    const int64_t tiles = (out_w + kPixels - 1) / kPixels;
+    int64_t q = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t pixels = (out_w - q + tiles - tile - 1) / (tiles - tile);
       const bool border = q < inside_first || q + pixels > inside_last;
-      if (plain) {
-        row_tiles<T, Group, true>(pixels, block, image, ih, row * out_w, q, border);
-      } else {
-        row_tiles<T, Group, false>(pixels, block, image, ih, row * out_w, q, border);
-      }
+      kTiles.by_pixels[pixels](block, image, ih, row * out_w, q, border);
       q += pixels;
     }
   }

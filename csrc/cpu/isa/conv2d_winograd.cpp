@@ -18,20 +18,19 @@
 //   weights            [column block][point][channel][kColumnBlock], transformed in double by conv2d_winograd.cpp
 //   products           [point][tile][kColumnBlock], of one tile block and one column block
 //
-// Work: tiles of all images are numbered in one row and cut into blocks of `tiles_per_block`. For a block, the input is
-// transformed vector of channels by vector of channels (gather, zero padding, strides, prologue and bf16 are dealt with
-// there); for each column block the t*t matrix products are formed by the register-blocked micro-kernel, then
-// transformed back, finished and stored. Two ways to run that:
-//   fused    a task is one tile block, with its transformed input in its own scratch: weights are streamed once a block
-//   shared   where the weights are large and the tiles are few: all threads transform the input of all blocks into one
-//            shared buffer, then a task is a (column block, tile block), column blocks slowest, so that each weight
-//            comes from memory once and is used for all tiles
+// Work: tiles of all images are numbered in one row and cut into blocks of `tiles_per_block`. A task is one block and
+// `columns_per_task` column blocks. It transforms the block's input into its own scratch, vector of channels by vector
+// of channels (gather, zero padding, strides, prologue and bf16 are dealt with there); for each of its column blocks
+// the t*t matrix products are formed by the register-blocked micro-kernel, then transformed back, finished and stored.
+// So weights are read once for each block. Where there are few tiles, threads share out the column blocks instead, and
+// each transforms the input for itself: that costs less than to wait for each other's transforms and fetch them from
+// another core's cache.
 //
 // Kept in registers: the micro-tile's sums, two weight vectors, one broadcast; a column of a transform. In L1: a
 // micro-tile's rows of the panel. In L2: a block's transformed input and the products of one column block.
 //
 // Floor: 2*t*t*tiles*C*K FLOPs at the FMA rate plus the transforms (about 3*t*t + 3*m*t operations a tile and channel
-// each way); the transformed weights, t*t/9 times the plain ones, are read once a tile block (fused) or once (shared).
+// each way); the transformed weights, t*t/9 times the plain ones, are read once a tile block.
 
 #include "variant.h"
 #include "vector.h"
@@ -40,8 +39,6 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
 // ---- transforms of one column -------------------------------------------------------------------------------------
-
-constexpr int64_t kWinogradChunk = 32;  // channels
 
 template <int M>
 struct Points;
@@ -89,7 +86,7 @@ struct Points<2> {
 // ---- sizes --------------------------------------------------------------------------------------------------------
 
 struct TileBlock {
-  int64_t first, count;  // tiles
+  int64_t first, count;  // tiles, numbered through the batch
 };
 
 static TileBlock tile_block(const WinogradProblem& problem, int64_t block) {
@@ -125,10 +122,10 @@ static inline Vector load_lanes(const T* from, int64_t lanes) {
   return lanes < kVectorWidth ? load_some(from, lanes) : load(from);
 }
 
-// Channel vectors [begin, end) of one tile. `to` is the tile's place in the block's first vector and point.
+// All channels of one tile. `to` is the tile's place in the block's first vector and point.
 template <typename T, int M>
-static void transform_input(const WinogradProblem& problem, TilePlace place, int64_t begin, int64_t end,
-                            int64_t vector_stride, int64_t point_stride, float* to) {
+static void transform_input(const WinogradProblem& problem, TilePlace place, int64_t vector_stride,
+                            int64_t point_stride, float* to) {
   constexpr int kTile = M + 2;
   const TensorView& x = problem.input;
   const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left;
@@ -136,7 +133,7 @@ static void transform_input(const WinogradProblem& problem, TilePlace place, int
   const int64_t origin = (place.image * x.h + h0) * row_stride + w0 * x.pixel_stride;  // may lie outside
   const bool inside = h0 >= 0 && w0 >= 0 && h0 + kTile <= x.h && w0 + kTile <= x.w;
   const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
-  for (int64_t v = begin; v < end; ++v) {
+  for (int64_t v = 0; v < problem.channel_vectors; ++v) {
     const int64_t channel = v * kVectorWidth, lanes = x.c - channel;
     Vector half[kTile][kTile];
     const bool plain = inside && lanes >= kVectorWidth && !has_prologue;
@@ -178,16 +175,16 @@ static void transform_input(const WinogradProblem& problem, TilePlace place, int
 }
 
 template <int M>
-static void transform_block(const WinogradProblem& problem, int64_t block, int64_t begin, int64_t end, float* to) {
+static void transform_block(const WinogradProblem& problem, int64_t block, float* to) {
   const TileBlock tiles = tile_block(problem, block);
   const int64_t vector_stride = tiles.count * kVectorWidth, point_stride = input_point_stride(problem);
   for (int64_t i = 0; i < tiles.count; ++i) {
     const TilePlace place = place_of(problem, tiles.first + i);
     float* tile = to + i * kVectorWidth;
     if (problem.input.dtype == DType::f32) {
-      transform_input<float, M>(problem, place, begin, end, vector_stride, point_stride, tile);
+      transform_input<float, M>(problem, place, vector_stride, point_stride, tile);
     } else {
-      transform_input<uint16_t, M>(problem, place, begin, end, vector_stride, point_stride, tile);
+      transform_input<uint16_t, M>(problem, place, vector_stride, point_stride, tile);
     }
   }
 }
@@ -195,12 +192,13 @@ static void transform_block(const WinogradProblem& problem, int64_t block, int64
 // ---- products -----------------------------------------------------------------------------------------------------
 
 // sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; all channels of one point. Channels are summed in
-// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it.
-constexpr int64_t kChunkVectors = kWinogradChunk / kVectorWidth;
+// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it. Meanwhile the
+// weights at `ahead` are fetched into L2, `ahead_step` floats further with every channel.
+constexpr int64_t kChunkVectors = 32 / kVectorWidth;
 
 template <int Rows, int Vectors>
 static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, int64_t channel_vectors,
-                         float* sums) {
+                         float* sums, const float* ahead, int64_t ahead_step) {
   for (int64_t begin = 0; begin < channel_vectors; begin += kChunkVectors) {
     const int64_t left = channel_vectors - begin;
     const int64_t count = left < kChunkVectors ? left : kChunkVectors;
@@ -222,6 +220,9 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
           for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
         }
         weight += kColumnBlock;
+        __builtin_prefetch(ahead, 0, 2);
+        if (kColumnBlock > 16) __builtin_prefetch(ahead + 16, 0, 2);
+        ahead += ahead_step;
       }
       panel += vector_stride;
     }
@@ -240,7 +241,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
   }
 }
 
-using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*);
+using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, const float*, int64_t);
 
 template <int Vectors>
 struct MicroKernels {
@@ -310,7 +311,8 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   const int64_t first = column * kColumnBlock;
   const int64_t columns = problem.out.c - first < kColumnBlock ? problem.out.c - first : kColumnBlock;
   const MicroKernel* kernels = columns <= kVectorWidth ? kOneVector.by_rows : kTwoVectors.by_rows;
-  // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2.
+  // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
+  // weights, so that reading them from memory takes its time beside the products, not before.
   const int64_t micro_tiles = (tiles.count + kMicroRows - 1) / kMicroRows;
   for (int point = 0; point < kPoints; ++point) {
     int64_t row = 0;
@@ -318,7 +320,9 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
       kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
                       weight + point * channels * kColumnBlock, problem.channel_vectors,
-                      products + point * product_stride + row * kColumnBlock);
+                      products + point * product_stride + row * kColumnBlock,
+                      weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock,
+                      kColumnBlock / micro_tiles);
       row += height;
     }
   }
@@ -336,52 +340,30 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   }
 }
 
-static int64_t block_floats(const WinogradProblem& problem) {
+static int64_t panel_floats(const WinogradProblem& problem) {
   return point_count(problem) * input_point_stride(problem);
 }
 
+// Tasks: (part of the column blocks, tile block), tile blocks fastest.
 template <int M>
-static void fused_task(const WinogradProblem& problem, int64_t block, float* scratch) {
-  float* products = scratch + block_floats(problem);
-  transform_block<M>(problem, block, 0, problem.channel_vectors, scratch);
-  for (int64_t column = 0; column < problem.column_blocks; ++column) {
-    column_block<M>(problem, block, column, scratch, products);
-  }
+static void run(const WinogradProblem& problem, int64_t index, float* panel) {
+  const int64_t block = index % problem.blocks, first = index / problem.blocks * problem.columns_per_task;
+  const int64_t beyond = first + problem.columns_per_task;
+  const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
+  float* products = panel + panel_floats(problem);
+  transform_block<M>(problem, block, panel);
+  for (int64_t column = first; column < last; ++column) column_block<M>(problem, block, column, panel, products);
 }
 
 }  // namespace
 
-int64_t winograd_input_bytes(const WinogradProblem& problem) {
-  return block_floats(problem) * 4;
+int64_t winograd_scratch_bytes(const WinogradProblem& problem) {
+  return (panel_floats(problem) + point_count(problem) * product_point_stride(problem)) * 4;
 }
 
-int64_t winograd_product_bytes(const WinogradProblem& problem) {
-  return point_count(problem) * product_point_stride(problem) * 4;
-}
-
-void winograd_fused_task(const WinogradProblem& problem, int64_t index, void* scratch) {
+void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch) {
   float* memory = static_cast<float*>(scratch);
-  problem.tile == 4 ? fused_task<4>(problem, index, memory) : fused_task<2>(problem, index, memory);
-}
-
-// Tasks: (channel part, tile block), blocks fastest.
-void winograd_input_task(const WinogradProblem& problem, float* shared, int64_t index) {
-  const int64_t block = index % problem.blocks, part = index / problem.blocks;
-  const int64_t begin = part * problem.vectors_per_task;
-  const int64_t beyond = begin + problem.vectors_per_task;
-  const int64_t end = beyond < problem.channel_vectors ? beyond : problem.channel_vectors;
-  float* to = shared + block * block_floats(problem);
-  problem.tile == 4 ? transform_block<4>(problem, block, begin, end, to)
-                    : transform_block<2>(problem, block, begin, end, to);
-}
-
-// Tasks: (column block, tile block), blocks fastest.
-void winograd_product_task(const WinogradProblem& problem, const float* shared, int64_t index, void* scratch) {
-  const int64_t block = index % problem.blocks, column = index / problem.blocks;
-  const float* panel = shared + block * block_floats(problem);
-  float* products = static_cast<float*>(scratch);
-  problem.tile == 4 ? column_block<4>(problem, block, column, panel, products)
-                    : column_block<2>(problem, block, column, panel, products);
+  problem.tile == 4 ? run<4>(problem, index, memory) : run<2>(problem, index, memory);
 }
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

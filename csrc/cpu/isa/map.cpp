@@ -103,7 +103,7 @@ static void run(const MapProblem& p) {
     case Map::hardsigmoid:
       return unary([](Vector x) { return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; });
     case Map::hardswish:
-      return unary([](Vector x) { return x * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; });
+      return unary([](Vector x) { return x * (clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f); });
     case Map::gelu:
       return unary([](Vector x) { return 0.5f * x * (1.0f + erf(x * 0.707106781f)); });
     case Map::gelu_tanh:

@@ -58,9 +58,9 @@ struct WinogradProblem {
   TensorView residual;
   bool relu;
   // How the work is cut: see isa/conv2d_winograd.cpp.
-  int64_t tiles_h, tiles_w, tiles;  // in an image's height and width; in the batch
-  int64_t tiles_per_block, blocks;
-  int64_t vectors_per_task;  // channel vectors to an input task, where the transformed input is shared
+  int64_t tiles_h, tiles_w;  // in an image's height and width
+  int64_t tiles;             // in the batch
+  int64_t tiles_per_block, blocks, columns_per_task;
 };
 
 enum class PoolKind : int32_t { max, average, adaptive };
@@ -196,12 +196,8 @@ struct KernelTable {
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).
   void (*conv2d_task)(const Conv2dProblem&, int64_t index, void* scratch);
   void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
-  int64_t (*winograd_input_bytes)(const WinogradProblem&);    // transformed input of a tile block
-  int64_t (*winograd_product_bytes)(const WinogradProblem&);  // products of a tile block and a column block
-  void (*winograd_fused_task)(const WinogradProblem&, int64_t index, void* scratch);  // scratch: input, then products
-  // Where the transformed input of all blocks is shared. scratch: products
-  void (*winograd_input_task)(const WinogradProblem&, float* shared, int64_t index);
-  void (*winograd_product_task)(const WinogradProblem&, const float* shared, int64_t index, void* scratch);
+  int64_t (*winograd_scratch_bytes)(const WinogradProblem&);
+  void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);

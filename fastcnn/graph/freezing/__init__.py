@@ -1,6 +1,5 @@
 """Freezing: capture a model's graph, lower it to native steps, plan its memory, and run it as one native call."""
 
-from fastcnn.graph.freezing.frozen import FrozenModel, Memory, freeze
-from fastcnn.graph.freezing.storage import load_frozen
+from fastcnn.graph.freezing.frozen import FrozenModel, Memory, freeze, load_frozen
 
 __all__ = ["FrozenModel", "Memory", "freeze", "load_frozen"]

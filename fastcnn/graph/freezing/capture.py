@@ -16,6 +16,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten
 
+from fastcnn.graph.capturing import capturing
+
 
 @dataclass
 class Captured:
@@ -47,10 +49,12 @@ def capture(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
 
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    token = capturing.set(True)
     try:
         with torch.no_grad():
             module = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     finally:
+        capturing.reset(token)
         for each, training in modes.items():
             each.training = training
     return Captured(module, specs[-1])

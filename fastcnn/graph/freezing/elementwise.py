@@ -102,18 +102,13 @@ def _elu(low: Lowering, out: View, args: list[Any]) -> None:
 
 
 def _prelu(low: Lowering, out: View, args: list[Any]) -> None:
-    """max(x, 0) + weight * min(x, 0), weight one value or one for each channel."""
+    """max(x, 0) + weight * min(x, 0), with a weight that is broadcast."""
     input, weight = args
-    view, slope = low.as_view(input), low.as_view(weight)
-    if slope.values > 1:
-        shape = (1, slope.values) + (1,) * (len(view.shape) - 2)
-        slope = slope.reshaped(shape, (0, slope.strides[0]) + (0,) * (len(view.shape) - 2))
-    else:
-        slope = slope.reshaped((), ())
+    view = low.as_view(input)
     positive, negative = low.temporary_like(view), low.temporary_like(view)
     emit_map(low, "clamp", positive, view, alpha=0.0, beta=math.inf)
     emit_map(low, "clamp", negative, view, alpha=-math.inf, beta=0.0)
-    emit_map(low, "multiply", negative, negative, slope)
+    emit_map(low, "multiply", negative, negative, weight)
     emit_map(low, "add", out, positive, negative)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten, treespec_loads
 
-from fastcnn import _native
 from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.aten import aten_rules
 from fastcnn.graph.freezing.capture import capture
+from fastcnn.graph.freezing.choosing import ByMeasurement, by_rule
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
+from fastcnn.graph.freezing.storage import as_bytes, from_bytes
 from fastcnn.graph.optimizing import is_fastcnn, optimize
 
 
@@ -42,6 +43,10 @@ class FrozenModel(nn.Module):
 
     def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
         super().__init__()
+        self._set(recipe, constants, weights)
+        self.train(False)
+
+    def _set(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
         self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
         self._plan = build_plan(recipe, constants, self._weights)
         self._structure = treespec_loads(recipe.structure)
@@ -51,7 +56,16 @@ class FrozenModel(nn.Module):
         self._output_memory = [(length, dtype_of(dtype)) for length, dtype in recipe.output_memory]
         for spec in recipe.outputs:
             _require_within(spec, self._output_memory)
-        self.train(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_FROZEN_MODEL}
+        return {**state, "_file": b"".join(as_bytes(self._recipe, self._constants, self._weights))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises ValueError as :func:`load_frozen` does, on a processor of another instruction set for example."""
+        super().__setstate__({name: value for name, value in state.items() if name != "_file"})
+        from_bytes(state["_file"], "the pickled model", lambda stored: self._set(*stored))
 
     def forward(self, *inputs: Tensor) -> Any:
         """The model's result for inputs of the example's shapes and dtypes.
@@ -94,13 +108,33 @@ class FrozenModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle."""
-        from fastcnn.graph.freezing.storage import save_frozen
-
-        save_frozen(path, self._recipe, self._constants, self._weights)
+        with open(path, "wb") as file:
+            for part in as_bytes(self._recipe, self._constants, self._weights):
+                file.write(part)
 
     def extra_repr(self) -> str:
         inputs = ", ".join(str(spec.shape) for spec in self._recipe.inputs)
         return f"inputs {inputs}; {len(self._recipe.steps)} steps; {self.memory()}"
+
+
+# Attributes that the file's bytes stand for.
+_OF_A_FROZEN_MODEL = frozenset(
+    {"_recipe", "_constants", "_weights", "_plan", "_structure", "_input_checks", "_output_memory"}
+)
+
+
+def load_frozen(path: str | os.PathLike[str]) -> FrozenModel:
+    """A frozen model from a file that :meth:`FrozenModel.save` wrote.
+
+    Nothing in the file is executed: steps are looked up in a fixed list, and every address is checked.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a file, is damaged, or was written for another format, version or instruction set.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    return from_bytes(content, os.fspath(path), lambda stored: FrozenModel(*stored))
 
 
 def _require_within(spec: TensorSpec, memory: list[tuple[int, torch.dtype]]) -> None:
@@ -128,7 +162,11 @@ def _prepared(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | N
 
 
 def freeze(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    tune: bool = False,
 ) -> FrozenModel:
     """A model in eval mode, for inputs of one shape on the CPU, as a plan that runs in one native call.
 
@@ -143,6 +181,9 @@ def freeze(
         example_inputs: a tensor, or a sequence of them, as ``model(*example_inputs)`` takes; only shapes, strides and
             dtypes matter.
         dtype: ``torch.float32`` or ``torch.bfloat16``: freeze a converted copy, for inputs of this dtype.
+        tune: measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles) is fastest here for each 3x3 convolution,
+            for the number of threads now set, instead of going by the backend's estimate. Takes some seconds. Results
+            may then differ from the unfrozen model's within what fast algorithms may be off.
 
     Raises:
         ValueError: the model holds operators without a native step (all are listed), or an example is empty, not
@@ -166,6 +207,7 @@ def freeze(
     blank = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype) for e in examples]
     captured = capture(_prepared(model, blank, dtype), blank)
     with torch.inference_mode(False), torch.no_grad():
-        program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}).run()
+        choose = ByMeasurement() if tune else by_rule
+        program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}, choose).run()
         recipe, constants = make_recipe(program, captured.spec)
     return FrozenModel(recipe, constants, packed(program.weights))

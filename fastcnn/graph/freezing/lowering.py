@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fastcnn.backends import cpp
 from fastcnn.graph.freezing.capture import Captured
+from fastcnn.graph.freezing.choosing import Choose, by_rule
 from fastcnn.graph.freezing.program import (
     Attribute,
     Buffer,
@@ -41,9 +42,11 @@ class Unsupported(Exception):
 class Lowering:
     """Builds a :class:`Program`. Rules get the view to fill and the node's arguments, with views and constants."""
 
-    def __init__(self, captured: Captured, rules: dict[Any, Rule]) -> None:
+    def __init__(self, captured: Captured, rules: dict[Any, Rule], choose: Choose = by_rule) -> None:
         self.program = Program()
+        self.choose = choose  # a convolution's algorithm
         self._captured, self._rules = captured, rules
+        self._needed = _needed(captured.graph)
         self._values: dict[Node, Any] = {}  # View or constant Tensor, or a tuple of them
         self._buffers: dict[int, Buffer] = {}  # by the fake storage's identity
         self._weights: dict[tuple[int, int, str], int] = {}
@@ -58,6 +61,8 @@ class Lowering:
             ValueError: nodes that no native step covers; the message lists them all.
         """
         for node in self._captured.graph.nodes:
+            if node not in self._needed:
+                continue
             try:
                 self._node(node)
             except Unsupported as reason:
@@ -105,11 +110,16 @@ class Lowering:
                 self._values[node] = target(*args, **kwargs)
             return
         if schema is None:  # operator.getitem, of a node with several results
-            self._values[node] = target(*args, **kwargs) if node.users else None
+            self._values[node] = target(*args, **kwargs)
             return
         positional = _in_schema_order(schema, args, kwargs)
         if schema.is_mutable:
             out = self._written(target, positional)
+            if torch.Tag.inplace_view in target.tags:  # another shape of the same memory
+                self._values[node] = view = self._view_of(node.meta["val"])
+                if view.buffer is not out.buffer:
+                    raise Unsupported("its result lies in other memory")
+                return
             self.rule(target)(self, out, positional)
             self._values[node] = out
             return
@@ -119,7 +129,8 @@ class Lowering:
                 self._values[node] = tuple(self._view_of(f) for f in fake)
                 return
             fake = fake[0]  # operators whose other results (indices, statistics) nobody reads in eval mode
-            if any(user.users and (user.target is not operator.getitem or user.args[1] != 0) for user in node.users):
+            users = self._needed.intersection(node.users)
+            if any(user.target is not operator.getitem or user.args[1] != 0 for user in users):
                 raise Unsupported("only its first result can be used")
             view = self._view_of(fake)
             self._values[node] = (view,)
@@ -274,9 +285,7 @@ class Lowering:
             value = value.detach().float().contiguous()
         return self.as_view(value)
 
-    def conv_weight(self, value: View | Tensor, groups: int, dtype: torch.dtype, algorithm: str) -> int:
-        if isinstance(value, View):
-            raise Unsupported("weight depends on the input")
+    def conv_weight(self, value: Tensor, groups: int, dtype: torch.dtype, algorithm: str) -> int:
         if value.dtype != dtype:
             raise Unsupported(f"weight is {value.dtype}, the input {dtype}")
         key = (id(value), groups, algorithm)
@@ -302,6 +311,17 @@ class Lowering:
             self.filled_as_pixels(out, lambda y: fill(y, *(self.as_pixels(v) for v in views)))
         else:
             raise Unsupported(f"operands of shape {out.shape} lie in different layouts")
+
+
+def _needed(graph: Graph) -> set[Node]:
+    """The nodes that something is done with: inputs and outputs, what writes, and what these read."""
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        kept = node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+        if kept or not needed.isdisjoint(node.users):
+            needed.add(node)
+    return needed
 
 
 def _described(node: Node) -> str:
@@ -334,17 +354,18 @@ def _in_schema_order(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _conv2d(low: Lowering, out: View, args: list[Any]) -> None:
     input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, in_scale, in_shift, relu = args
     x = low.as_pixels(input)
-    algorithm = cpp.conv2d_algorithm(out.shape, weight.shape, tuple(stride), tuple(dilation), groups, x.dtype)
+    if isinstance(weight, View):
+        raise Unsupported("weight depends on the input")
+    stride, top_left, dilation = tuple(stride), tuple(padding[:2]), tuple(dilation)
+    algorithm = low.choose(out.shape, x.shape, weight, stride, top_left, dilation, groups)
     packed = low.conv_weight(weight, groups, x.dtype, algorithm)
     vectors = (low.vector(scale, "scale"), low.vector(bias, "bias"))
     r = None if residual is None else low.as_pixels(residual)
     prologue = (low.vector(in_scale, "input_scale"), low.vector(in_shift, "input_shift"))
-    acts, top_left = (relu, activation == "relu"), tuple(padding[:2])
     direct = algorithm == cpp.DIRECT
     name = "conv2d" if direct else "conv2d_winograd"
-    attributes: tuple[Attribute, ...] = (
-        (*acts, tuple(stride), top_left, tuple(dilation)) if direct else (*acts, top_left)
-    )
+    geometry = (stride, top_left, dilation) if direct else (top_left,)
+    attributes = (relu, activation == "relu", *geometry)
     low.filled_as_pixels(
         out,
         lambda y: low.emit(name, y, x, *vectors, r, *prologue, attributes=attributes, weight=packed),
@@ -379,6 +400,11 @@ def affine(
     low: Lowering, out: View, input: View | Tensor, residual: View | Tensor | None, factor: float, relu: bool
 ) -> None:
     """``act(input * factor + residual)``, value by value."""
+    views = [low.as_view(v) for v in (input, residual) if v is not None]
+    if len(views) == 2 and not relu and all(v.shape == out.shape and v.strides == out.strides for v in views):
+        # The same sum, by a step that takes any strides: choose_layouts may find others.
+        low.emit("map", out, views[1], views[0], attributes=("add", factor, 0.0))
+        return
 
     def fill(y: View, x: View, r: View | None = None) -> None:
         low.emit("channel_affine", y, x, None, None, r, attributes=(relu, factor))

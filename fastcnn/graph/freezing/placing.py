@@ -1,7 +1,8 @@
 """Removes copies whose source could have been computed in its destination: a concatenation's branches, mostly.
 
 ``copy(slice of p, b)`` goes when ``b`` can live in that slice of ``p`` from its first step on: every step that touches
-``b`` uses all of it as channels-last pixels, it was complete before the copy, and nothing else writes the slice.
+``b`` uses all of it as channels-last pixels, it was complete before the copy, and nothing else writes the slice until
+``b`` was last read.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def _can_live_in(program: Program, at: int, step: Step) -> bool:
         return False
     if any(view.buffer is b for view in program.outputs):
         return False
+    last = max(i for i, other in enumerate(program.steps) if any(view.buffer is b for view in other.views()))
     for index, other in enumerate(program.steps):
         if index == at:
             continue
         if other.out.buffer is b and index > at:
             return False
-        if other.out.buffer is p and _may_share_channels(other.out, target):
+        if index <= last and other.out.buffer is p and _may_share_channels(other.out, target):
             return False
         # A step that does not know pixels, only rows or single values, cannot be told of a pixel stride.
         touches = [view for view in other.views() if view.buffer is b]

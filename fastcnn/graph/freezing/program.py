@@ -64,6 +64,10 @@ class View:
             expected *= size
         return True
 
+    @property
+    def is_broadcast(self) -> bool:
+        return any(size > 1 and stride == 0 for size, stride in zip(self.shape, self.strides, strict=True))
+
     def pixel_stride(self) -> int | None:
         """Elements from one pixel to the next where kernels can use the view as it lies, else None."""
         return pixel_stride(torch.empty_strided(self.shape, self.strides, device="meta"))

@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, treespec_dumps
 
 from fastcnn import _native
 from fastcnn.backends import cpp
+from fastcnn.graph.freezing.layouts import choose_layouts, drop_unread, forward_copies
 from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
@@ -114,7 +115,10 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     """Plan a program's memory. Returns its recipe and the bytes of its constants."""
     activation_bytes = sum(need.size for need in lifetimes(program).values())
     memories = outputs_of_their_own(program)
+    choose_layouts(program)
+    forward_copies(program)
     place_in_slices(program)
+    drop_unread(program)
     alive = lifetimes(program)
     offsets, arena_bytes = plan_offsets(list(alive.values()))
     places: dict[Buffer, tuple[int, int]] = {

@@ -39,8 +39,9 @@ def reduce(low: Lowering, name: str, out: View, input: Any, dims: Any, factor: f
         # A mean over pixels, as squeeze-and-excitation takes it: the pooling kernel reads whole pixels.
         pixels = view.permuted(kept + reduced)
         pooled = out.reshaped((*out.shape, 1, 1), (*out.strides, 0, 0))
-        if pixels.pixel_stride() is not None and pooled.pixel_stride() is not None:
-            low.emit("adaptive_avg_pool2d", pooled, pixels)
+        images = pixels.pixel_stride() is not None or reduced == [2, 3]  # for these, choose_layouts may spare the copy
+        if images and pooled.pixel_stride() is not None:
+            low.emit("adaptive_avg_pool2d", pooled, low.as_pixels(pixels))
             if factor * values != 1:
                 emit_map(low, "multiply", pooled, pooled, factor * values)
             return

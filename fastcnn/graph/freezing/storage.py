@@ -1,4 +1,4 @@
-"""Files of frozen models: a JSON header and raw values, read without running anything that the file says.
+"""Files of frozen models, also within pickles: a JSON header and raw values, read without running what they say.
 
     8 bytes  magic "FASTCNNF"
     8 bytes  length of the header, little-endian
@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastcnn import _native
 from fastcnn.backends import cpp
-from fastcnn.graph.freezing.frozen import FrozenModel
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
 FORMAT = 3
 
 
-def save_frozen(
-    path: str | os.PathLike[str], recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]
-) -> None:
+def as_bytes(recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> list[bytes]:
+    """A file's content, in pieces."""
     parts = [constants.numpy().tobytes(), *(weight.packed() for weight in weights)]
     digest = hashlib.sha256()
     for part in parts:
@@ -44,24 +41,26 @@ def save_frozen(
         "recipe": recipe.to_dict(),
     }
     text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            file.write(part)
+    return [MAGIC + len(text).to_bytes(8, "little") + text, *parts]
 
 
-def load_frozen(path: str | os.PathLike[str]) -> FrozenModel:
-    """A frozen model from a file that :meth:`FrozenModel.save` wrote.
+class Stored(NamedTuple):
+    recipe: Recipe
+    constants: Tensor
+    weights: list[cpp.PackedWeight]
 
-    Nothing in the file is executed: steps are looked up in a fixed list, and every address is checked.
+
+T = TypeVar("T")
+
+
+def from_bytes(content: bytes, name: str, make: Callable[[Stored], T]) -> T:
+    """What ``make`` makes of a file's content.
+
+    Nothing in it is executed: steps are looked up in a fixed list, and every address is checked.
 
     Raises:
-        OSError: the file cannot be read.
         ValueError: it is not such a file, is damaged, or was written for another format, version or instruction set.
     """
-    name = os.fspath(path)
-    with open(path, "rb") as file:
-        content = file.read()
     if content[:8] != MAGIC:
         raise ValueError(f"{name} is not a frozen fastcnn model")
     end = 16 + int.from_bytes(content[8:16], "little")
@@ -71,7 +70,7 @@ def load_frozen(path: str | os.PathLike[str]) -> FrozenModel:
         payload = memoryview(content)[end:]
         if sum(header["lengths"]) != len(payload) or hashlib.sha256(payload).hexdigest() != header["sha256"]:
             raise ValueError("its values are not those that were written")
-        return _rebuilt(header, payload)
+        return make(_read(header, payload))
     except _Incompatible as error:
         raise ValueError(str(error)) from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -95,7 +94,7 @@ def _require_compatible(header: dict[str, Any], name: str) -> None:
             )
 
 
-def _rebuilt(header: dict[str, Any], payload: memoryview) -> FrozenModel:
+def _read(header: dict[str, Any], payload: memoryview) -> Stored:
     recipe = Recipe.from_dict(header["recipe"])
     lengths = [int(length) for length in header["lengths"]]
     if len(lengths) != 1 + len(recipe.weights) or any(length < 0 for length in lengths):
@@ -108,4 +107,4 @@ def _rebuilt(header: dict[str, Any], payload: memoryview) -> FrozenModel:
     for length, (shape, groups, algorithm, dtype) in zip(lengths[1:], recipe.weights, strict=True):
         weights.append(cpp.packed_weight_from(payload[at : at + length], shape, groups, algorithm, dtype))
         at += length
-    return FrozenModel(recipe, constants, weights)
+    return Stored(recipe, constants, weights)

@@ -1,0 +1,28 @@
+// How a Winograd convolution is cut, and what convolutions cost by each algorithm: estimates of cycles.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcnn::cpu {
+
+struct WinogradSizes {
+  int tile;       // outputs to a tile's side
+  int64_t tiles;  // in the batch
+  int64_t channel_vectors, column_blocks;
+};
+
+// A task is a block of tiles and some column blocks: see isa/conv2d_winograd.cpp.
+struct WinogradCut {
+  int threads = 1;  // more do not pay
+  int64_t tiles_per_block = 0, columns_per_task = 0;
+  double cycles = 0;  // estimated, of the busiest thread
+};
+
+// For at most `threads` threads.
+WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads);
+
+// Estimated cycles of a 3x3 convolution with stride 1 on two threads whose weights come from memory, as those of a
+// network do: direct (tile 0) or by Winograd in tiles of 4x4 or 2x2.
+double conv2d_3x3_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int tile);
+
+}  // namespace fastcnn::cpu

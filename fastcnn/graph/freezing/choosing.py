@@ -1,0 +1,112 @@
+"""Which algorithm serves each convolution of a frozen model: by the backend's rule, or by measurement.
+
+A measurement runs the candidates in turns as steps of plans of their own, with the weight out of the caches, as it is
+in a network when its layer's turn comes, and the input in them. A candidate whose result is further from the plain
+sum's than fast algorithms may be is never chosen; nor is one that gains less than what measurements scatter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn import _native, backends
+from fastcnn.backends import cpp
+
+Pair = tuple[int, int]
+
+# choose(output's shape, input's shape, weight, stride, padding (top, left), dilation, groups) -> algorithm
+Choose = Callable[[Sequence[int], Sequence[int], Tensor, Pair, Pair, Pair, int], str]
+
+FAST_ALGORITHM_ERROR = 1e-5  # relative, of a whole output: what DESIGN's accuracy rule grants
+_ROUNDS, _WORTHWHILE = 11, 0.97
+_CACHE_BYTES = 64 << 20
+
+logger = logging.getLogger("fastcnn")
+
+
+def by_rule(
+    out: Sequence[int], input: Sequence[int], weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> str:
+    """The backend's own choice, the same as for the unfrozen model."""
+    return cpp.conv2d_algorithm(out, weight.shape, stride, dilation, groups, weight.dtype)
+
+
+class ByMeasurement:
+    """The fastest of the algorithms that cover a convolution, each measured once for a form.
+
+    Weights that only have the same shape share a form: errors of Winograd's algorithm depend on the shape.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], str] = {}
+        self._flush = torch.zeros(_CACHE_BYTES // 4)
+
+    def __call__(
+        self,
+        out: Sequence[int],
+        input: Sequence[int],
+        weight: Tensor,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+    ) -> str:
+        usual = by_rule(out, input, weight, stride, padding, dilation, groups)
+        if not backends.allows_fast_algorithms() or not cpp.winograd_covers(weight.shape, stride, dilation, groups):
+            return usual
+        key = (tuple(out), tuple(input), tuple(weight.shape), padding, weight.dtype)
+        if key not in self._known:
+            self._known[key] = self._measured(out, input, weight, padding, usual)
+        return self._known[key]
+
+    def _measured(self, out: Sequence[int], input: Sequence[int], weight: Tensor, padding: Pair, usual: str) -> str:
+        x = torch.randn(tuple(input)).contiguous(memory_format=torch.channels_last)
+        sums = _Layer(cpp.DIRECT, out, x, weight.detach().float(), padding).run()
+        layers = {}
+        narrow = x.to(weight.dtype)
+        for name in cpp.ALGORITHMS:
+            # Judged in fp32, where nothing hides the algorithm's own error.
+            error = float((_Layer(name, out, x, weight.detach().float(), padding).run() - sums).norm() / sums.norm())
+            if error <= FAST_ALGORITHM_ERROR:
+                layers[name] = _Layer(name, out, narrow, weight.detach(), padding)
+            else:
+                logger.warning("%s is off by %.1e on %s: not used", name, error, tuple(out))
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        for _ in range(_ROUNDS):
+            for name, layer in layers.items():
+                self._flush.add_(1)
+                narrow.mul_(1)
+                times[name].append(layer.seconds())
+        # The least of each: what else runs on the machine only ever adds.
+        least = {name: min(taken) for name, taken in times.items()}
+        best = min(least, key=least.__getitem__)
+        return usual if usual in least and least[best] > _WORTHWHILE * least[usual] else best
+
+
+class _Layer:
+    """One convolution by one algorithm, as a plan of a single step."""
+
+    def __init__(self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair) -> None:
+        self._x = x
+        self._y = torch.empty(tuple(out), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+        self._weight = cpp.pack_weight(weight, 1, algorithm)
+        constants = torch.empty(0, dtype=torch.uint8)
+        self._plan = _native.Plan(0, constants, [x.nbytes], [self._y.nbytes])
+        dtype = str(x.dtype).removeprefix("torch.")
+        operands = [(region, 0, dtype, tuple(t.shape), t.stride()) for region, t in ((3, self._y), (2, x))]
+        plan: Any = self._plan
+        step = plan.conv2d if algorithm == cpp.DIRECT else plan.conv2d_winograd
+        geometry = ((1, 1), padding, (1, 1)) if algorithm == cpp.DIRECT else (padding,)
+        step(*operands, self._weight, None, None, None, None, None, False, False, *geometry)
+
+    def run(self) -> Tensor:
+        self._plan.run([self._x], [self._y], torch.get_num_threads())
+        return self._y
+
+    def seconds(self) -> float:
+        return sum(taken for _, taken in self._plan.profile([self._x], [self._y], torch.get_num_threads()))
