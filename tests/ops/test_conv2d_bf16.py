@@ -45,7 +45,7 @@ CASES = {
     "strip, 7 pixels wide, odd rows": ((1, 16, 5, 7), 32, (3, 3), 1, 1, 1, 1),
     "strip, 8 pixels wide": ((1, 7, 9, 8), 33, (3, 3), 1, 1, 1, 1),
     "strip, 14 pixels wide": ((3, 32, 4, 14), 31, (3, 3), 1, 1, 1, 1),
-    "strip, odd channels": ((1, 3, 37, 41), 64, (7, 7), 2, 3, 1, 1),
+    "strip, odd channels": ((1, 3, 21, 25), 40, (7, 7), 2, 3, 1, 1),
     "strip, one channel": ((2, 1, 28, 28), 6, (5, 5), 1, 2, 1, 1),
     "strip, stride 4": ((1, 3, 51, 67), 24, (11, 11), 4, 2, 1, 1),
     "strip, strides": ((1, 10, 13, 29), 48, (3, 2), (1, 3), (0, 1), 1, 1),
@@ -56,7 +56,7 @@ CASES = {
     "panel, columns dilated": ((1, 9, 17, 16), 20, (3, 3), 1, 2, 2, 1),
     "panel, narrow": ((3, 19, 5, 4), 34, (3, 3), 1, 1, 1, 1),
     "panel, chunks": ((1, 601, 5, 5), 40, (3, 3), 1, 1, 1, 1),
-    "panel, chunks of a row": ((1, 5001, 2, 3), 33, (1, 1), 1, 0, 1, 1),
+    "panel, chunks of a row": ((1, 5001, 2, 2), 33, (1, 1), 1, 0, 1, 1),
     "panel, too wide for a strip": ((1, 2, 3, 1000), 5, (1, 3), 1, (0, 1), 1, 1),
     "panel, 4 KiB from pixel to pixel": ((1, 1024, 4, 14), 8, (2, 2), 2, 0, 1, 1),
     "depthwise": ((1, 24, 9, 9), 24, (3, 3), 1, 1, 1, 24),
@@ -116,7 +116,9 @@ def test_every_prologue_and_epilogue(name: str):
         y = y + values["residual"].to(dtype) if given["residual"] else y
         return F.relu(y) if given["relu"] else y
 
-    for chosen in itertools.product((False, True), repeat=len(PARTS)):
+    combinations = list(itertools.product((False, True), repeat=len(PARTS)))
+    # All of them for one name, for the others every fifth and the one with everything.
+    for chosen in combinations if name == "strip, odd channels" else [*combinations[::5], combinations[-1]]:
         given = dict(zip(PARTS, chosen, strict=True))
         ours = ops.conv2d(
             x, w, values["bias"] if given["bias"] else None, *geometry,
