@@ -62,12 +62,13 @@ static inline float add_lanes(Vector v) {
 
 // A tile of dot products over `count` values, each left as a vector of partial sums.
 template <int Rows, int Columns, typename T>
-static void dot_products(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t count, float* sums) {
+static void dot_products(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t count, float* sums,
+                         bool resume) {
   Vector sum[Rows][Columns];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Columns; ++j) sum[i][j] = Vector{};
+    for (int j = 0; j < Columns; ++j) sum[i][j] = resume ? load(sums + (i * Columns + j) * kVectorWidth) : Vector{};
   }
   int64_t c = 0;
   for (; c + kVectorWidth <= count; c += kVectorWidth) {
@@ -95,7 +96,7 @@ static void dot_products(const T* x, int64_t x_stride, const T* w, int64_t w_str
 }
 
 template <typename T>
-using DotProducts = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*);
+using DotProducts = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*, bool);
 
 // By the number of input rows; full tiles of columns, and single columns for what is left over.
 template <typename T, int Columns>
@@ -115,6 +116,29 @@ struct Dot {
   static constexpr DotKernels<T, 1> single{};
 };
 
+// A tile of the task's output: row `m` on, column `k` on. Its sums lie at `sums`.
+struct Tile {
+  int64_t m, height, k, width;
+  float* sums;
+};
+
+// Calls body(tile) for every tile: nearly equal numbers of rows, full tiles of columns and single ones.
+template <typename Body>
+static void for_tiles(const LinearProblem& problem, int64_t first, int64_t last, float* sums, Body body) {
+  const int64_t tiles = (problem.rows + kTileRows - 1) / kTileRows;
+  for (int64_t k = first; k < last;) {
+    const int64_t width = last - k >= kTileColumns ? kTileColumns : 1;
+    int64_t m = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t height = (problem.rows - m + tiles - tile - 1) / (tiles - tile);
+      body(Tile{m, height, k, width, sums});
+      sums += height * width * kVectorWidth;
+      m += height;
+    }
+    k += width;
+  }
+}
+
 template <typename T>
 static void run_few_rows(const LinearProblem& problem, int64_t index) {
   const int64_t first = index * problem.columns_per_task;
@@ -123,27 +147,28 @@ static void run_few_rows(const LinearProblem& problem, int64_t index) {
   const T* x = static_cast<const T*>(problem.input);
   const T* w = static_cast<const T*>(problem.weight);
   T* out = static_cast<T*>(problem.out);
-  const int64_t tiles = (problem.rows + kTileRows - 1) / kTileRows;
-  alignas(64) float sums[kTileRows * kTileColumns * kVectorWidth];
-  for (int64_t k = first; k < last;) {
-    const int64_t width = last - k >= kTileColumns ? kTileColumns : 1;
-    int64_t m = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t height = (problem.rows - m + tiles - tile - 1) / (tiles - tile);  // nearly equal tiles
-      (width == 1 ? Dot<T>::single.by_rows : Dot<T>::full.by_rows)[height](
-          x + m * problem.input_stride, problem.input_stride, w + k * problem.weight_stride, problem.weight_stride,
-          problem.depth, sums);
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t j = 0; j < width; ++j) {
-          float value = add_lanes(load(sums + (i * width + j) * kVectorWidth));
-          if (problem.bias != nullptr) value += problem.bias[k + j];
-          store_one(out + (m + i) * problem.out_stride + k + j, problem.relu ? relu(value) : value);
-        }
-      }
-      m += height;
-    }
-    k += width;
+  alignas(64) float sums[kLinearFewRows * kLinearFewRowsColumns * kVectorWidth];
+  // Passes over the reduction, so that the rows of a pass stay in L2 while all columns go by.
+  constexpr int64_t kPassBytes = 256 << 10;
+  const int64_t whole = kPassBytes / (problem.rows * static_cast<int64_t>(sizeof(T)));
+  const int64_t pass = problem.depth <= whole ? problem.depth : whole / kVectorWidth * kVectorWidth;
+  for (int64_t c = 0; c < problem.depth; c += pass) {
+    const int64_t depth = problem.depth - c < pass ? problem.depth - c : pass;
+    for_tiles(problem, first, last, sums, [&](const Tile& t) {
+      (t.width == 1 ? Dot<T>::single.by_rows : Dot<T>::full.by_rows)[t.height](
+          x + t.m * problem.input_stride + c, problem.input_stride, w + t.k * problem.weight_stride + c,
+          problem.weight_stride, depth, t.sums, c > 0);
+    });
   }
+  for_tiles(problem, first, last, sums, [&](const Tile& t) {
+    for (int64_t i = 0; i < t.height; ++i) {
+      for (int64_t j = 0; j < t.width; ++j) {
+        float value = add_lanes(load(t.sums + (i * t.width + j) * kVectorWidth));
+        if (problem.bias != nullptr) value += problem.bias[t.k + j];
+        store_one(out + (t.m + i) * problem.out_stride + t.k + j, problem.relu ? relu(value) : value);
+      }
+    }
+  });
 }
 
 // ---- many rows: a matrix product

@@ -88,7 +88,8 @@ struct LocalResponseNormProblem {
 
 // Input rows up to which a fully connected layer is computed as dot products: see isa/linear.cpp.
 constexpr int64_t kLinearFewRows = 8;
-constexpr int64_t kLinearChunk = 256;  // reduction values per packing task and per pass of the matrix product
+constexpr int64_t kLinearFewRowsColumns = 32;  // most weight rows that a task of them has
+constexpr int64_t kLinearChunk = 256;          // reduction values per packing task and per pass of the matrix product
 
 // One fully connected layer, ready to run. Filled by linear.cpp.
 struct LinearProblem {
