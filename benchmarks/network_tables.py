@@ -21,7 +21,8 @@ PyTorch in the same dtype. *Speed-up* is the best peer's time over the frozen ne
 fastest of all but fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second
 that a loop in registers reaches in the same process: Winograd's algorithm may pass 100 %. PyTorch is torchvision's
 network in channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16
-by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random.
+by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random. A network whose frozen form
+was left out has no speed-up.
 """
 
 
@@ -34,8 +35,10 @@ def sections(stem: str, rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, 
         turns = times[0]["turns"]
         text += [conditions(times), METHOD.format(pause=turns["pause_ms"], block=turns["block_ms"])]
         text.append(overview(times))
-        pictures[f"{stem}.svg"] = speedup_picture(times)
-        text.append(f"![Speed-up over the best peer](images/{stem}.svg)\n")
+        compared = [row for row in times if is_compared(row)]
+        if compared:
+            pictures[f"{stem}.svg"] = speedup_picture(compared)
+            text.append(f"![Speed-up over the best peer](images/{stem}.svg)\n")
         for case in ordered_cases(times):
             text.append(f"### {CASES.get(case, case)}\n")
             text.append(case_table([row for row in times if row["case"] == case]))
@@ -69,10 +72,17 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def is_compared(row: dict[str, Any]) -> bool:
+    """Whether a row says how the frozen network compares: not where its result was refused."""
+    return FROZEN in row["timings"]
+
+
 def overview(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| | networks | speed-up over the best peer, geometric mean | least | most |", "|---|---|---|---|---|"]
     for case in ordered_cases(rows):
-        of_case = sorted((row for row in rows if row["case"] == case), key=lambda row: row["speedup"])
+        of_case = sorted((row for row in rows if row["case"] == case and is_compared(row)), key=lambda r: r["speedup"])
+        if not of_case:
+            continue
         mean = geometric_mean([row["speedup"] for row in of_case])
         ends = [f"{row['model']} {row['speedup']:.2f}x" for row in (of_case[0], of_case[-1])]
         lines.append(f"| {CASES.get(case, case)} | {len(of_case)} | {mean:.2f}x | {ends[0]} | {ends[1]} |")
@@ -87,12 +97,14 @@ def case_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [time(row["timings"].get(name), bold=name == row["best_peer"]) for name in names]
         ours = row["timings"][FROZEN if FROZEN in row["timings"] else OURS]["median_ms"]
         share = row["flops"] / ours * 1e3 / row["peak_flops_per_second"]
-        lines.append(f"| `{row['model']}` | " + " | ".join(cells) + f" | {row['speedup']:.2f}x | {share:.0%} |")
+        speedup = f"{row['speedup']:.2f}x" if is_compared(row) else ""
+        lines.append(f"| `{row['model']}` | " + " | ".join(cells) + f" | {speedup} | {share:.0%} |")
     reasons = [(row["model"], reason) for row in rows for reason in row["left_out"] if "not timed in" not in reason]
     left_out = [f"`{model}`, {reason}" for model, reason in reasons]
     notes = f"\nLeft out: {'; '.join(left_out)}.\n" if left_out else ""
-    mean = geometric_mean([row["speedup"] for row in rows])
-    lines.append("| geometric mean | " + " | ".join("" for _ in names) + f" | {mean:.2f}x | |")
+    compared = [row["speedup"] for row in rows if is_compared(row)]
+    if compared:
+        lines.append("| geometric mean | " + " | ".join("" for _ in names) + f" | {geometric_mean(compared):.2f}x | |")
     return "\n".join(lines) + "\n" + notes
 
 
