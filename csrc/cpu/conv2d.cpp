@@ -90,10 +90,9 @@ void choose_source(Conv2dProblem& problem) {
   }
   problem.strip_pixels = (out.w - 1) * g.stride_w + g.filter_w;
   problem.strip_pitch = ceil_div(problem.strip_pixels * problem.group_in, 16) * 16 + 16;
-  const int64_t filter_rows = (g.filter_h - 1) * g.dilation_h + 1;
   // A micro-tile's pixels lie in one output row: narrow rows leave registers empty.
   const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
-  const bool fits = filter_rows * problem.strip_pitch * 4 <= kStripBytes && row_tiles <= kMaxMicroTiles &&
+  const bool fits = problem.input_rows(1) * problem.strip_pitch * 4 <= kStripBytes && row_tiles <= kMaxMicroTiles &&
                     3 * out.w >= 2 * row_tiles * table.micro_rows;
   if (fits && g.dilation_w == 1 && !one_set(g.stride_w * problem.group_in)) {
     problem.source = ConvSource::strip;
@@ -129,7 +128,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
     if (strip) {
       rows = ceil_div(out.h, ceil_div(out.h, wanted));
       row_tasks = out.n * ceil_div(out.h, rows);
-      const int64_t input_rows = (rows - 1) * g.stride_h + (g.filter_h - 1) * g.dilation_h + 1;
+      const int64_t input_rows = problem.input_rows(rows);
       if (wanted > 1 && input_rows * problem.strip_pitch * 4 > kStripBytes) continue;
       pixels = static_cast<double>(rows * out.w);
       brought = static_cast<double>(input_rows) * problem.strip_pitch / table.vector_width;

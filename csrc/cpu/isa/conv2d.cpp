@@ -163,12 +163,6 @@ static void run_pixels(const Conv2dProblem& problem, const Task& task, float* pa
 
 // ---- strip --------------------------------------------------------------------------------------------------------
 
-// Input rows that `rows` output rows read.
-static int64_t strip_rows(const Conv2dProblem& problem, int64_t rows) {
-  const Conv2dGeometry& g = problem.geometry;
-  return (rows - 1) * g.stride_h + (g.filter_h - 1) * g.dilation_h + 1;
-}
-
 // A micro-tile of a strip, pixels of one output row: its height, its first pixel in the task, and where that lies in
 // the strip.
 struct StripTile {
@@ -197,7 +191,7 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
   const int64_t strips = (problem.out.h + problem.tile_rows - 1) / problem.tile_rows;  // in an image
   const int64_t n = task.row_task / strips, p0 = task.row_task % strips * problem.tile_rows;
   const int64_t rows = smaller(problem.out.h - p0, problem.tile_rows);
-  const int64_t h0 = p0 * g.stride_h - g.pad_top, input_rows = strip_rows(problem, rows);
+  const int64_t h0 = p0 * g.stride_h - g.pad_top, input_rows = problem.input_rows(rows);
   if (x.dtype == DType::f32) {
     fill_strip<float>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
   } else {
@@ -259,7 +253,7 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
 }  // namespace
 
 int64_t conv2d_scratch_bytes(const Conv2dProblem& problem) {
-  if (problem.source == ConvSource::strip) return strip_rows(problem, problem.tile_rows) * problem.strip_pitch * 4;
+  if (problem.source == ConvSource::strip) return problem.input_rows(problem.tile_rows) * problem.strip_pitch * 4;
   const int64_t panel = problem.source == ConvSource::in_place ? 0 : problem.tile_rows * kPanelStride;
   return (panel + problem.tile_rows * problem.blocks_per_task * kColumnBlock) * 4;
 }

@@ -40,6 +40,10 @@ struct Conv2dProblem {
   bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
 
   bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
+  // Input rows that `rows` output rows read.
+  int64_t input_rows(int64_t rows) const {
+    return (rows - 1) * geometry.stride_h + (geometry.filter_h - 1) * geometry.dilation_h + 1;
+  }
 };
 
 // One Winograd convolution, ready to run. Filled by conv2d_winograd.cpp.
