@@ -25,7 +25,8 @@ def entry(model: str, case: str = "fp32x1", *, frozen: float = 2.0, peer: float 
         "what": "times", "model": model, "case": case, "candidate": None, "device": "a processor", "threads": 2,
         "instruction_set": "avx512", "torch": "2.14", "commit": "abc", "date": "2026-01-02T03:04:05",
         "engines": {"onnxruntime": "1.32"}, "OMP_WAIT_POLICY": None, "load_average": 0.1, "busy_elsewhere": 0.01,
-        "turns": {"pause_ms": 60.0, "block_ms": 100.0}, "flops": 10**9, "peak_flops_per_second": 1e12,
+        "checked": "against the network in float64", "turns": {"pause_ms": 60.0, "block_ms": 100.0},
+        "flops": 10**9, "peak_flops_per_second": 1e12,
         "timings": {name: timing(ms) for name, ms in times.items()}, "best_peer": "onnxruntime",
         "speedup": peer / frozen, "left_out": [], **more,
     }  # fmt: skip
