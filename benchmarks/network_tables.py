@@ -183,6 +183,25 @@ def logits_section(stem: str, rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text) + "\n"
 
 
+def instruction_sets_section(stem: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Frozen networks with each instruction set, and how much slower the others are than the best."""
+    first = rows[0]
+    names = list(dict.fromkeys(isa for row in rows for isa in row["median_ms"]))
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    text = [
+        f"## {stem}\n",
+        f"Frozen networks at batch 1 with each instruction set forced, ms; in brackets the time over {names[0]}'s. "
+        f"Processes that take turns, medians; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"commit {commits}.\n",
+        "| network | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|",
+    ]
+    for row in rows:
+        times = row["median_ms"]
+        cells = [f"{times[isa]:.3g} ({times[isa] / times[names[0]]:.2f}x)" if isa in times else "" for isa in names]
+        text.append(f"| `{row['model']}`, {row['dtype']} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 BAR, GAP, LEFT, WIDTH, TOP = 13, 12, 150, 760, 34
