@@ -5,8 +5,8 @@ them back. A *segment* of the program runs chunk by chunk instead, all its steps
 Weights are then read once a chunk, so late layers, with many weights and small images, run on the whole batch.
 
 Segments and chunks are chosen by bytes from and to memory, as a shortest path over the steps: the state is the chunk's
-size, a step costs its activations where a chunk of them does not fit the cache, and its weights once a chunk; a change of
-state costs the activations that cross it.
+size, a step costs its activations where a chunk of them does not fit the cache, and its weights once a chunk; a change
+of state costs the activations that cross it.
 
 A step may be split where every tensor's first dimension is the batch and outermost in its buffer, since every step
 computes an image from the same image.
