@@ -135,6 +135,31 @@ def test_functions_of_two_in_any_layouts(left: str, right: str) -> None:
         assert ours.stride() == fastcnn.optimize(Function(function), (a, b))(a, b).stride()
 
 
+class SumOfFive(nn.Module):
+    """A sum that optimizing fuses with its ReLU, of values with more dimensions than images have."""
+
+    def __init__(self, relu: bool) -> None:
+        super().__init__()
+        self.relu = relu
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result = x + y
+        return F.relu(result) if self.relu else result
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 3, 1, 4, 2), (4, 3, 2, 1, 0)])
+def test_sums_of_five_dimensions_in_any_layouts(order: tuple[int, ...], relu: bool) -> None:
+    x = values(2, 5, 3, 4, 6)
+    y = values(2, 5, 3, 4, 6, seed=1).permute(order).contiguous().permute([order.index(d) for d in range(5)])
+    model = SumOfFive(relu)
+    frozen = fastcnn.freeze(model, (x, y))
+    frozen._plan.fill_arena(0xFF)
+    ours = frozen(x, y)
+    assert_accurate(ours, model(x, y), model(x.double(), y.double()))
+    assert ours.stride() == model(x, y).stride()
+
+
 @pytest.mark.parametrize("shape", [(1, 19, 1, 1), (2, 19, 1, 1), (2, 1, 5, 7), (7,), (5, 1), (2, 1, 1, 1), (1,)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_broadcasting(layout: str, shape: tuple[int, ...]) -> None:
@@ -171,6 +196,24 @@ def test_reductions(name: str, layout: str) -> None:
     function = REDUCTIONS[name]
     x = LAYOUTS[layout](values(3, 19, 5, 7) + 0.5)
     assert_accurate(frozen_result(function, x), function(x), function(x.double()))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (6, 1), (1, 8), (3, 2), (4, 3), (7, 11)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adaptive_maxima(layout: str, size: tuple[int, int]) -> None:
+    x = LAYOUTS[layout](values(2, 19, 6, 8))
+    for image in (x, x[0]):
+        ours, theirs = (f(lambda v: F.adaptive_max_pool2d(v, size), image) for f in (frozen_result, lambda g, v: g(v)))
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+
+
+def test_adaptive_maxima_keep_nan() -> None:
+    x = values(1, 2, 5, 5)
+    x[0, 0, 2, 2] = math.nan
+    for size in ((1, 1), (2, 2)):
+        ours, theirs = frozen_result(lambda v, s=size: F.adaptive_max_pool2d(v, s), x), F.adaptive_max_pool2d(x, size)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_large_reduction_is_cut_into_tasks() -> None:

@@ -8,6 +8,7 @@ aten.py gathers.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -401,10 +402,17 @@ def affine(
 ) -> None:
     """``act(input * factor + residual)``, value by value."""
     views = [low.as_view(v) for v in (input, residual) if v is not None]
-    if len(views) == 2 and not relu and all(v.shape == out.shape and v.strides == out.strides for v in views):
-        # The same sum, by a step that takes any strides: choose_layouts may find others.
-        low.emit("map", out, views[1], views[0], attributes=("add", factor, 0.0))
-        return
+    if len(views) == 2 and all(v.shape == out.shape for v in views):
+        alike = all(v.strides == out.strides for v in views)
+        if len(out.shape) != 4 and not (alike and out.is_dense):
+            low.emit("map", out, views[1], views[0], attributes=("add", factor, 0.0))
+            if relu:
+                low.emit("map", out, out, None, attributes=("clamp", 0.0, math.inf))
+            return
+        if alike and not relu:
+            # The same sum, by a step that takes any strides: choose_layouts may find others.
+            low.emit("map", out, views[1], views[0], attributes=("add", factor, 0.0))
+            return
 
     def fill(y: View, x: View, r: View | None = None) -> None:
         low.emit("channel_affine", y, x, None, None, r, attributes=(relu, factor))

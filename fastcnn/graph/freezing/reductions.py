@@ -66,6 +66,27 @@ def _maximum(low: Lowering, out: View, args: list[Any]) -> None:
     reduce(low, "max", out, args[0], args[1])
 
 
+def _adaptive_maximum(low: Lowering, out: View, args: list[Any]) -> None:
+    """Window i of a dimension: floor(i*H/P) .. ceil((i+1)*H/P). Equal windows are a max pool; else rows, then columns."""
+    view = low.as_view(args[0])
+    sizes, wanted = view.shape[-2:], out.shape[-2:]
+    if len(out.shape) == 4 and all(have % want == 0 for have, want in zip(sizes, wanted, strict=True)):
+        kernel = tuple(have // want for have, want in zip(sizes, wanted, strict=True))
+        x = low.as_pixels(view)
+        window = (kernel, kernel, (0, 0), (1, 1))
+        low.filled_as_pixels(out, lambda y: low.emit("max_pool2d", y, x, attributes=window))
+        return
+    for dim in (len(out.shape) - 2, len(out.shape) - 1):
+        have, want = view.shape[dim], out.shape[dim]
+        shape = (*view.shape[:dim], want, *view.shape[dim + 1 :])
+        target = out if shape == out.shape else low.temporary(shape, contiguous_strides(shape), out.dtype)
+        for i in range(want):
+            start = i * have // want
+            window = view.narrowed(dim, start, -(-(i + 1) * have // want) - start)
+            reduce(low, "max", target.selected(dim, i), window, dim)
+        view = target
+
+
 def _norm(low: Lowering, out: View, args: list[Any]) -> None:
     input, order, dims = args[:3]
     if order != 2:
@@ -129,6 +150,7 @@ _RULES: dict[Any, Rule] = {
     aten.mean.dim: _mean,
     aten.mean.default: lambda low, out, args: reduce(low, "sum", out, args[0], None, mean=True),
     aten.amax.default: _maximum,
+    aten.adaptive_max_pool2d.default: _adaptive_maximum,
     aten.linalg_vector_norm.default: _norm,
     aten._softmax.default: _softmax,
     aten.native_layer_norm.default: _layer_norm,
