@@ -7,11 +7,13 @@ is computed as the user wrote it.
 
 Common arguments: ``residual`` is added before ``activation``; ``writes`` says which operand an addition in place
 (``+=``) was written into, ``"result"`` or ``"residual"``: it keeps that one's dtype and shape. ``out`` is where to
-write, if the caller can do without a gradient.
+write, if the caller can do without a gradient. ``merged`` names a part of what :func:`fastcnn.graph.merging.pointwise`
+has computed; where that is nothing, the call computes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,8 +45,12 @@ def conv_bn(
     writes: str | None = None,
     activation: Activation = "none",
     out: Tensor | None = None,
+    merged: tuple[Sequence[Tensor] | None, int] = (None, 0),
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)``."""
+    parts, place = merged
+    if parts is not None:
+        return parts[place]
     if residual is not None and not _fits(residual, conv_shape(x, conv), x):
         y = conv_bn(x, conv, bn)
         return _add_and_act(y, residual, writes, activation, out)
@@ -65,8 +71,12 @@ def conv_act(
     writes: str | None = None,
     activation: Activation = "none",
     out: Tensor | None = None,
+    merged: tuple[Sequence[Tensor] | None, int] = (None, 0),
 ) -> Tensor:
     """``act(conv(x) + residual)``."""
+    parts, place = merged
+    if parts is not None:
+        return parts[place]
     if residual is not None and not _fits(residual, conv_shape(x, conv), x):
         return _add_and_act(conv_act(x, conv), residual, writes, activation, out)
     if not isinstance(conv, dict):

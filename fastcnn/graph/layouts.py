@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastcnn import ops
-from fastcnn.graph import calls, concatenation, roles
+from fastcnn.graph import calls, concatenation, merging, roles
 from fastcnn.graph.aliases import Aliases
 from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.ops._layout import in_layout, is_channels_last
@@ -51,7 +51,8 @@ _FUSED: dict[Callable[..., Any], int] = {
     calls.conv_bn: 1, calls.conv_act: 1, calls.bn_act: 1, calls.bn_act_conv: 1, calls.add_act: 2, calls.pool: 1,
     ops.max_pool2d: 1, ops.avg_pool2d: 1, ops.adaptive_avg_pool2d: 1,
 }  # fmt: skip
-_READ_SHAPES = (concatenation.begin, concatenation.target)
+# What looks at a value's shape and layout, and must see what fused calls read.
+_READ_SHAPES = (concatenation.begin, concatenation.target, merging.pointwise)
 # Value by value, or over pixels: the result has the layout of the input.
 _OTHERS = "GLU Softmax LogSoftmax softmax log_softmax RReLU PReLU prelu"
 _OPERATIONS = "relu relu_ ReLU add sub mul truediv iadd isub imul add_ sub_ mul_ mean cat concat"

@@ -167,3 +167,6 @@ PATTERNS = (
     Pattern("adaptive_pool", _pool),
     Pattern("lrn", _pool),
 )
+
+# Chains whose calls become one where their convolutions are 1x1 and read the same value.
+MERGED = ("conv relu", "conv", "conv bn relu", "conv bn")

@@ -87,6 +87,7 @@ class _Watcher:
         self._paths = {id(m): name for name, m in model.named_modules()}
         self._site: tuple[str, Site] | None = None
         self._calls: list[Call] = []
+        self._merged: set[str] = set()  # layers whose work a merged call has done
 
     def observe(self, module: nn.Module, site: Site | None) -> None:
         if site is None:
@@ -94,6 +95,11 @@ class _Watcher:
             prefix, done = self._site
             into_slice = "+into slice" if self._calls and _writes_a_slice(self._calls[-1]) else ""
             names = tuple(prefix + m for m in done.modules)
+            if done.call == "pointwise":
+                self._merged = self._merged | set(names) if self._calls else self._merged - set(names)
+            if not self._calls and (done.call == "pointwise" or (done.merged and self._merged.issuperset(names))):
+                self._site = None
+                return
             self.found.append(_served(names, done.pattern + into_slice, done.call, self._calls))
             self._site = None
         else:
@@ -187,6 +193,8 @@ def _planned(model: nn.Module) -> Iterator[FusedSite]:
         prefix = f"{name}." if name else ""
         for plan in list(plans_of(module, in_force=True))[:1]:
             for site in plan.sites.values():
+                if site.merged:  # the merged call is a site too
+                    continue
                 yield FusedSite(tuple(prefix + m for m in site.modules), site.pattern, site.call)
 
 

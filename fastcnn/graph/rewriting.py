@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -13,6 +13,7 @@ from torch import fx, nn
 from fastcnn.graph import kinds, roles
 from fastcnn.graph.concatenation import concatenate_in_place
 from fastcnn.graph.layouts import keep_channels_last
+from fastcnn.graph.merging import merge_pointwise
 from fastcnn.graph.patterns import PATTERNS, FusedCall, Match, ModuleAt, Pattern, writes_in_place
 
 
@@ -23,6 +24,7 @@ class Site:
     modules: tuple[str, ...]  # module paths; names of functions for what is no module
     pattern: str
     call: str
+    merged: bool = False  # another call does the work of several sites like this one, where it can
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ def rewrite(
                 new, site = _replace(graph, *matched)
                 found[new] = site
     notes = finder.notes() | concatenate_in_place(graph, modules)
+    patterns = {node: site.pattern.replace("+", " ") for node, site in found.items()}
+    for new, nodes in merge_pointwise(graph, modules, patterns).items():
+        names = tuple(name for node in nodes for name in found[node].modules)
+        found.update({node: replace(found[node], merged=True) for node in nodes})
+        found[new] = Site(names, f"{len(nodes)} x {found[nodes[0]].pattern}", "pointwise")
     left = _left(graph, modules, opaque or {}, notes)
     keep_channels_last(graph, modules)
     graph.lint()

@@ -144,7 +144,7 @@ def makes_a_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module] | None = 
 
 
 _NEW = (
-    "conv_bn conv_act bn_act bn_act_conv linear_act add_act begin target "  # fastcnn's
+    "conv_bn conv_act bn_act bn_act_conv linear_act add_act begin target pointwise "  # fastcnn's
     "add sub mul truediv neg pow exp sqrt rsqrt mean sum matmul conv2d linear batch_norm layer_norm group_norm "
     "max_pool2d avg_pool2d adaptive_avg_pool2d local_response_norm cat concat stack "
     "Conv2d Linear BatchNorm2d LayerNorm GroupNorm MaxPool2d AvgPool2d LocalResponseNorm"

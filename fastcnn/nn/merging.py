@@ -54,16 +54,28 @@ def merged_pointwise(input: Tensor, units: Sequence[Unit], *, activation: str = 
     (N, C, H, W) -> ``out``, (N, sum of K_i, H, W). Only where :func:`writes_in_place` and :func:`can_merge` hold.
     """
     epsilons = tuple(None if bn is None else bn.eps for _, bn in units)
+    weight, scale, bias = joined(_tensors(units), epsilons)
+    return ops.conv2d(input, weight, bias, scale=scale, activation=activation, out=out)
+
+
+def joined(
+    tensors: Sequence[Tensor | None], epsilons: tuple[float | None, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(weight, scale, bias) of convolutions side by side, kept until one of their tensors changes.
+
+    Args:
+        tensors: of each: weight, bias, and of its batch norm mean, variance, weight and bias (None without one).
+        epsilons: of the batch norms; None without one. All have one, or none has.
+    """
 
     def merge(*tensors: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Made in normal mode, so that a later call that records gradients can save the result.
         with torch.inference_mode(False), torch.no_grad():
             return _merge(tensors, epsilons)
 
-    first, *others = _tensors(units)
+    first, *others = tensors
     assert first is not None
-    weight, scale, bias = derived(first, ("merged_pointwise", epsilons), merge, *others)
-    return ops.conv2d(input, weight, bias, scale=scale, activation=activation, out=out)
+    return derived(first, ("merged_pointwise", epsilons), merge, *others)
 
 
 def _tensors(units: Sequence[Unit]) -> list[Tensor | None]:
@@ -87,6 +99,6 @@ def _merge(
             assert var is not None
             scale, bias = ops.fold_batch_norm(mean, var, gamma, beta, eps, bias)
             scales.append(scale)
-        if bias is not None:
-            biases.append(bias.detach())
-    return torch.cat(weights), torch.cat(scales) if scales else None, torch.cat(biases) if biases else None
+        biases.append(weight.new_zeros(len(weight)) if bias is None else bias.detach())
+    without = all(eps is None for eps in epsilons) and all(bias is None for bias in tensors[1::_TENSORS_A_UNIT])
+    return torch.cat(weights), torch.cat(scales) if scales else None, None if without else torch.cat(biases)
