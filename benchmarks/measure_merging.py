@@ -1,4 +1,4 @@
-"""What merging 1x1 convolutions of one input gains ``fastcnn.optimize``: torchvision's inception networks with and without.
+"""What merging 1x1 convolutions of one input gains ``fastcnn.optimize``, on torchvision's GoogLeNet and Inception v3.
 
     python benchmarks/measure_merging.py
 

@@ -171,9 +171,11 @@ def _reads_image(user: fx.Node, node: fx.Node) -> bool:
     return user.op == "call_function" and user.target in _READERS and user.args[:1] == (node,) and node not in others
 
 
-def _is_ready(value: fx.Node, first: fx.Node, order: Mapping[fx.Node, int]) -> bool:
+def _is_ready(value: Any, first: fx.Node, order: Mapping[fx.Node, int]) -> bool:
     """Whether a layer's tensor or setting can be had before a node."""
-    return order[value] < order[first] or value.op == "get_attr" or (_is_number(value) and _is_ready(value.args[0], first, order))  # type: ignore[arg-type]
+    if _is_number(value):
+        return _is_ready(value.args[0], first, order)
+    return value.op == "get_attr" or order[value] < order[first]
 
 
 def _is_number(value: fx.Node) -> bool:

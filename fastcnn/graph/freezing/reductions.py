@@ -67,14 +67,17 @@ def _maximum(low: Lowering, out: View, args: list[Any]) -> None:
 
 
 def _adaptive_maximum(low: Lowering, out: View, args: list[Any]) -> None:
-    """Window i of a dimension: floor(i*H/P) .. ceil((i+1)*H/P). Equal windows are a max pool; else rows, then columns."""
+    """Window i of a dimension: floor(i*H/P) .. ceil((i+1)*H/P).
+
+    Equal windows are a max pool; others are taken by rows, then by columns.
+    """
     view = low.as_view(args[0])
     sizes, wanted = view.shape[-2:], out.shape[-2:]
     if len(out.shape) == 4 and all(have % want == 0 for have, want in zip(sizes, wanted, strict=True)):
         kernel = tuple(have // want for have, want in zip(sizes, wanted, strict=True))
         x = low.as_pixels(view)
-        window = (kernel, kernel, (0, 0), (1, 1))
-        low.filled_as_pixels(out, lambda y: low.emit("max_pool2d", y, x, attributes=window))
+        geometry = (kernel, kernel, (0, 0), (1, 1))
+        low.filled_as_pixels(out, lambda y: low.emit("max_pool2d", y, x, attributes=geometry))
         return
     for dim in (len(out.shape) - 2, len(out.shape) - 1):
         have, want = view.shape[dim], out.shape[dim]
