@@ -25,7 +25,7 @@ from fastcnn.graph import merging
 from fastcnn.measurement.conditions import conditions
 from fastcnn.measurement.timing import interleave
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "dropin"
 NETWORKS = {"googlenet": 224, "inception_v3": 299}
 
 

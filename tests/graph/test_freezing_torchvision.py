@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.accuracy import assert_accurate, relative_error
+from support.accuracy import relative_error
+from support.dropin import assert_frozen_well
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
 
@@ -49,19 +50,6 @@ def build(name: str) -> nn.Module:
 def image(name: str) -> Tensor:
     size = NETWORKS[name]
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def assert_frozen_well(model: nn.Module, x: Tensor) -> None:
-    plain = model(x)
-    with fastcnn.exact():
-        frozen = fastcnn.freeze(model, torch.zeros_like(x))
-    frozen._plan.fill_arena(0xFF)
-    ours = frozen(x)
-    assert ours.stride() == plain.stride()
-    exact = model.double()(x.double())
-    assert exact.isfinite().all()
-    assert_accurate(ours, plain, exact)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

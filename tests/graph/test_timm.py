@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.dropin import check_network
+from support.dropin import assert_frozen_well, check_network
 from support.plain_twin import randomise_batch_norms
+from torch import nn
 
 timm = pytest.importorskip("timm")
 
@@ -60,11 +61,43 @@ OTHERS = {
 }
 NETWORKS = LECTURE | OTHERS
 
+# Frozen as well: networks whose code decides more by sizes, or computes more between convolutions. Attention in blocks
+# needs images that its blocks divide at every stage.
+FROZEN = {name: size for name, (size, _) in NETWORKS.items()} | {
+    "tf_efficientnet_b0": 65,  # padding by the size of the image
+    "dm_nfnet_f0": 64,
+    "nasnetalarge": 65,
+    "pnasnet5large": 65,
+    "halonet26t": 256,
+    "botnet26t_256": 256,
+    "bat_resnext26ts": 256,
+    "resnetrs50": 64,
+    "gcresnet33ts": 64,
+    "res2net50_26w_4s": 64,
+    "vovnet39a": 64,
+    "mobileone_s0": 64,
+    "fastvit_t8": 64,
+    "convnextv2_atto": 64,
+    "convmixer_768_32": 64,
+    "edgenext_xx_small": 64,
+    "focalnet_tiny_srf": 64,
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_batch_norms(timm.create_model(name, pretrained=False, num_classes=10)).eval()
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_eval(name: str) -> None:
     size, fraction = NETWORKS[name]
-    torch.manual_seed(0)
-    model = randomise_batch_norms(timm.create_model(name, pretrained=False, num_classes=10)).eval()
-    check_network(model, torch.randn(2, 3, size, size), fraction)
+    check_network(build(name), torch.randn(2, 3, size, size), fraction)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen(name: str) -> None:
+    size = FROZEN[name]
+    assert_frozen_well(build(name), torch.randn(2 if size < 128 else 1, 3, size, size))

@@ -1,4 +1,4 @@
-"""Checks of a user's network made fast: by ``fastcnn.optimize`` and by the compile backend."""
+"""Checks of a user's network made fast: by ``fastcnn.optimize``, by the compile backend, and by ``fastcnn.freeze``."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def check_network(model: nn.Module, x: Tensor, fraction: float) -> fastcnn.Repor
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(model(x), plain)
     return report
+
+
+@torch.no_grad()
+def assert_frozen_well(model: nn.Module, x: Tensor) -> None:
+    """Frozen, a model in eval mode gives the reference's results, whatever the arena held before."""
+    plain = model(x)
+    with fastcnn.exact():
+        frozen = fastcnn.freeze(model, torch.zeros_like(x))
+    frozen._plan.fill_arena(0xFF)
+    ours = frozen(x)
+    assert ours.stride() == plain.stride()
+    exact = model.double()(x.double())
+    assert exact.isfinite().all()
+    assert_accurate(ours, plain, exact)
