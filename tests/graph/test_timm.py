@@ -67,7 +67,6 @@ FROZEN = {name: size for name, (size, _) in NETWORKS.items()} | {
     "tf_efficientnet_b0": 65,  # padding by the size of the image
     "dm_nfnet_f0": 64,
     "nasnetalarge": 65,
-    "pnasnet5large": 65,
     "halonet26t": 256,
     "botnet26t_256": 256,
     "bat_resnext26ts": 256,
