@@ -2,7 +2,7 @@
 
     python benchmarks/count_frozen_steps.py --timm tf_efficientnet_b0:65 dm_nfnet_f0:64 --torchvision resnet50:224
 
-Names with image sizes. Random weights, one contiguous image, fp32. Rows of networks that are not named stay in the file.
+Names with image sizes. Random weights, one contiguous fp32 image. Rows of networks that are not named stay in the file.
 """
 
 from __future__ import annotations
