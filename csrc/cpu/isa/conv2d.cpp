@@ -21,8 +21,8 @@
 //
 // Kept in registers: the micro-tile's accumulators, two weight vectors, one broadcast. In L1: the micro-tile's input
 // (14 rows x 384 floats = 21 KiB for AVX-512). In L2: the task's panel or strip and a run of weight blocks; the weights
-// of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums between chunks stay in a
-// scratch array that only this task uses.
+// of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums between chunks stay in L1,
+// those of a panel in a scratch array that only this task uses.
 //
 // Floor: 2*N*P*Q*K*R*S*C/groups FLOPs at the FMA rate; each weight is read once per task that needs it.
 

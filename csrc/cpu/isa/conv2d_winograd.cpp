@@ -196,13 +196,18 @@ static void transform_block(const WinogradProblem& problem, int64_t block, float
 // ---- products -----------------------------------------------------------------------------------------------------
 
 // sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; all channels of one point. Channels are summed in
-// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it. Meanwhile the
-// weights at `ahead` are fetched into L2, `ahead_step` floats further with every channel.
+// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it. Meanwhile what is
+// needed later is fetched into L2.
 constexpr int64_t kChunkVectors = 32 / kVectorWidth;
+
+struct Stream {
+  const char* at;
+  int64_t step;  // bytes further with every channel
+};
 
 template <int Rows, int Vectors>
 static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, int64_t channel_vectors,
-                         float* sums, const float* ahead, int64_t ahead_step) {
+                         float* sums, Stream first, Stream second) {
   for (int64_t begin = 0; begin < channel_vectors; begin += kChunkVectors) {
     const int64_t left = channel_vectors - begin;
     const int64_t count = left < kChunkVectors ? left : kChunkVectors;
@@ -224,9 +229,10 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
           for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
         }
         weight += kColumnBlock;
-        __builtin_prefetch(ahead, 0, 2);
-        if (kColumnBlock > 16) __builtin_prefetch(ahead + 16, 0, 2);
-        ahead += ahead_step;
+        __builtin_prefetch(first.at, 0, 2);
+        __builtin_prefetch(second.at, 0, 2);
+        first.at += first.step;
+        second.at += second.step;
       }
       panel += vector_stride;
     }
@@ -245,7 +251,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
   }
 }
 
-using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, const float*, int64_t);
+using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, Stream, Stream);
 
 template <int Vectors>
 struct MicroKernels {
@@ -260,6 +266,8 @@ struct MicroKernels {
 
 constexpr MicroKernels<1> kOneVector;
 constexpr MicroKernels<2> kTwoVectors;
+
+constexpr int64_t kWeightsInL2 = 640 << 10;
 
 // ---- output transform ---------------------------------------------------------------------------------------------
 
@@ -345,10 +353,30 @@ static void transform_output(const WinogradProblem& problem, TilePlace place, in
   }
 }
 
-// One column block of one tile block: products, then the way back.
+// Where the input rows of a tile block begin, for fetching them ahead; tiles beyond the end of a row of tiles are left
+// out.
+struct InputRows {
+  const char* first;
+  int64_t row_bytes, bytes;  // from one row to the next; of a row, those that the block reads
+
+  InputRows(const WinogradProblem& problem, int64_t block) {
+    const TensorView& x = problem.input;
+    const TilePlace place = place_of(problem, block * problem.tiles_per_block);
+    const int64_t h = place.p > problem.pad_top ? place.p - problem.pad_top : 0;
+    const int64_t w = place.q > problem.pad_left ? place.q - problem.pad_left : 0;
+    const int64_t pixel = x.pixel_stride * size_in_bytes(x.dtype);
+    const int64_t wanted = problem.tiles_per_block * problem.tile + problem.side - problem.tile, left = x.w - w;
+    first = static_cast<const char*>(x.data) + ((place.image * x.h + h) * x.w + w) * pixel;
+    row_bytes = x.w * pixel;
+    bytes = (left < wanted ? (left < 0 ? 0 : left) : wanted) * pixel;
+  }
+};
+
+// One column block of one tile block: products, then the way back. Meanwhile part `part` of `parts` of what the next
+// tile block reads is fetched.
 template <int M, int kTile>
 static void column_block(const WinogradProblem& problem, int64_t block, int64_t column, const float* panel,
-                         float* products) {
+                         float* products, const InputRows& next, int64_t part, int64_t parts) {
   constexpr int kPoints = kTile * kTile;
   const TileBlock tiles = tile_block(problem, block);
   const int64_t channels = problem.channel_vectors * kVectorWidth;
@@ -360,15 +388,23 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
   // weights, so that reading them from memory takes its time beside the products, not before.
   const int64_t micro_tiles = (tiles.count + kMicroRows - 1) / kMicroRows;
+  // Weights that stay in L2 need no fetching; nor does half of the second stream where micro-tiles share the work.
+  const bool input_first = problem.columns_per_task * kPoints * channels * kColumnBlock * 4 <= kWeightsInL2;
+  const int64_t input_step = next.bytes / (kTile * parts * channels * micro_tiles);
   for (int point = 0; point < kPoints; ++point) {
+    const char* input = next.first + point / kTile * next.row_bytes +
+                        (part * kTile + point % kTile) * (next.bytes / (kTile * parts));
     int64_t row = 0;
     for (int64_t micro = 0; micro < micro_tiles; ++micro) {
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
+      const char* ahead = reinterpret_cast<const char*>(
+          weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock);
       kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
                       weight + point * channels * kColumnBlock, problem.channel_vectors,
                       products + point * product_stride + row * kColumnBlock,
-                      weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock,
-                      kColumnBlock / micro_tiles);
+                      {ahead, kColumnBlock * 4 / micro_tiles},
+                      input_first || micro_tiles > 1 ? Stream{input, input_step} : Stream{ahead + 64, kColumnBlock * 4});
+      input += channels * input_step;
       row += height;
     }
   }
@@ -398,7 +434,10 @@ static void run(const WinogradProblem& problem, int64_t index, float* panel) {
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
   float* products = panel + panel_floats(problem);
   transform_block<kTile>(problem, block, panel);
-  for (int64_t column = first; column < last; ++column) column_block<M, kTile>(problem, block, column, panel, products);
+  const InputRows next(problem, block + 1 < problem.blocks ? block + 1 : block);
+  for (int64_t column = first; column < last; ++column) {
+    column_block<M, kTile>(problem, block, column, panel, products, next, column - first, last - first);
+  }
 }
 
 }  // namespace
