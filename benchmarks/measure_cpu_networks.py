@@ -6,11 +6,12 @@
     python benchmarks/measure_cpu_networks.py --list                   what is measured, and what is still to do
 
 A network and case (dtype, batch) is timed in a process of its own that builds every candidate, checks its result
-against the fp32 network, and then times all in turns: a pause, in which the threads of the one before fall asleep, an
-untimed run, and runs for about a tenth of a second. Peak memory is the high-water mark of a process that builds one
-candidate and runs it five times; `--what alone` times candidates in such processes, to show that taking turns changes
-nothing. Every entry is written when it is there, so a run may be stopped and begun again; entries of another commit are
-measured anew. Threads: as many as cores, each engine told so. OMP_WAIT_POLICY is left as it is, and recorded.
+against the network in float64, and then times all in turns: a pause, in which the threads of the one before fall
+asleep, an untimed run, and runs for about a tenth of a second. Peak memory is the high-water mark of a process that
+builds one candidate and runs it five times; `--what alone` times candidates in such processes, to show that taking
+turns changes nothing. Every entry is written when it is there, so a run may be stopped and begun again; entries of
+another commit are measured anew. Threads: as many as cores, each engine told so. OMP_WAIT_POLICY is left as it is, and
+recorded.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def time_network(name: str, case: Case, only: list[str], options: argparse.Names
         "timings": {key: timing.to_dict() for key, timing in timings.items()}, "left_out": left_out,
         "load_average": load, "busy_elsewhere": busy_elsewhere,
         "prepared_s": round(prepared, 1), "timed_s": round(timed, 1), "turns": ENGINE_TURNS,
-        "checked": "against the fp32 network: at most 1e-4 off, or twice as far as PyTorch in the same dtype",
+        "checked": "against the network in float64: at most 1e-4 off, or twice as far as PyTorch in the same dtype",
         **comparison.conditions.to_dict(),
     }  # fmt: skip
 

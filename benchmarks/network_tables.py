@@ -16,9 +16,10 @@ CASES = {"fp32x1": "fp32, batch 1", "fp32x8": "fp32, batch 8", "bf16x1": "bf16, 
 
 METHOD = """Medians of runs in one process a network; in brackets the quartiles. Candidates take turns: a pause of
 {pause:.0f} ms (the threads of engines go on spinning for up to 31 ms after a run), an untimed run, and runs for about
-{block:.0f} ms. Each candidate's result is first checked against the fp32 network: at most 1e-4 off, or twice as far as
-PyTorch in the same dtype. *Speed-up* is the best peer's time over the frozen network's; the best peer (bold) is the
-fastest of all but fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second
+{block:.0f} ms. Each candidate's result is first checked {checked}.
+
+*Speed-up* is the best peer's time over the frozen network's; the best peer (bold) is the fastest of all but
+fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second
 that a loop in registers reaches in the same process: Winograd's algorithm may pass 100 %. PyTorch is torchvision's
 network in channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16
 by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random. A network whose frozen form
@@ -32,8 +33,7 @@ def sections(stem: str, rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, 
     text = [f"## {stem}\n"]
     pictures: dict[str, str] = {}
     if times:
-        turns = times[0]["turns"]
-        text += [conditions(times), METHOD.format(pause=turns["pause_ms"], block=turns["block_ms"])]
+        text += [conditions(times), method(times)]
         text.append(overview(times))
         compared = [row for row in times if is_compared(row)]
         if compared:
@@ -45,6 +45,11 @@ def sections(stem: str, rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, 
     alone = alone_table(times, [row for row in rows if row["what"] == "alone" and row.get("timings")])
     memory = memory_table([row for row in rows if row["what"] == "memory" and "peak_mib" in row])
     return "\n".join(part for part in [*text, alone, memory] if part), pictures
+
+
+def method(rows: Sequence[dict[str, Any]]) -> str:
+    turns, checks = rows[0]["turns"], dict.fromkeys(row["checked"] for row in rows)
+    return METHOD.format(pause=turns["pause_ms"], block=turns["block_ms"], checked=" (some) or ".join(checks))
 
 
 def ordered_cases(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -175,6 +180,25 @@ def logits_section(stem: str, rows: Sequence[dict[str, Any]]) -> str:
         text.append(
             f"| `{row['model']}` | {row['frozen']:.1e} | {row['pytorch']:.1e} | {row['agreeing']} of {row['images']} |"
         )
+    return "\n".join(text) + "\n"
+
+
+def instruction_sets_section(stem: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Frozen networks with each instruction set, and how much slower the others are than the best."""
+    first = rows[0]
+    names = list(dict.fromkeys(isa for row in rows for isa in row["median_ms"]))
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    text = [
+        f"## {stem}\n",
+        f"Frozen networks at batch 1 with each instruction set forced, ms; in brackets the time over {names[0]}'s. "
+        f"Processes that take turns, medians; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"commit {commits}.\n",
+        "| network | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|",
+    ]
+    for row in rows:
+        times = row["median_ms"]
+        cells = [f"{times[isa]:.3g} ({times[isa] / times[names[0]]:.2f}x)" if isa in times else "" for isa in names]
+        text.append(f"| `{row['model']}`, {row['dtype']} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
 

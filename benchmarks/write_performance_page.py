@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from network_tables import logits_section, sections
+from network_tables import instruction_sets_section, logits_section, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -33,9 +33,11 @@ the weights by hand. `of peak` is the share of the processor's peak, measured in
 def page(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     """The page and its pictures, by path below docs/, for raw files by name: networks, logits, operators."""
     written: dict[str, str] = {}
-    networks = {stem: rows for stem, rows in results.items() if "what" in rows[0] and rows[0]["what"] != "logits"}
-    logits = {stem: rows for stem, rows in results.items() if rows[0].get("what") == "logits"}
-    operators = {stem: rows for stem, rows in results.items() if "what" not in rows[0]}
+
+    def of_kind(*kinds: str | None) -> dict[str, list[dict[str, Any]]]:
+        return {stem: rows for stem, rows in results.items() if rows[0].get("what") in kinds}
+
+    networks, operators = of_kind("times", "memory", "alone"), of_kind(None)
     parts = [INTRODUCTION]
     if networks:
         parts.append("# Networks\n")
@@ -43,7 +45,8 @@ def page(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         text, pictures = sections(stem, rows)
         parts.append(text)
         written.update({f"images/{name}": picture for name, picture in pictures.items()})
-    parts += [logits_section(stem, rows) for stem, rows in logits.items()]
+    parts += [instruction_sets_section(stem, rows) for stem, rows in of_kind("instruction_sets").items()]
+    parts += [logits_section(stem, rows) for stem, rows in of_kind("logits").items()]
     if operators:
         parts.append(OPERATORS)
     parts += [section(stem, rows) for stem, rows in operators.items()]

@@ -128,15 +128,15 @@ def engine_versions() -> dict[str, str]:
 
 
 def distance(output: Tensor, expected: Tensor) -> float:
-    """Of a result from the fp32 one, relative; NaN where the result holds one."""
-    return float((output.detach().float() - expected).norm() / expected.norm())
+    """Of a result from the float64 one, relative; NaN where the result holds one."""
+    return float((output.detach().double() - expected).norm() / expected.norm())
 
 
 @dataclass(frozen=True)
 class Expected:
     """What every candidate has to compute, so that nothing that computes something else is timed."""
 
-    result: Tensor  # of the fp32 network on PyTorch's operators
+    result: Tensor  # of the network in float64 on PyTorch's operators
     tolerance: float  # relative distance from it
 
     @classmethod
@@ -156,8 +156,7 @@ def cpu_peers(
     tell: Callable[[str], None] = lambda text: None,
     only: Collection[str] | None = None,
 ) -> tuple[dict[str, Runner], list[str]]:
-    """Every peer that this machine can run, each checked against the fp32 result, where that is given, before anybody
-    times it.
+    """Every peer that this machine can run; where ``expected`` is given, none whose result is wrong.
 
     Returns:
         The runners by name, and a line for each peer left out that says why.

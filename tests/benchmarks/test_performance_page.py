@@ -13,6 +13,8 @@ import pytest
 from network_tables import geometric_mean, sections
 from write_performance_page import page
 
+from fastcnn import _native
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -25,7 +27,8 @@ def entry(model: str, case: str = "fp32x1", *, frozen: float = 2.0, peer: float 
         "what": "times", "model": model, "case": case, "candidate": None, "device": "a processor", "threads": 2,
         "instruction_set": "avx512", "torch": "2.14", "commit": "abc", "date": "2026-01-02T03:04:05",
         "engines": {"onnxruntime": "1.32"}, "OMP_WAIT_POLICY": None, "load_average": 0.1, "busy_elsewhere": 0.01,
-        "turns": {"pause_ms": 60.0, "block_ms": 100.0}, "flops": 10**9, "peak_flops_per_second": 1e12,
+        "checked": "against the network in float64", "turns": {"pause_ms": 60.0, "block_ms": 100.0},
+        "flops": 10**9, "peak_flops_per_second": 1e12,
         "timings": {name: timing(ms) for name, ms in times.items()}, "best_peer": "onnxruntime",
         "speedup": peer / frozen, "left_out": [], **more,
     }  # fmt: skip
@@ -75,10 +78,14 @@ def test_every_kind_of_raw_file_has_its_part():
               "device": "a processor", "instruction_set": "avx2", "torch": "2.14", "commit": "abc"}  # fmt: skip
     operator = {"group": "g", "candidate": "pytorch", "median_ms": 1.0, "q1_ms": 1.0, "q3_ms": 1.0, "device": "p",
                 "share_of_peak": 0.91}  # fmt: skip
-    written = page({"cpu-networks": [entry("one")], "cpu-logits": [logits], "cpu": [operator]})
+    isa = {"what": "instruction_sets", "model": "one", "dtype": "float32", "device": "a processor", "threads": 2,
+           "torch": "2.14", "commit": "abc", "median_ms": {"avx512": 1.0, "avx2": 1.75}}  # fmt: skip
+    files = {"cpu-networks": [entry("one")], "cpu-logits": [logits], "cpu": [operator], "cpu-isa": [isa]}
+    written = page(files)
     assert set(written) == {"performance.md", "images/cpu-networks.svg"}
     text = written["performance.md"]
     assert "largest 2.0e-06 (`one`)" in text
+    assert "| `one`, float32 | 1 (1.00x) | 1.75 (1.75x) |" in text
     assert "| g | pytorch | 1.000 | 1.000 .. 1.000 |  |  | 91% | 1.00 |" in text
     assert "No GPU has run these kernels" in text
 
@@ -143,6 +150,15 @@ def test_a_held_command_runs_until_the_times_are_taken(tmp_path):
     assert mark.exists()
     with pytest.raises(SystemExit, match="ended without printing a line"), script.holding("true"):
         pass
+
+
+def test_instruction_sets_are_measured_for_real(tmp_path):
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "measure_instruction_sets.py"), "lenet5", "--dtypes", "fp32"]
+    subprocess.run([*command, "--rounds", "1", "--file", str(file)], check=True, timeout=300, capture_output=True)
+    (row,) = json.loads(file.read_text())
+    assert list(row["median_ms"]) == _native.cpu_instruction_sets()
+    assert all(ms > 0 for ms in row["median_ms"].values())
 
 
 def test_one_network_is_measured_for_real(tmp_path, monkeypatch):

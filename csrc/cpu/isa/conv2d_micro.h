@@ -36,36 +36,63 @@ struct MicroTarget {
   const float* bias;
 };
 
-// One row's epilogue for any storage type and any number of valid channels.
-template <typename T>
-static void finish_row(const MicroTarget& target, int row, const float* sums) {
+// Sums for bf16 memory: by way of fp32 memory, row by row.
+template <int Rows, int Vectors>
+static __attribute__((noinline)) void finish_bf16_rows(const MicroTarget& target, const float* sums) {
   const Conv2dProblem& problem = *target.problem;
-  const int64_t pixel = target.pixel + row;
-  T* out = static_cast<T*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
-  const T* residual = problem.residual ? static_cast<const T*>(problem.residual.data) +
-                                             pixel * problem.residual.pixel_stride + target.channel
-                                       : nullptr;
-  for (int64_t k = 0; k < target.columns; k += kVectorWidth) {
-    const int64_t lanes = target.columns - k;
-    Vector value = load(sums + k) * load(target.scale + k) + load(target.bias + k);
-    if (residual != nullptr) value += lanes < kVectorWidth ? load_some(residual + k, lanes) : load(residual + k);
-    if (problem.relu) value = relu(value);
-    if (lanes < kVectorWidth) {
-      store_some(out + k, value, lanes);
-    } else {
-      store(out + k, value);
+  for (int i = 0; i < Rows; ++i, sums += Vectors * kVectorWidth) {
+    const int64_t pixel = target.pixel + i;
+    uint16_t* out = static_cast<uint16_t*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
+    const uint16_t* residual = problem.residual ? static_cast<const uint16_t*>(problem.residual.data) +
+                                                      pixel * problem.residual.pixel_stride + target.channel
+                                                : nullptr;
+    for (int64_t k = 0; k < target.columns; k += kVectorWidth) {
+      const int64_t lanes = target.columns - k;
+      Vector value = load(sums + k) * load(target.scale + k) + load(target.bias + k);
+      if (residual != nullptr) value += lanes < kVectorWidth ? load_some(residual + k, lanes) : load(residual + k);
+      if (problem.relu) value = relu(value);
+      if (lanes < kVectorWidth) {
+        store_some(out + k, value, lanes);
+      } else {
+        store(out + k, value);
+      }
     }
   }
 }
 
-// Sums that do not fill whole fp32 vectors of the output: by way of memory, row by row.
-template <int Rows, int Vectors>
-static __attribute__((noinline)) void finish_rows(const MicroTarget& target, const float* sums) {
+// fp32 sums, straight from the registers. Whole: every vector's channels are valid; else the last one's first few.
+template <int Rows, int Vectors, bool Whole>
+static inline __attribute__((always_inline)) void finish_in_registers(const MicroTarget& target,
+                                                                      const Vector (&sum)[Rows][Vectors]) {
+  const Conv2dProblem& problem = *target.problem;
+  const int64_t lanes = target.columns - (Vectors - 1) * kVectorWidth;
+  Vector scale[Vectors], bias[Vectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) {
+    scale[j] = load(target.scale + j * kVectorWidth);
+    bias[j] = load(target.bias + j * kVectorWidth);
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
-    if (target.problem->out.dtype == DType::f32) {
-      finish_row<float>(target, i, sums + i * Vectors * kVectorWidth);
-    } else {
-      finish_row<uint16_t>(target, i, sums + i * Vectors * kVectorWidth);
+    const int64_t pixel = target.pixel + i;
+    float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
+    const float* residual = problem.residual ? static_cast<const float*>(problem.residual.data) +
+                                                   pixel * problem.residual.pixel_stride + target.channel
+                                             : nullptr;
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) {
+      const bool some = !Whole && j == Vectors - 1;
+      Vector value = sum[i][j] * scale[j] + bias[j];
+      if (residual != nullptr) {
+        const float* from = residual + j * kVectorWidth;
+        value += some ? load_some(from, lanes) : load(from);
+      }
+      if (problem.relu) value = relu(value);
+      if (some) {
+        store_some(out + j * kVectorWidth, value, lanes);
+      } else {
+        store(out + j * kVectorWidth, value);
+      }
     }
   }
 }
@@ -161,36 +188,18 @@ static void micro_kernel(const MicroSource& source, const float* weight, const M
     return;
   }
   const Conv2dProblem& problem = *target.problem;
-  if (problem.out.dtype != DType::f32 || target.columns != Vectors * kVectorWidth) {
+  if (problem.out.dtype != DType::f32) {
     alignas(64) float sums[Rows * Vectors * kVectorWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) store(sums + (i * Vectors + j) * kVectorWidth, sum[i][j]);
     }
-    finish_rows<Rows, Vectors>(target, sums);
-    return;
-  }
-  Vector scale[Vectors], bias[Vectors];
-#pragma GCC unroll 2
-  for (int j = 0; j < Vectors; ++j) {
-    scale[j] = load(target.scale + j * kVectorWidth);
-    bias[j] = load(target.bias + j * kVectorWidth);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-    const int64_t pixel = target.pixel + i;
-    float* out = static_cast<float*>(problem.out.data) + pixel * problem.out.pixel_stride + target.channel;
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) {
-      Vector value = sum[i][j] * scale[j] + bias[j];
-      if (problem.residual) {
-        value += load(static_cast<const float*>(problem.residual.data) + pixel * problem.residual.pixel_stride +
-                      target.channel + j * kVectorWidth);
-      }
-      if (problem.relu) value = relu(value);
-      store(out + j * kVectorWidth, value);
-    }
+    finish_bf16_rows<Rows, Vectors>(target, sums);
+  } else if (target.columns == Vectors * kVectorWidth) {
+    finish_in_registers<Rows, Vectors, true>(target, sum);
+  } else {
+    finish_in_registers<Rows, Vectors, false>(target, sum);
   }
 }
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, treespec_dumps
 
 from fastcnn import _native
 from fastcnn.backends import cpp
+from fastcnn.graph.freezing.chunks import run_in_chunks
 from fastcnn.graph.freezing.layouts import choose_layouts, drop_unread, forward_copies
 from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
@@ -121,6 +122,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     place_in_slices(program)
     drop_unread(program)
     fuse_max_pooling(program)
+    run_in_chunks(program)
     alive = lifetimes(program)
     offsets, arena_bytes = plan_offsets(list(alive.values()))
     places: dict[Buffer, tuple[int, int]] = {
