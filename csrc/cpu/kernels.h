@@ -99,8 +99,8 @@ void batch_statistics(float* mean, float* var, const TensorView& input, int thre
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
-// max_pool: `out` is the maximum of each 2x2 window of what is convolved; rows and columns that make no whole window are
-// not computed. Then there may be no residual.
+// max_pool: `out` is the maximum of each 2x2 window of what is convolved; rows and columns that make no whole window
+// are not computed. Then there may be no residual.
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
                            int threads, bool max_pool = false);

@@ -38,7 +38,7 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
 DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
 ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2)
-_BY_FILTER = {(3, 3): ALGORITHMS, (5, 5): (DIRECT, WINOGRAD2)}
+_BY_FILTER: dict[tuple[int, ...], tuple[str, ...]] = {(3, 3): ALGORITHMS, (5, 5): (DIRECT, WINOGRAD2)}
 
 
 PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight

@@ -19,7 +19,6 @@ from fastcnn import _native, ops
 from fastcnn.backends import cpp
 
 
-
 class Form(NamedTuple):
     """F(tile x tile, filter x filter)."""
 

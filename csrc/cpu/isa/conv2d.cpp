@@ -125,7 +125,8 @@ static void run_in_place(const Conv2dProblem& problem, const Task& task) {
     const float* weight = weights_of(problem, task.group, block);
     aim_at_block(target, task.group, block);
     if (!problem.prefetch_input) {
-      const float* next = block + 1 < task.last_block ? weight + reduction * kColumnBlock : weights_after(problem, task);
+      const float* next =
+          block + 1 < task.last_block ? weight + reduction * kColumnBlock : weights_after(problem, task);
       source.ahead = reinterpret_cast<const char*>(next);
       source.ahead_step = kColumnBlock * 4 / micro_tiles;
     }

@@ -5,9 +5,9 @@
 //   y = act(scale[k] * Y + bias[k] + residual)
 //
 // (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015; points after Barabasz et al., "Error
-// Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2020.) With t = m + r - 1 a tile
-// of m x m outputs under r x r filters costs t*t products for every (c, k) where the sum costs r*r*m*m: 4 times fewer
-// for F(4x4, 3x3), 2.25 times for F(2x2, 3x3), 2.78 times for F(2x2, 5x5).
+// Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2020.) With t = m + r - 1 a
+// tile of m x m outputs under r x r filters costs t*t products for every (c, k) where the sum costs r*r*m*m: 4 times
+// fewer for F(4x4, 3x3), 2.25 times for F(2x2, 3x3), 2.78 times for F(2x2, 5x5).
 //
 // Points: t = 6 interpolates at 0, +-5/8, +-3/2 and infinity, t = 4 at 0, +-1 and infinity. The textbook's 0, +-1, +-2
 // make the transforms' coefficients whole numbers but cost twice the error: what counts is that the powers of the
@@ -392,18 +392,18 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   const bool input_first = problem.columns_per_task * kPoints * channels * kColumnBlock * 4 <= kWeightsInL2;
   const int64_t input_step = next.bytes / (kTile * parts * channels * micro_tiles);
   for (int point = 0; point < kPoints; ++point) {
-    const char* input = next.first + point / kTile * next.row_bytes +
-                        (part * kTile + point % kTile) * (next.bytes / (kTile * parts));
+    const char* input =
+        next.first + point / kTile * next.row_bytes + (part * kTile + point % kTile) * (next.bytes / (kTile * parts));
     int64_t row = 0;
     for (int64_t micro = 0; micro < micro_tiles; ++micro) {
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
       const char* ahead = reinterpret_cast<const char*>(
           weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock);
-      kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
-                      weight + point * channels * kColumnBlock, problem.channel_vectors,
-                      products + point * product_stride + row * kColumnBlock,
-                      {ahead, kColumnBlock * 4 / micro_tiles},
-                      input_first || micro_tiles > 1 ? Stream{input, input_step} : Stream{ahead + 64, kColumnBlock * 4});
+      kernels[height](
+          panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
+          weight + point * channels * kColumnBlock, problem.channel_vectors,
+          products + point * product_stride + row * kColumnBlock, {ahead, kColumnBlock * 4 / micro_tiles},
+          input_first || micro_tiles > 1 ? Stream{input, input_step} : Stream{ahead + 64, kColumnBlock * 4});
       input += channels * input_step;
       row += height;
     }

@@ -1,7 +1,7 @@
 """Takes the maximum of 2x2 windows where a Winograd convolution's output is still in registers.
 
-A tile of 4x4 or 2x2 outputs holds whole windows. So ``max_pool2d(conv2d_winograd(x))`` becomes one step, and the picture
-before pooling is never written.
+A tile of 4x4 or 2x2 outputs holds whole windows. So ``max_pool2d(conv2d_winograd(x))`` becomes one step, and the
+picture before pooling is never written.
 """
 
 from __future__ import annotations
