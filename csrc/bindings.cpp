@@ -101,8 +101,15 @@ void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight&
   cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
 }
 
-void require_winograd_tile(int tile) {
-  if (tile != 2 && tile != 4) throw py::value_error("tile must be 2 or 4, is " + std::to_string(tile));
+void require_winograd(const int64_t shape[4], int tile) {
+  const bool square = shape[2] == shape[3] && (shape[2] == 3 || shape[2] == 5);
+  if (shape[0] < 1 || shape[1] < 1 || !square) {
+    throw py::value_error("weight must have shape (K, C, 3, 3) or (K, C, 5, 5) and not be empty, has shape " +
+                          describe(shape, 4));
+  }
+  if (tile != 2 && (tile != 4 || shape[2] != 3)) {
+    throw py::value_error("tile must be 2, or 4 for 3x3 filters, is " + std::to_string(tile));
+  }
 }
 
 std::shared_ptr<cpu::PackedConv2dWinogradWeight> packed_conv2d_winograd_weight_from(const py::buffer& packed,
@@ -110,9 +117,9 @@ std::shared_ptr<cpu::PackedConv2dWinogradWeight> packed_conv2d_winograd_weight_f
                                                                                     int tile) {
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
-  require_winograd_tile(tile);
-  if (shape[2] != 3 || shape[3] != 3) throw py::value_error("shape must be (K, C, 3, 3)");
-  auto weight = std::make_shared<cpu::PackedConv2dWinogradWeight>(shape[0], shape[1], tile);
+  require_winograd(shape.data(), tile);
+  const int filter = static_cast<int>(shape[2]);
+  auto weight = std::make_shared<cpu::PackedConv2dWinogradWeight>(shape[0], shape[1], filter, tile);
   assign_packed(*weight, info);
   return weight;
 }
@@ -122,11 +129,7 @@ std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py:
   t.require_dimensions(4);
   const DType dtype = t.dtype();
   if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
-  if (t.size(0) < 1 || t.size(1) < 1 || t.size(2) != 3 || t.size(3) != 3) {
-    throw py::value_error("weight must have shape (K, C, 3, 3) and not be empty, has shape " +
-                          describe(t.tensor.shape, 4));
-  }
-  require_winograd_tile(tile);
+  require_winograd(t.tensor.shape, tile);
   py::gil_scoped_release release;
   return std::make_shared<cpu::PackedConv2dWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, tile);
 }
@@ -142,19 +145,20 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
   const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
   const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
-  const Conv2dGeometry geometry = conv2d_geometry(3, 3, 1, {1, 1}, padding, {1, 1});
+  const Conv2dGeometry geometry = conv2d_geometry(weight.filter, weight.filter, 1, {1, 1}, padding, {1, 1});
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
 }
 
-double cpu_conv2d_3x3_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int tile) {
-  if (tile != 0) require_winograd_tile(tile);
+double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int tile) {
   for (const int64_t size : out_shape) {
     if (size < 1) throw py::value_error("out_shape must be positive");
   }
   if (in_channels < 1) throw py::value_error("in_channels must be positive");
-  return cpu::conv2d_3x3_cycles(out_shape[0], out_shape[1], out_shape[2], out_shape[3], in_channels, tile);
+  const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};
+  require_winograd(weight_shape, tile == 0 ? 2 : tile);
+  return cpu::conv2d_cycles(out_shape[0], out_shape[1], out_shape[2], out_shape[3], in_channels, filter, tile);
 }
 
 // The two views of a pooling, of one dtype, batch and channel count.
@@ -358,7 +362,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
-  m.def("cpu_conv2d_3x3_cycles", &cpu_conv2d_3x3_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("tile"));
+  m.def("cpu_conv2d_cycles", &cpu_conv2d_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("filter"),
+        py::arg("tile"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

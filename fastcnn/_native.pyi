@@ -39,7 +39,7 @@ class Plan:
     def conv2d_winograd(
         self, out: PlanOperand, input: PlanOperand, weight: PackedConv2dWinogradWeight, scale: PlanOperand | None,
         bias: PlanOperand | None, residual: PlanOperand | None, input_scale: PlanOperand | None,
-        input_shift: PlanOperand | None, input_relu: bool, relu: bool, padding: Pair,
+        input_shift: PlanOperand | None, input_relu: bool, relu: bool, padding: Pair, max_pool: bool = False,
     ) -> None: ...
     def linear(
         self, out: PlanOperand, input: PlanOperand, weight: PlanOperand, bias: PlanOperand | None, relu: bool
@@ -98,7 +98,7 @@ def cpu_conv2d_winograd(
     residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, relu: bool,
     padding: Pair, threads: int,
 ) -> None: ...
-def cpu_conv2d_3x3_cycles(out_shape: tuple[int, ...], in_channels: int, tile: int) -> float: ...
+def cpu_conv2d_cycles(out_shape: tuple[int, ...], in_channels: int, filter: int, tile: int) -> float: ...
 def cpu_max_pool2d(
     out: Tensor, input: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, threads: int
 ) -> None: ...

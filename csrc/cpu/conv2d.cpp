@@ -20,7 +20,9 @@ PackedConv2dWeight::PackedConv2dWeight(DType dtype, const int64_t shape[4], int6
       data_(nullptr, std::free) {
   const KernelTable& table = kernels();
   const bool power_of_two = (group_in & (group_in - 1)) == 0;
-  spans_groups = groups > 1 && group_in == group_out && power_of_two && group_in <= table.vector_width;
+  // Groups of a whole vector: enough pixels in registers hide the latency of their sums, and no permutation is needed.
+  const bool whole_vector = group_in == table.vector_width && table.micro_rows >= 8 && dtype == DType::f32;
+  spans_groups = groups > 1 && group_in == group_out && power_of_two && group_in <= table.vector_width && !whole_vector;
   const int64_t block = spans_groups ? table.vector_width : table.column_block;
   const int64_t taps = filter_h * filter_w;
   const int64_t reduction = taps * group_in;

@@ -25,27 +25,28 @@ int default_threads() {
 
 // G, row by row: the filter polynomial's value at each finite point over the product of its distances to the others;
 // at infinity its leading coefficient.
-std::vector<double> filter_transform(int tile) {
+std::vector<double> filter_transform(int side, int filter) {
   const std::vector<double> points =
-      tile == 4 ? std::vector<double>{0, 0.625, -0.625, 1.5, -1.5} : std::vector<double>{0, 1, -1};
+      side == 6 ? std::vector<double>{0, 0.625, -0.625, 1.5, -1.5} : std::vector<double>{0, 1, -1};
   std::vector<double> rows;
   for (const double p : points) {
-    double distances = 1;
-    for (const double q : points) distances *= p == q ? 1 : p - q;
-    rows.insert(rows.end(), {1 / distances, p / distances, p * p / distances});
+    double value = 1;
+    for (const double q : points) value /= p == q ? 1 : p - q;
+    for (int tap = 0; tap < filter; ++tap, value *= p) rows.push_back(value);
   }
-  rows.insert(rows.end(), {0, 0, 1});
+  rows.resize(static_cast<size_t>(side * filter));
+  rows.back() = 1;
   return rows;
 }
 
 }  // namespace
 
-PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int tile)
-    : out_channels(out_channels), in_channels(in_channels), tile(tile), data_(nullptr, std::free) {
+PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int filter, int tile)
+    : out_channels(out_channels), in_channels(in_channels), filter(filter), tile(tile), data_(nullptr, std::free) {
   const KernelTable& table = kernels();
   const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
   column_blocks = ceil_div(out_channels, table.column_block);
-  bytes_ = column_blocks * (tile + 2) * (tile + 2) * channels * table.column_block * 4;
+  bytes_ = column_blocks * side() * side() * channels * table.column_block * 4;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }
 
@@ -55,49 +56,52 @@ void PackedConv2dWinogradWeight::assign(const void* packed) {
 
 PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
                                                        const int64_t strides[4], int tile)
-    : PackedConv2dWinogradWeight(shape[0], shape[1], tile) {
+    : PackedConv2dWinogradWeight(shape[0], shape[1], static_cast<int>(shape[2]), tile) {
   const KernelTable& table = kernels();
   const int64_t block = table.column_block;
   const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
-  const int t = tile + 2;
-  const std::vector<double> g = filter_transform(tile);
+  const int t = side(), taps = filter;
+  const std::vector<double> g = filter_transform(t, taps);
   // A task is one channel of one column block: t*t rows of `block` values, zeros where k or c is beyond the end.
   const auto transform = [&](int64_t task, void* scratch) {
     const int64_t c = task % channels, first = task / channels * block;
     double* values = static_cast<double*>(scratch);  // [r][s][block]
-    double* half = values + 9 * block;               // [i][s][block]
+    double* half = values + taps * taps * block;     // [i][s][block]
     std::fill(values, half, 0.0);
     const int64_t columns = c < in_channels ? std::min(block, out_channels - first) : 0;
     for (int64_t k = 0; k < columns; ++k) {
-      for (int tap = 0; tap < 9; ++tap) {
-        const int64_t from = (first + k) * strides[0] + c * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
+      for (int tap = 0; tap < taps * taps; ++tap) {
+        const int64_t from =
+            (first + k) * strides[0] + c * strides[1] + tap / taps * strides[2] + tap % taps * strides[3];
         values[tap * block + k] = read_as_float(weight, dtype, from);
       }
     }
     for (int i = 0; i < t; ++i) {
-      for (int64_t at = 0; at < 3 * block; ++at) {
-        half[3 * i * block + at] =
-            g[3 * i] * values[at] + g[3 * i + 1] * values[3 * block + at] + g[3 * i + 2] * values[6 * block + at];
+      for (int64_t at = 0; at < taps * block; ++at) {
+        double sum = 0;
+        for (int r = 0; r < taps; ++r) sum += g[taps * i + r] * values[r * taps * block + at];
+        half[taps * i * block + at] = sum;
       }
     }
     float* to = data_.get() + first * t * t * channels + c * block;
     for (int i = 0; i < t; ++i) {
-      const double* row = half + 3 * i * block;
+      const double* row = half + taps * i * block;
       for (int j = 0; j < t; ++j, to += channels * block) {
-        const double g0 = g[3 * j], g1 = g[3 * j + 1], g2 = g[3 * j + 2];
         for (int64_t k = 0; k < block; ++k) {
-          to[k] = static_cast<float>(g0 * row[k] + g1 * row[block + k] + g2 * row[2 * block + k]);
+          double sum = 0;
+          for (int s = 0; s < taps; ++s) sum += g[taps * j + s] * row[s * block + k];
+          to[k] = static_cast<float>(sum);
         }
       }
     }
   };
-  const int64_t scratch_bytes = (9 + 3 * t) * block * 8;
+  const int64_t scratch_bytes = (taps + t) * taps * block * 8;
   parallel_tasks(column_blocks * channels, default_threads(), scratch_bytes, transform);
 }
 
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                           int threads) {
+                           int threads, bool max_pool) {
   const KernelTable& table = kernels();
   const int64_t padded = weight.column_blocks * table.column_block;
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, padded);
@@ -108,6 +112,7 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
   p.tile = weight.tile;
+  p.side = weight.side();
   p.packed_weight = weight.data();
   p.channel_vectors = ceil_div(weight.in_channels, table.vector_width);
   p.column_blocks = weight.column_blocks;
@@ -118,11 +123,12 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.bias = vectors.bias;
   p.residual = epilogue.residual;
   p.relu = epilogue.activation == Activation::relu;
-  p.tiles_h = ceil_div(out.h, weight.tile);
-  p.tiles_w = ceil_div(out.w, weight.tile);
+  p.max_pool = max_pool;
+  p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, weight.tile);
+  p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
 
-  const WinogradCut cut = cheapest_cut({p.tile, p.tiles, p.channel_vectors, p.column_blocks}, threads);
+  const WinogradCut cut = cheapest_cut({p.side, p.tiles, p.channel_vectors, p.column_blocks}, threads);
   p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.columns_per_task = cut.columns_per_task;

@@ -25,7 +25,7 @@ double beside(double products, double stream) {
 double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t columns) {
   const KernelTable& table = kernels();
   const int64_t blocks = ceil_div(sizes.tiles, tiles), parts = ceil_div(sizes.column_blocks, columns);
-  const double points = (sizes.tile + 2) * (sizes.tile + 2);
+  const double points = sizes.side * sizes.side;
   const double channel_vectors = static_cast<double>(sizes.channel_vectors);
   const double channels = channel_vectors * table.vector_width;
   const double block = static_cast<double>(tiles), part = static_cast<double>(columns);
@@ -38,7 +38,7 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
 
   // Of one tile and vector of channels, in either direction; of one column block, where the sums of fewer than 4 tiles
   // wait for each other.
-  const double transform = sizes.tile == 4 ? 270 : 90;
+  const double transform = sizes.side == 6 ? 270 : 90;
   const double products =
       points * channels * static_cast<double>(std::max(tiles, 4 * ceil_div(tiles, table.micro_rows))) * 1.06;
   // Of the blocks that a thread passes through with the same weights, the first reads them from memory, the others from
@@ -77,16 +77,18 @@ WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
   return best;
 }
 
-double conv2d_3x3_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int tile) {
+double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int tile) {
   const KernelTable& table = kernels();
   constexpr int kThreads = 2;
   const int64_t columns = ceil_div(out_channels, table.column_block);
   if (tile > 0) {
     const int64_t tiles = n * ceil_div(p, tile) * ceil_div(q, tile);
-    return cheapest_cut({tile, tiles, ceil_div(in_channels, table.vector_width), columns}, kThreads).cycles;
+    const int side = tile + filter - 1;
+    return cheapest_cut({side, tiles, ceil_div(in_channels, table.vector_width), columns}, kThreads).cycles;
   }
-  const double weight_values = static_cast<double>(9 * in_channels * columns * table.column_block);
-  const double products = static_cast<double>(n * p * q * 9 * in_channels * columns) / kThreads * 1.14;
+  const int64_t reduction = filter * filter * in_channels;
+  const double weight_values = static_cast<double>(reduction * columns * table.column_block);
+  const double products = static_cast<double>(n * p * q * reduction * columns) / kThreads * 1.14;
   return beside(products, weight_values * 4 / kThreads / kFarBytesPerCycle) + kPhaseCycles;
 }
 

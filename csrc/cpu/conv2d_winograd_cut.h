@@ -6,7 +6,7 @@
 namespace fastcnn::cpu {
 
 struct WinogradSizes {
-  int tile;       // outputs to a tile's side
+  int side;       // inputs to a tile's side
   int64_t tiles;  // in the batch
   int64_t channel_vectors, column_blocks;
 };
@@ -21,8 +21,8 @@ struct WinogradCut {
 // For at most `threads` threads.
 WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads);
 
-// Estimated cycles of a 3x3 convolution with stride 1 on two threads whose weights come from memory, as those of a
-// network do: direct (tile 0) or by Winograd in tiles of 4x4 or 2x2.
-double conv2d_3x3_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int tile);
+// Estimated cycles of a convolution with filter x filter taps and stride 1 on two threads whose weights come from
+// memory, as those of a network do: direct (tile 0) or by Winograd in tiles of 4x4 or 2x2.
+double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int tile);
 
 }  // namespace fastcnn::cpu

@@ -46,19 +46,21 @@ class PackedConv2dWeight {
 void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
             const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
 
-// 3x3 weights transformed for Winograd convolution in tiles of tile x tile outputs (layout: isa/conv2d_winograd.cpp).
+// 3x3 or 5x5 weights transformed for Winograd convolution in tiles of tile x tile outputs (layout:
+// isa/conv2d_winograd.cpp).
 class PackedConv2dWinogradWeight {
  public:
-  // weight: (K, C, 3, 3) with the given element strides, fp32 or bf16; tile 2 or 4.
+  // weight: (K, C, 3, 3) with tile 2 or 4, or (K, C, 5, 5) with tile 2; the given element strides, fp32 or bf16.
   PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4],
                              int tile);
   // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes.
-  PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int tile);
+  PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int filter, int tile);
   void assign(const void* packed);
 
   int64_t out_channels, in_channels;
-  int tile;
+  int filter, tile;  // of a side: taps, outputs
   int64_t column_blocks;
+  int side() const { return tile + filter - 1; }  // of a tile's input, and of its points
   const float* data() const { return data_.get(); }
   int64_t bytes() const { return bytes_; }
 
@@ -67,7 +69,7 @@ class PackedConv2dWinogradWeight {
   int64_t bytes_;
 };
 
-// conv2d() for 3x3 filters, stride 1, dilation 1, one group, by Winograd's algorithm.
+// conv2d() for 3x3 or 5x5 filters, stride 1, dilation 1, one group, by Winograd's algorithm.
 void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                      const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
 
@@ -97,9 +99,11 @@ void batch_statistics(float* mean, float* var, const TensorView& input, int thre
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+// max_pool: `out` is the maximum of each 2x2 window of what is convolved; rows and columns that make no whole window
+// are not computed. Then there may be no residual.
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                           int threads);
+                           int threads, bool max_pool = false);
 Works max_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry, int threads);
 Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool2dGeometry& geometry,
                       int64_t pad_bottom, int64_t pad_right, bool count_include_pad, int64_t divisor, int threads);

@@ -38,14 +38,17 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
 DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
 ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2)
+_BY_FILTER: dict[tuple[int, ...], tuple[str, ...]] = {(3, 3): ALGORITHMS, (5, 5): (DIRECT, WINOGRAD2)}
 
 
 PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight
 
 
-def winograd_covers(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> bool:
-    """``weight``: its shape."""
-    return tuple(weight[2:]) == (3, 3) and stride == (1, 1) and dilation == (1, 1) and groups == 1
+def algorithms(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> tuple[str, ...]:
+    """Those that cover a convolution, the plain sum first. ``weight``: its shape."""
+    if stride != (1, 1) or dilation != (1, 1) or groups != 1:
+        return (DIRECT,)
+    return _BY_FILTER.get(tuple(weight[2:]), (DIRECT,))
 
 
 # From how many output pixels on Winograd's algorithm, in fp32, is faster than the plain sum by bf16 dot products.
@@ -68,21 +71,21 @@ def conv2d_algorithm(
     weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the edge of a
     narrow output waste products.
     """
-    if not backends.allows_fast_algorithms() or not winograd_covers(weight, stride, dilation, groups):
+    covering = algorithms(weight, stride, dilation, groups)
+    if covering == (DIRECT,) or not backends.allows_fast_algorithms():
         return DIRECT
     n, _, p, q = out
     if dtype == torch.bfloat16 and has_bf16_dot_products() and n * p * q < _WINOGRAD_PIXELS_BF16:
         return DIRECT
-    return _cheapest(tuple(out), weight[1])
+    return _cheapest(covering, tuple(out), weight[1], weight[2])
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest(out: tuple[int, ...], in_channels: int) -> str:
+def _cheapest(covering: tuple[str, ...], out: tuple[int, ...], in_channels: int, filter: int) -> str:
     n, k, p, q = out
     if in_channels < 8 or k < 8 or n * p * q < 16:
         return DIRECT
-    tiles = {DIRECT: 0, **_TILES}
-    return min(tiles, key=lambda name: _native.cpu_conv2d_3x3_cycles(out, in_channels, tiles[name]))
+    return min(covering, key=lambda name: _native.cpu_conv2d_cycles(out, in_channels, filter, _TILES.get(name, 0)))
 
 
 def fast_algorithm(operator: str, *args: Any) -> str | None:
@@ -134,8 +137,9 @@ def conv2d_by(
     groups: int,
 ) -> None:
     """The contract's conv2d by a given algorithm."""
-    if algorithm != DIRECT and not winograd_covers(weight.shape, stride, dilation, groups):
-        raise ValueError(f"{algorithm} serves 3x3 filters with stride 1, dilation 1 and one group only")
+    if algorithm != DIRECT and algorithm not in algorithms(weight.shape, stride, dilation, groups):
+        filters = "3x3 and 5x5" if algorithm == WINOGRAD2 else "3x3"
+        raise ValueError(f"{algorithm} serves {filters} filters with stride 1, dilation 1 and one group only")
     result = out
     if out.dtype == torch.float16:
         result = torch.empty_like(out, dtype=torch.float32, memory_format=torch.channels_last)
@@ -180,9 +184,10 @@ def packed_weight_from(
 
 def variants(operator: str, *args: Any) -> tuple[str, ...]:
     """The algorithms that cover a convolution, for the tuner."""
-    if operator != "conv2d" or not winograd_covers(args[2].shape, args[10], args[12], args[13]):
+    if operator != "conv2d" or not backends.allows_fast_algorithms():
         return ()
-    return ALGORITHMS if backends.allows_fast_algorithms() else ()
+    covering = algorithms(args[2].shape, args[10], args[12], args[13])
+    return () if covering == (DIRECT,) else covering
 
 
 def variant(text: str) -> Any:

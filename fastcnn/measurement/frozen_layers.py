@@ -89,7 +89,9 @@ def _algorithm(recipe: Recipe, step: StepRecipe) -> str | None:
 
 def _flops(recipe: Recipe, step: StepRecipe) -> int:
     if step.weight is not None:
-        return conv_flops(step.out.shape, recipe.weights[step.weight][0])
+        n, c, h, w = step.out.shape
+        pooled = step.operator == "conv2d_winograd" and step.attributes[-1] is True
+        return conv_flops((n, c, 2 * h, 2 * w) if pooled else step.out.shape, recipe.weights[step.weight][0])
     if step.operator == "linear":
         weight = step.inputs[1]
         assert weight is not None

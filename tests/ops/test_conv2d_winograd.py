@@ -18,14 +18,29 @@ import fastcnn
 from fastcnn import _native, ops
 from fastcnn.backends import cpp
 
-TILES = (4, 2)
 
+class Form(NamedTuple):
+    """F(tile x tile, filter x filter)."""
+
+    tile: int
+    filter: int
+
+    @property
+    def usual(self) -> float:
+        """The largest error in these cases. Of 25 taps all but one may lie in the padding: what they were rounded by
+        is then measured against one product."""
+        return USUAL if self.filter == 3 else 3e-6
+
+
+FORMS = (Form(4, 3), Form(2, 3), Form(2, 5))
 
 # What the accuracy rule grants fast algorithms, and what these points keep to with room for small sums.
 STATED, USUAL = 1e-5, 1e-6
 
 
 class Case(NamedTuple):
+    """Padding as of 3x3 filters: larger ones get as much more as gives the same output."""
+
     n: int
     c: int
     h: int
@@ -80,7 +95,8 @@ class Arguments(NamedTuple):
             x = x * self.input_scale.to(dtype).view(-1, 1, 1) + self.input_shift.to(dtype).view(-1, 1, 1)
             x = F.relu(x)
         (top, left), (bottom, right) = case.padding, case.padding_end
-        y = F.conv2d(F.pad(x, (left, right, top, bottom)), w)
+        more = (w.shape[2] - 3) // 2
+        y = F.conv2d(F.pad(x, (left + more, right + more, top + more, bottom + more)), w)
         if self.scale is not None:
             y = y * self.scale.to(dtype).view(-1, 1, 1)
         if self.bias is not None:
@@ -91,17 +107,18 @@ class Arguments(NamedTuple):
 
     def run(self, case: Case, tile: int, out: Tensor, threads: int) -> None:
         packed = _native.PackedConv2dWinogradWeight(self.w, tile)
+        top, left = (padding + (self.w.shape[2] - 3) // 2 for padding in case.padding)
         _native.cpu_conv2d_winograd(
             out, self.x, packed, self.scale, self.bias, self.residual, self.input_scale, self.input_shift,
-            self.input_scale is not None, self.relu, case.padding, threads,
+            self.input_scale is not None, self.relu, (top, left), threads,
         )  # fmt: skip
 
 
-def arguments(case: Case, dtype: torch.dtype, *, full: bool, slices: bool) -> Arguments:
+def arguments(case: Case, dtype: torch.dtype, *, full: bool, slices: bool, filter: int = 3) -> Arguments:
     generator = torch.Generator().manual_seed(sum(case.out_shape))
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     lay = sliced if slices else lambda t: t.contiguous(memory_format=torch.channels_last)
-    x, w = draw(case.n, case.c, case.h, case.w).to(dtype), draw(case.k, case.c, 3, 3).to(dtype)
+    x, w = draw(case.n, case.c, case.h, case.w).to(dtype), draw(case.k, case.c, filter, filter).to(dtype)
     if not full:
         return Arguments(lay(x), w, None, None, None, None, None, False)
     return Arguments(
@@ -109,34 +126,39 @@ def arguments(case: Case, dtype: torch.dtype, *, full: bool, slices: bool) -> Ar
     )
 
 
-def check(case: Case, tile: int, dtype: torch.dtype, full: bool, threads: int) -> None:
+def check(case: Case, form: Form, dtype: torch.dtype, full: bool, threads: int) -> None:
     """One call into a poisoned slice: right everywhere, nothing written beside it."""
-    given = arguments(case, dtype, full=full, slices=full)
+    given = arguments(case, dtype, full=full, slices=full, filter=form.filter)
     out = GuardedSlice(case.out_shape, dtype)
-    given.run(case, tile, out.view, threads)
+    given.run(case, form.tile, out.view, threads)
     out.assert_guards_intact()
     exact = given.reference(case, torch.float64)
     if dtype == torch.float32:
-        assert relative_error(out.view, exact) <= USUAL
+        assert relative_error(out.view, exact) <= form.usual
     else:
         assert_accurate(out.view, given.reference(case, torch.float32).to(dtype), exact)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_float64(case: Case, tile: int, dtype: torch.dtype, full: bool):
-    check(case, tile, dtype, full, threads=2)
+def test_equals_float64(case: Case, form: Form, dtype: torch.dtype, full: bool):
+    check(case, form, dtype, full, threads=2)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (6, 9), (12, 8)], ids=str)
+def test_a_large_filter_without_padding(size: tuple[int, int]):
+    check(Case(2, 21, *size, 35, (-1, -1), (-1, -1)), Form(2, 5), torch.float32, full=True, threads=2)
 
 
 def check_kernels() -> None:
     """Everything once, for whichever instruction set is in use."""
     for case in CASES:
-        for tile in TILES:
+        for form in FORMS:
             for dtype in (torch.float32, torch.bfloat16):
                 for full in (False, True):
-                    check(case, tile, dtype, full, threads=1 if full else 3)
+                    check(case, form, dtype, full, threads=1 if full else 3)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
@@ -151,42 +173,42 @@ def test_other_instruction_sets(isa: str):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
     "case", [Case(1, 64, 61, 53, 64), Case(1, 300, 14, 14, 310), Case(3, 40, 30, 7, 50), Case(1, 16, 4, 4, 16)], ids=str
 )
-def test_the_same_bits_on_any_number_of_threads(case: Case, tile: int):
+def test_the_same_bits_on_any_number_of_threads(case: Case, form: Form):
     """Fewer threads cut the work differently, into blocks of other sizes or by output channels."""
-    given = arguments(case, torch.float32, full=True, slices=False)
+    given = arguments(case, torch.float32, full=True, slices=False, filter=form.filter)
     results = []
     for threads in (1, 2, 3, 4):
         out = torch.full(case.out_shape, float("nan")).contiguous(memory_format=torch.channels_last)
-        given.run(case, tile, out, threads)
+        given.run(case, form.tile, out, threads)
         results.append(out)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_an_image_does_not_depend_on_its_batch(tile: int):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_an_image_does_not_depend_on_its_batch(form: Form):
     case = Case(5, 24, 13, 10, 40)
-    given = arguments(case, torch.float32, full=False, slices=False)
+    given = arguments(case, torch.float32, full=False, slices=False, filter=form.filter)
     out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
-    given.run(case, tile, out, 2)
+    given.run(case, form.tile, out, 2)
     alone = torch.empty_like(out[3:4]).contiguous(memory_format=torch.channels_last)
-    given._replace(x=given.x[3:4]).run(case._replace(n=1), tile, alone, 2)
+    given._replace(x=given.x[3:4]).run(case._replace(n=1), form.tile, alone, 2)
     assert torch.equal(out[3:4], alone)
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["normal", "non-negative"])
 @pytest.mark.parametrize("channels", [16, 64, 256, 512])
-@pytest.mark.parametrize("tile", TILES)
-def test_error_keeps_far_below_the_stated_one(tile: int, channels: int, relu: bool):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_error_keeps_far_below_the_stated_one(form: Form, channels: int, relu: bool):
     case = Case(1, channels, 16, 16, 32)
-    given = arguments(case, torch.float32, full=False, slices=False)
+    given = arguments(case, torch.float32, full=False, slices=False, filter=form.filter)
     if relu:
         given = given._replace(x=given.x.relu())
     out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
-    given.run(case, tile, out, 2)
+    given.run(case, form.tile, out, 2)
     error = relative_error(out, given.reference(case, torch.float64))
     assert error <= USUAL < STATED
 
@@ -237,35 +259,38 @@ def test_wrong_arguments_are_named():
         run(out, x, input_scale=torch.randn(8))
     with pytest.raises(ValueError, match="threads must be positive"):
         run(out, x, threads=0)
-    with pytest.raises(ValueError, match=r"weight must have shape \(K, C, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(K, C, 3, 3\) or \(K, C, 5, 5\)"):
         _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 1), 4)
-    with pytest.raises(ValueError, match="tile must be 2 or 4"):
+    with pytest.raises(ValueError, match="tile must be 2, or 4 for 3x3 filters, is 3"):
         _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 3), 3)
+    with pytest.raises(ValueError, match="tile must be 2, or 4 for 3x3 filters, is 4"):
+        _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 5, 5), 4)
     with pytest.raises(TypeError, match="float32 or bfloat16"):
         _native.PackedConv2dWinogradWeight(torch.randn(8, 16, 3, 3).half(), 4)
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_a_packed_weight_from_its_bytes(tile: int):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_packed_weight_from_its_bytes(form: Form):
     case = Case(1, 19, 9, 8, 40)
-    given = arguments(case, torch.float32, full=False, slices=False)
-    packed = _native.PackedConv2dWinogradWeight(given.w, tile)
+    given = arguments(case, torch.float32, full=False, slices=False, filter=form.filter)
+    packed = _native.PackedConv2dWinogradWeight(given.w, form.tile)
     content, shape = packed.packed(), tuple(given.w.shape)
-    again = _native.PackedConv2dWinogradWeight.from_packed(content, shape, tile)
+    again = _native.PackedConv2dWinogradWeight.from_packed(content, shape, form.tile)
     assert again.packed() == content
     assert len(content) == packed.bytes
     with pytest.raises(ValueError, match=f"packed must have {packed.bytes} bytes, has {packed.bytes - 4}"):
-        _native.PackedConv2dWinogradWeight.from_packed(content[:-4], shape, tile)
-    with pytest.raises(ValueError, match="packed must have"):
-        _native.PackedConv2dWinogradWeight.from_packed(content, shape, 6 - tile)
-    with pytest.raises(ValueError, match="tile must be 2 or 4, is 3"):
+        _native.PackedConv2dWinogradWeight.from_packed(content[:-4], shape, form.tile)
+    if form.filter == 3:
+        with pytest.raises(ValueError, match="packed must have"):
+            _native.PackedConv2dWinogradWeight.from_packed(content, shape, 6 - form.tile)
+    with pytest.raises(ValueError, match="tile must be 2, or 4 for 3x3 filters, is 3"):
         _native.PackedConv2dWinogradWeight.from_packed(content, shape, 3)
-    with pytest.raises(ValueError, match=r"shape must be \(K, C, 3, 3\)"):
-        _native.PackedConv2dWinogradWeight.from_packed(content, (40, 19, 3, 1), tile)
+    with pytest.raises(ValueError, match=r"weight must have shape \(K, C, 3, 3\) or"):
+        _native.PackedConv2dWinogradWeight.from_packed(content, (40, 19, 3, 1), form.tile)
     with pytest.raises(ValueError, match="shape must be positive"):
-        _native.PackedConv2dWinogradWeight.from_packed(content, (40, 0, 3, 3), tile)
+        _native.PackedConv2dWinogradWeight.from_packed(content, (40, 0, 3, 3), form.tile)
     with pytest.raises(ValueError, match="packed must hold the weight's values"):
-        _native.PackedConv2dWinogradWeight.from_packed(content, (1 << 20, 1 << 20, 3, 3), tile)
+        _native.PackedConv2dWinogradWeight.from_packed(content, (1 << 20, 1 << 20, 3, 3), form.tile)
 
 
 # ---- the choice -------------------------------------------------------------------------------------------------
@@ -300,11 +325,16 @@ def served(monkeypatch) -> list[str]:
         ("direct", (1, 64, 28, 28), 64, {"stride": 2}),
         ("direct", (1, 64, 28, 28), 64, {"dilation": 2}),
         ("direct", (1, 64, 28, 28), 64, {"groups": 2}),
+        ("winograd2", (1, 64, 27, 27), 192, {"filter": 5}),
+        ("direct", (1, 64, 27, 27), 192, {"filter": 5, "stride": 2}),
+        ("direct", (1, 64, 28, 28), 64, {"filter": 7}),
     ],
 )
 @torch.no_grad()
 def test_which_algorithm_serves(served, algorithm: str, shape: tuple[int, ...], k: int, options: dict[str, int]):
-    x, w = torch.randn(shape), torch.randn(k, shape[1] // options.get("groups", 1), 3, 3)
+    options = dict(options)
+    filter = options.pop("filter", 3)
+    x, w = torch.randn(shape), torch.randn(k, shape[1] // options.get("groups", 1), filter, filter)
     y = ops.conv2d(x, w, padding=1, **options)
     assert served == [algorithm]
     exact = F.conv2d(x.double(), w.double(), padding=1, **options)

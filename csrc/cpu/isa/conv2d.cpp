@@ -21,8 +21,8 @@
 //
 // Kept in registers: the micro-tile's accumulators, two weight vectors, one broadcast. In L1: the micro-tile's input
 // (14 rows x 384 floats = 21 KiB for AVX-512). In L2: the task's panel or strip and a run of weight blocks; the weights
-// of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums between chunks stay in a
-// scratch array that only this task uses.
+// of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums between chunks stay in L1,
+// those of a panel in a scratch array that only this task uses.
 //
 // Floor: 2*N*P*Q*K*R*S*C/groups FLOPs at the FMA rate; each weight is read once per task that needs it.
 
@@ -94,35 +94,81 @@ static void locate_pixels(const Conv2dProblem& problem, int64_t first, int64_t c
   }
 }
 
-static void run_pixels(const Conv2dProblem& problem, const Task& task, float* panel) {
+// Micro-tiles of nearly equal height: 49 pixels are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
+static int64_t micro_tile_height(int64_t rows_left, int64_t tiles_left) {
+  return (rows_left + tiles_left - 1) / tiles_left;
+}
+
+// A micro-tile's chunks follow each other, so that its partial sums stay in L1.
+static void run_in_place(const Conv2dProblem& problem, const Task& task) {
   const int64_t first_pixel = task.row_task * problem.tile_rows;
   const int64_t rows = smaller(problem.out.pixels() - first_pixel, problem.tile_rows);
+  const int64_t micro_tiles = (rows + kMicroRows - 1) / kMicroRows;
+  const int64_t reduction = reduction_of(problem), stride = problem.input.pixel_stride;
+  const float* input = static_cast<const float*>(problem.input.data) + first_pixel * stride;
+  alignas(64) float partial[kMicroRows * kColumnBlock];
+  MicroTarget target;
+  target.problem = &problem;
+  target.partial = partial;
+  target.partial_stride = kColumnBlock;
+  MicroSource source;
+  source.runs = 1;
+  source.pitch = 0;
+  source.stride = stride;
+  if (problem.prefetch_input) {
+    // The pixels of the next task, spread over this one's steps.
+    const int64_t steps = (task.last_block - task.first_block) * micro_tiles * reduction;
+    source.ahead = reinterpret_cast<const char*>(input + rows * stride);
+    source.ahead_step = rows * stride * 4 / steps;
+  }
+  for (int64_t block = task.first_block; block < task.last_block; ++block) {
+    const float* weight = weights_of(problem, task.group, block);
+    aim_at_block(target, task.group, block);
+    if (!problem.prefetch_input) {
+      const float* next =
+          block + 1 < task.last_block ? weight + reduction * kColumnBlock : weights_after(problem, task);
+      source.ahead = reinterpret_cast<const char*>(next);
+      source.ahead_step = kColumnBlock * 4 / micro_tiles;
+    }
+    int64_t row = 0;
+    for (int64_t tile = 0; tile < micro_tiles; ++tile) {
+      const int64_t height = micro_tile_height(rows - row, micro_tiles - tile);
+      target.pixel = first_pixel + row;
+      const float* from = input + row * stride + task.group * problem.group_in;
+      for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
+        source.first = from + begin;
+        source.run = smaller(problem.chunk, reduction - begin);
+        target.load_partial = begin > 0;
+        target.finish = begin + source.run == reduction;
+        kernels_for(target)[height](source, weight + begin * kColumnBlock, target);
+        source.ahead += source.run * source.ahead_step;
+      }
+      row += height;
+    }
+  }
+}
+
+static void run_panel(const Conv2dProblem& problem, const Task& task, float* panel) {
+  const int64_t first_pixel = task.row_task * problem.tile_rows;
+  const int64_t rows = smaller(problem.out.pixels() - first_pixel, problem.tile_rows);
+  const int64_t micro_tiles = (rows + kMicroRows - 1) / kMicroRows;
   const int64_t reduction = reduction_of(problem);
   const int64_t partial_stride = problem.blocks_per_task * kColumnBlock;
-  const bool in_place = problem.source == ConvSource::in_place;
-  float* partial = in_place ? panel : panel + problem.tile_rows * kPanelStride;
+  float* partial = panel + problem.tile_rows * kPanelStride;
   Pixel pixels[kMaxMicroTiles * kMicroRows];
-  if (!in_place) locate_pixels(problem, first_pixel, rows, pixels);
+  locate_pixels(problem, first_pixel, rows, pixels);
 
-  // Micro-tiles of nearly equal height: 49 pixels are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
-  const int64_t micro_tiles = (rows + kMicroRows - 1) / kMicroRows;
   MicroTarget target;
   target.problem = &problem;
   target.partial_stride = partial_stride;
-
   for (int64_t begin = 0; begin < reduction; begin += problem.chunk) {
     const int64_t end = smaller(begin + problem.chunk, reduction);
     MicroSource source;
     source.runs = 1;
     source.run = end - begin;
     source.pitch = 0;
-    const float* from = panel;
     source.stride = kPanelStride;
-    if (in_place) {
-      source.stride = problem.input.pixel_stride;
-      from = static_cast<const float*>(problem.input.data) + first_pixel * source.stride +
-             task.group * problem.group_in + begin;
-    } else if (problem.input.dtype == DType::f32) {
+    if (problem.input.dtype == DType::f32) {
       gather_panel<float>(problem, pixels, rows, task.group * problem.group_in, begin, end, panel);
     } else {
       gather_panel<uint16_t>(problem, pixels, rows, task.group * problem.group_in, begin, end, panel);
@@ -149,10 +195,10 @@ static void run_pixels(const Conv2dProblem& problem, const Task& task, float* pa
       }
       int64_t row = 0;
       for (int64_t tile = 0; tile < micro_tiles; ++tile) {
-        const int64_t height = (rows - row + micro_tiles - tile - 1) / (micro_tiles - tile);
+        const int64_t height = micro_tile_height(rows - row, micro_tiles - tile);
         target.partial = partial + row * partial_stride + (block - task.first_block) * kColumnBlock;
         target.pixel = first_pixel + row;
-        source.first = from + row * source.stride;
+        source.first = panel + row * source.stride;
         kernels_for(target)[height](source, weight, target);
         row += height;
         source.ahead += (end - begin) * source.ahead_step;
@@ -254,16 +300,19 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
 
 int64_t conv2d_scratch_bytes(const Conv2dProblem& problem) {
   if (problem.source == ConvSource::strip) return problem.input_rows(problem.tile_rows) * problem.strip_pitch * 4;
-  const int64_t panel = problem.source == ConvSource::in_place ? 0 : problem.tile_rows * kPanelStride;
-  return (panel + problem.tile_rows * problem.blocks_per_task * kColumnBlock) * 4;
+  if (problem.source == ConvSource::in_place) return 0;
+  return problem.tile_rows * (kPanelStride + problem.blocks_per_task * kColumnBlock) * 4;
 }
 
 void conv2d_task(const Conv2dProblem& problem, int64_t index, void* scratch) {
   const Task task(problem, index);
-  if (problem.source == ConvSource::strip) {
-    run_strip(problem, task, static_cast<float*>(scratch));
-  } else {
-    run_pixels(problem, task, static_cast<float*>(scratch));
+  switch (problem.source) {
+    case ConvSource::in_place:
+      return run_in_place(problem, task);
+    case ConvSource::strip:
+      return run_strip(problem, task, static_cast<float*>(scratch));
+    case ConvSource::panel:
+      return run_panel(problem, task, static_cast<float*>(scratch));
   }
 }
 

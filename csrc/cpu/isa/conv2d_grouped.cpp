@@ -119,11 +119,33 @@ static inline void add_taps(const Block& block, const T* row, const float* weigh
 }
 
 // The same for three adjacent taps with stride 1: an input pixel is permuted once for the three outputs that it
-// touches.
+// touches. With 32 registers and larger groups all pixels are held: three weights are loaded for all of them, and
+// neighbouring products belong to different sums.
+constexpr bool kHoldsPixels = kMicroRows >= 12;
+
 template <typename T, int Group, int Pixels>
 static inline void add_three_taps(const Block& block, const T* row, const float* weight, int64_t q, bool border,
                                   Vector (&sum)[Pixels]) {
   const int64_t w0 = q - block.problem->geometry.pad_left;
+  if constexpr (kHoldsPixels && Group >= 8) {
+    Vector value[Pixels + 2];
+    for (int w = 0; w < Pixels + 2; ++w) value[w] = read_column(block, row, w0 + w, border);
+#pragma GCC unroll 16
+    for (int j = 0; j < Group; ++j) {
+      const Vector factor[3] = {load(weight + j * kVectorWidth), load(weight + (Group + j) * kVectorWidth),
+                                load(weight + (2 * Group + j) * kVectorWidth)};
+#pragma GCC unroll 10
+      for (int w = 0; w < Pixels + 2; ++w) {
+        keep_in_register(value[w]);
+        const Vector input = spread<Group>(value[w], j);
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) {
+          if (w - s >= 0 && w - s < Pixels) sum[w - s] += input * factor[s];
+        }
+      }
+    }
+    return;
+  }
 #pragma GCC unroll 10
   for (int w = 0; w < Pixels + 2; ++w) {
     Vector value = read_column(block, row, w0 + w, border);

@@ -97,25 +97,33 @@ static inline __attribute__((always_inline)) void finish_in_registers(const Micr
   }
 }
 
-// What the epilogue reads and writes, asked for before the sums are formed.
-template <int Rows>
-static inline void prefetch_epilogue(const MicroTarget& target) {
-  const TensorView& out = target.problem->out;
-  const TensorView& residual = target.problem->residual;
-  const int64_t item = size_in_bytes(out.dtype), last = (target.columns - 1) * item;
-  for (int i = 0; i < Rows; ++i) {
-    const int64_t pixel = target.pixel + i;
-    const char* to = static_cast<const char*>(out.data) + (pixel * out.pixel_stride + target.channel) * item;
+// What the epilogue reads and writes, asked for while the first sums are formed: a row with each step, because a burst
+// of requests holds up the weights behind it.
+struct EpilogueAhead {
+  const char *to, *from;  // output, residual; without one, the output again
+  int64_t to_step, from_step, last;
+  int64_t rows;  // still to be asked for
+
+  EpilogueAhead(const MicroTarget& target, int64_t count) : rows(target.finish ? count : 0) {
+    const TensorView& out = target.problem->out;
+    const TensorView& source = target.problem->residual ? target.problem->residual : out;
+    const int64_t item = size_in_bytes(out.dtype);
+    to = static_cast<const char*>(out.data) + (target.pixel * out.pixel_stride + target.channel) * item;
+    from = static_cast<const char*>(source.data) + (target.pixel * source.pixel_stride + target.channel) * item;
+    to_step = out.pixel_stride * item;
+    from_step = source.pixel_stride * item;
+    last = (target.columns - 1) * item;
+  }
+
+  void ask() {
     __builtin_prefetch(to, 1, 3);
     __builtin_prefetch(to + last, 1, 3);
-    if (residual) {
-      const char* from =
-          static_cast<const char*>(residual.data) + (pixel * residual.pixel_stride + target.channel) * item;
-      __builtin_prefetch(from, 0, 3);
-      __builtin_prefetch(from + last, 0, 3);
-    }
+    __builtin_prefetch(from, 0, 3);
+    __builtin_prefetch(from + last, 0, 3);
+    to += to_step;
+    from += from_step;
   }
-}
+};
 
 template <int Rows, int Vectors>
 static void micro_kernel(const MicroSource& source, const float* weight, const MicroTarget& target) {
@@ -125,13 +133,13 @@ static void micro_kernel(const MicroSource& source, const float* weight, const M
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
   }
-  if (target.finish) prefetch_epilogue<Rows>(target);
+  EpilogueAhead epilogue(target, Rows);
   const char* ahead = source.ahead;
   int64_t stride = source.stride, stride3 = 3 * stride, stride5 = 5 * stride;
   for (int64_t run = 0; run < source.runs; ++run) {
     const float* from = source.first + run * source.pitch;
     const float* x[2] = {from, from + kHalfRows * stride};
-    for (int64_t k = 0; k < source.run; ++k) {
+    const auto step = [&]() __attribute__((always_inline)) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += source.ahead_step;
       Vector w[Vectors];
@@ -151,7 +159,14 @@ static void micro_kernel(const MicroSource& source, const float* weight, const M
         for (int j = 0; j < Vectors; ++j) sum[i][j] += value * w[j];
       }
       ++x[0], ++x[1];
+    };
+    const int64_t asked = source.run < epilogue.rows ? source.run : epilogue.rows;
+    epilogue.rows -= asked;
+    for (int64_t k = 0; k < asked; ++k) {
+      epilogue.ask();
+      step();
     }
+    for (int64_t k = asked; k < source.run; ++k) step();
   }
   // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
   // filter's.

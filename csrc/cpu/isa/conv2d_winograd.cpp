@@ -1,14 +1,15 @@
-// Convolution on the CPU by Winograd's minimal filtering F(m x m, 3x3), m = 4 or 2, for 3x3 filters with stride 1 and
-// dilation 1.
+// Convolution on the CPU by Winograd's minimal filtering F(4x4, 3x3), F(2x2, 3x3) and F(2x2, 5x5), for 3x3 and 5x5
+// filters with stride 1 and dilation 1.
 //
 //   Y = A^T [ sum_c (G w[k,c] G^T) . (B^T pro(x)[c] B) ] A      for each m x m tile of the output and each k
 //   y = act(scale[k] * Y + bias[k] + residual)
 //
 // (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015; points after Barabasz et al., "Error
-// Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2020.) With t = m + 2 a tile
-// costs t*t products for every (c, k) where the sum costs 9*m*m: 4 times fewer for m = 4, 2.25 times for m = 2.
+// Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2020.) With t = m + r - 1 a
+// tile of m x m outputs under r x r filters costs t*t products for every (c, k) where the sum costs r*r*m*m: 4 times
+// fewer for F(4x4, 3x3), 2.25 times for F(2x2, 3x3), 2.78 times for F(2x2, 5x5).
 //
-// Points: m = 4 interpolates at 0, +-5/8, +-3/2 and infinity, m = 2 at 0, +-1 and infinity. The textbook's 0, +-1, +-2
+// Points: t = 6 interpolates at 0, +-5/8, +-3/2 and infinity, t = 4 at 0, +-1 and infinity. The textbook's 0, +-1, +-2
 // make the transforms' coefficients whole numbers but cost twice the error: what counts is that the powers of the
 // points stay near 1, on both sides. All coefficients here are exact in fp32.
 //
@@ -30,7 +31,7 @@
 // micro-tile's rows of the panel. In L2: a block's transformed input and the products of one column block.
 //
 // Floor: 2*t*t*tiles*C*K FLOPs at the FMA rate plus the transforms (about 3*t*t + 3*m*t operations a tile and channel
-// each way); the transformed weights, t*t/9 times the plain ones, are read once a tile block.
+// each way); the transformed weights, t*t/(r*r) times the plain ones, are read once a tile block.
 
 #include "variant.h"
 #include "vector.h"
@@ -40,11 +41,11 @@ namespace {
 
 // ---- transforms of one column -------------------------------------------------------------------------------------
 
-template <int M>
+template <int Side>
 struct Points;
 
 template <>
-struct Points<4> {
+struct Points<6> {
   // b = B^T a
   static inline void input(const Vector (&a)[6], Vector (&b)[6]) {
     constexpr float p = 0.625f, q = 1.5f, pp = p * p, qq = q * q;
@@ -57,7 +58,7 @@ struct Points<4> {
     b[4] = even_q - odd_q;
     b[5] = (pp * qq) * a[1] + (a[5] - (pp + qq) * a[3]);
   }
-  // b = A^T a
+  // b = A^T a, for 4 outputs and 2
   static inline void output(const Vector (&a)[6], Vector (&b)[4]) {
     constexpr float p = 0.625f, q = 1.5f;
     const Vector sum_p = a[1] + a[2], difference_p = a[1] - a[2];
@@ -67,10 +68,14 @@ struct Points<4> {
     b[2] = (p * p) * sum_p + (q * q) * sum_q;
     b[3] = (p * p * p) * difference_p + (q * q * q) * difference_q + a[5];
   }
+  static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
+    b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
+    b[1] = 0.625f * (a[1] - a[2]) + 1.5f * (a[3] - a[4]) + a[5];
+  }
 };
 
 template <>
-struct Points<2> {
+struct Points<4> {
   static inline void input(const Vector (&a)[4], Vector (&b)[4]) {
     b[0] = a[2] - a[0];
     b[1] = a[2] + a[1];
@@ -103,7 +108,7 @@ static int64_t product_point_stride(const WinogradProblem& problem) {
   return (problem.tiles_per_block * kMicroVectors | 1) * kVectorWidth;
 }
 static int64_t point_count(const WinogradProblem& problem) {
-  return (problem.tile + 2) * (problem.tile + 2);
+  return problem.side * problem.side;
 }
 
 // ---- input transform ----------------------------------------------------------------------------------------------
@@ -123,10 +128,9 @@ static inline Vector load_lanes(const T* from, int64_t lanes) {
 }
 
 // All channels of one tile. `to` is the tile's place in the block's first vector and point.
-template <typename T, int M>
+template <typename T, int kTile>
 static void transform_input(const WinogradProblem& problem, TilePlace place, int64_t vector_stride,
                             int64_t point_stride, float* to) {
-  constexpr int kTile = M + 2;
   const TensorView& x = problem.input;
   const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left;
   const int64_t row_stride = x.w * x.pixel_stride;
@@ -160,21 +164,21 @@ static void transform_input(const WinogradProblem& problem, TilePlace place, int
           column[i] = value;
         }
       }
-      Points<M>::input(column, down);
+      Points<kTile>::input(column, down);
 #pragma GCC unroll 6
       for (int i = 0; i < kTile; ++i) half[i][j] = down[i];
     }
     float* point = to + v * vector_stride;
     for (int i = 0; i < kTile; ++i) {
       Vector across[kTile];
-      Points<M>::input(half[i], across);
+      Points<kTile>::input(half[i], across);
 #pragma GCC unroll 6
       for (int j = 0; j < kTile; ++j) store(point + (i * kTile + j) * point_stride, across[j]);
     }
   }
 }
 
-template <int M>
+template <int kTile>
 static void transform_block(const WinogradProblem& problem, int64_t block, float* to) {
   const TileBlock tiles = tile_block(problem, block);
   const int64_t vector_stride = tiles.count * kVectorWidth, point_stride = input_point_stride(problem);
@@ -182,9 +186,9 @@ static void transform_block(const WinogradProblem& problem, int64_t block, float
     const TilePlace place = place_of(problem, tiles.first + i);
     float* tile = to + i * kVectorWidth;
     if (problem.input.dtype == DType::f32) {
-      transform_input<float, M>(problem, place, vector_stride, point_stride, tile);
+      transform_input<float, kTile>(problem, place, vector_stride, point_stride, tile);
     } else {
-      transform_input<uint16_t, M>(problem, place, vector_stride, point_stride, tile);
+      transform_input<uint16_t, kTile>(problem, place, vector_stride, point_stride, tile);
     }
   }
 }
@@ -192,13 +196,18 @@ static void transform_block(const WinogradProblem& problem, int64_t block, float
 // ---- products -----------------------------------------------------------------------------------------------------
 
 // sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; all channels of one point. Channels are summed in
-// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it. Meanwhile the
-// weights at `ahead` are fetched into L2, `ahead_step` floats further with every channel.
+// chunks that are then added up: rounding grows with a chunk's length, and the way back enlarges it. Meanwhile what is
+// needed later is fetched into L2.
 constexpr int64_t kChunkVectors = 32 / kVectorWidth;
+
+struct Stream {
+  const char* at;
+  int64_t step;  // bytes further with every channel
+};
 
 template <int Rows, int Vectors>
 static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, int64_t channel_vectors,
-                         float* sums, const float* ahead, int64_t ahead_step) {
+                         float* sums, Stream first, Stream second) {
   for (int64_t begin = 0; begin < channel_vectors; begin += kChunkVectors) {
     const int64_t left = channel_vectors - begin;
     const int64_t count = left < kChunkVectors ? left : kChunkVectors;
@@ -220,9 +229,10 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
           for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
         }
         weight += kColumnBlock;
-        __builtin_prefetch(ahead, 0, 2);
-        if (kColumnBlock > 16) __builtin_prefetch(ahead + 16, 0, 2);
-        ahead += ahead_step;
+        __builtin_prefetch(first.at, 0, 2);
+        __builtin_prefetch(second.at, 0, 2);
+        first.at += first.step;
+        second.at += second.step;
       }
       panel += vector_stride;
     }
@@ -241,7 +251,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
   }
 }
 
-using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, const float*, int64_t);
+using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, Stream, Stream);
 
 template <int Vectors>
 struct MicroKernels {
@@ -257,28 +267,72 @@ struct MicroKernels {
 constexpr MicroKernels<1> kOneVector;
 constexpr MicroKernels<2> kTwoVectors;
 
+constexpr int64_t kWeightsInL2 = 640 << 10;
+
 // ---- output transform ---------------------------------------------------------------------------------------------
 
-// One tile, one vector of output channels, `lanes` of them valid.
-template <typename T, int M>
-static void transform_output(const WinogradProblem& problem, TilePlace place, int64_t channel, int64_t lanes,
-                             Vector scale, Vector bias, const float* products, int64_t point_stride) {
-  constexpr int kTile = M + 2;
-  Vector half[M][kTile];
+template <int M, int kTile>
+static inline void transform_columns(const float* products, int64_t point_stride, Vector (&half)[M][kTile]) {
   for (int j = 0; j < kTile; ++j) {
     Vector column[kTile], down[M];
 #pragma GCC unroll 6
     for (int i = 0; i < kTile; ++i) column[i] = load(products + (i * kTile + j) * point_stride);
-    Points<M>::output(column, down);
+    Points<kTile>::output(column, down);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) half[i][j] = down[i];
   }
+}
+
+// The larger one; NaN wins, as in max_pool2d.
+static inline Vector larger(Vector a, Vector b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
+// transform_output() where `out` holds the maximum of each 2x2 window.
+template <typename T, int M, int kTile>
+static void transform_output_pooled(const WinogradProblem& problem, TilePlace place, int64_t channel, int64_t lanes,
+                                    Vector scale, Vector bias, const float* products, int64_t point_stride) {
+  Vector half[M][kTile];
+  transform_columns<M, kTile>(products, point_stride, half);
+  const TensorView& y = problem.out;
+  const int64_t p = place.p / 2, q = place.q / 2;
+  for (int i = 0; i < M / 2 && p + i < y.h; ++i) {
+    Vector above[M], below[M];
+    Points<kTile>::output(half[2 * i], above);
+    Points<kTile>::output(half[2 * i + 1], below);
+    T* out = static_cast<T*>(y.data) + ((place.image * y.h + p + i) * y.w + q) * y.pixel_stride + channel;
+#pragma GCC unroll 2
+    for (int j = 0; j < M / 2; ++j) {
+      if (q + j >= y.w) break;
+      const Vector top = larger(above[2 * j] * scale + bias, above[2 * j + 1] * scale + bias);
+      const Vector bottom = larger(below[2 * j] * scale + bias, below[2 * j + 1] * scale + bias);
+      Vector value = larger(top, bottom);
+      if (problem.relu) value = relu(value);
+      if (lanes < kVectorWidth) {
+        store_some(out + j * y.pixel_stride, value, lanes);
+      } else {
+        store(out + j * y.pixel_stride, value);
+      }
+    }
+  }
+}
+
+// One tile, one vector of output channels, `lanes` of them valid.
+template <typename T, int M, int kTile>
+static void transform_output(const WinogradProblem& problem, TilePlace place, int64_t channel, int64_t lanes,
+                             Vector scale, Vector bias, const float* products, int64_t point_stride) {
+  if (problem.max_pool) {
+    transform_output_pooled<T, M, kTile>(problem, place, channel, lanes, scale, bias, products, point_stride);
+    return;
+  }
+  Vector half[M][kTile];
+  transform_columns<M, kTile>(products, point_stride, half);
   const TensorView& y = problem.out;
   const int64_t rows = y.h - place.p < M ? y.h - place.p : M;
   const int64_t columns = y.w - place.q < M ? y.w - place.q : M;
   for (int i = 0; i < rows; ++i) {
     Vector across[M];
-    Points<M>::output(half[i], across);
+    Points<kTile>::output(half[i], across);
     const int64_t pixel = (place.image * y.h + place.p + i) * y.w + place.q;
     T* out = static_cast<T*>(y.data) + pixel * y.pixel_stride + channel;
     const int64_t residual_stride = problem.residual.pixel_stride;
@@ -299,11 +353,31 @@ static void transform_output(const WinogradProblem& problem, TilePlace place, in
   }
 }
 
-// One column block of one tile block: products, then the way back.
-template <int M>
+// Where the input rows of a tile block begin, for fetching them ahead; tiles beyond the end of a row of tiles are left
+// out.
+struct InputRows {
+  const char* first;
+  int64_t row_bytes, bytes;  // from one row to the next; of a row, those that the block reads
+
+  InputRows(const WinogradProblem& problem, int64_t block) {
+    const TensorView& x = problem.input;
+    const TilePlace place = place_of(problem, block * problem.tiles_per_block);
+    const int64_t h = place.p > problem.pad_top ? place.p - problem.pad_top : 0;
+    const int64_t w = place.q > problem.pad_left ? place.q - problem.pad_left : 0;
+    const int64_t pixel = x.pixel_stride * size_in_bytes(x.dtype);
+    const int64_t wanted = problem.tiles_per_block * problem.tile + problem.side - problem.tile, left = x.w - w;
+    first = static_cast<const char*>(x.data) + ((place.image * x.h + h) * x.w + w) * pixel;
+    row_bytes = x.w * pixel;
+    bytes = (left < wanted ? (left < 0 ? 0 : left) : wanted) * pixel;
+  }
+};
+
+// One column block of one tile block: products, then the way back. Meanwhile part `part` of `parts` of what the next
+// tile block reads is fetched.
+template <int M, int kTile>
 static void column_block(const WinogradProblem& problem, int64_t block, int64_t column, const float* panel,
-                         float* products) {
-  constexpr int kPoints = (M + 2) * (M + 2);
+                         float* products, const InputRows& next, int64_t part, int64_t parts) {
+  constexpr int kPoints = kTile * kTile;
   const TileBlock tiles = tile_block(problem, block);
   const int64_t channels = problem.channel_vectors * kVectorWidth;
   const int64_t panel_stride = input_point_stride(problem), product_stride = product_point_stride(problem);
@@ -314,15 +388,23 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
   // weights, so that reading them from memory takes its time beside the products, not before.
   const int64_t micro_tiles = (tiles.count + kMicroRows - 1) / kMicroRows;
+  // Weights that stay in L2 need no fetching; nor does half of the second stream where micro-tiles share the work.
+  const bool input_first = problem.columns_per_task * kPoints * channels * kColumnBlock * 4 <= kWeightsInL2;
+  const int64_t input_step = next.bytes / (kTile * parts * channels * micro_tiles);
   for (int point = 0; point < kPoints; ++point) {
+    const char* input =
+        next.first + point / kTile * next.row_bytes + (part * kTile + point % kTile) * (next.bytes / (kTile * parts));
     int64_t row = 0;
     for (int64_t micro = 0; micro < micro_tiles; ++micro) {
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
-      kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
-                      weight + point * channels * kColumnBlock, problem.channel_vectors,
-                      products + point * product_stride + row * kColumnBlock,
-                      weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock,
-                      kColumnBlock / micro_tiles);
+      const char* ahead = reinterpret_cast<const char*>(
+          weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock);
+      kernels[height](
+          panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
+          weight + point * channels * kColumnBlock, problem.channel_vectors,
+          products + point * product_stride + row * kColumnBlock, {ahead, kColumnBlock * 4 / micro_tiles},
+          input_first || micro_tiles > 1 ? Stream{input, input_step} : Stream{ahead + 64, kColumnBlock * 4});
+      input += channels * input_step;
       row += height;
     }
   }
@@ -332,9 +414,9 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
       const TilePlace place = place_of(problem, tiles.first + i);
       const float* from = products + i * kColumnBlock + k;
       if (problem.out.dtype == DType::f32) {
-        transform_output<float, M>(problem, place, first + k, columns - k, scale, bias, from, product_stride);
+        transform_output<float, M, kTile>(problem, place, first + k, columns - k, scale, bias, from, product_stride);
       } else {
-        transform_output<uint16_t, M>(problem, place, first + k, columns - k, scale, bias, from, product_stride);
+        transform_output<uint16_t, M, kTile>(problem, place, first + k, columns - k, scale, bias, from, product_stride);
       }
     }
   }
@@ -345,14 +427,17 @@ static int64_t panel_floats(const WinogradProblem& problem) {
 }
 
 // Tasks: (part of the column blocks, tile block), tile blocks fastest.
-template <int M>
+template <int M, int kTile>
 static void run(const WinogradProblem& problem, int64_t index, float* panel) {
   const int64_t block = index % problem.blocks, first = index / problem.blocks * problem.columns_per_task;
   const int64_t beyond = first + problem.columns_per_task;
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
   float* products = panel + panel_floats(problem);
-  transform_block<M>(problem, block, panel);
-  for (int64_t column = first; column < last; ++column) column_block<M>(problem, block, column, panel, products);
+  transform_block<kTile>(problem, block, panel);
+  const InputRows next(problem, block + 1 < problem.blocks ? block + 1 : block);
+  for (int64_t column = first; column < last; ++column) {
+    column_block<M, kTile>(problem, block, column, panel, products, next, column - first, last - first);
+  }
 }
 
 }  // namespace
@@ -363,7 +448,13 @@ int64_t winograd_scratch_bytes(const WinogradProblem& problem) {
 
 void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch) {
   float* memory = static_cast<float*>(scratch);
-  problem.tile == 4 ? run<4>(problem, index, memory) : run<2>(problem, index, memory);
+  if (problem.side == 4) {
+    run<2, 4>(problem, index, memory);
+  } else if (problem.tile == 4) {
+    run<4, 6>(problem, index, memory);
+  } else {
+    run<2, 6>(problem, index, memory);
+  }
 }
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

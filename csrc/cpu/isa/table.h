@@ -50,7 +50,7 @@ struct Conv2dProblem {
 struct WinogradProblem {
   TensorView out, input;
   int64_t pad_top, pad_left;
-  int tile;  // outputs to a tile's side, 4 or 2
+  int tile, side;  // to a tile's side: outputs, 4 or 2; inputs, 6 or 4
   const float* packed_weight;
   int64_t channel_vectors, column_blocks;
   // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
@@ -61,6 +61,7 @@ struct WinogradProblem {
   const float* bias;
   TensorView residual;
   bool relu;
+  bool max_pool;  // `out` is the maximum of each 2x2 window of the convolution's output; no residual then
   // How the work is cut: see isa/conv2d_winograd.cpp.
   int64_t tiles_h, tiles_w;  // in an image's height and width
   int64_t tiles;             // in the batch

@@ -57,20 +57,29 @@ class ByMeasurement:
         groups: int,
     ) -> str:
         usual = by_rule(out, input, weight, stride, padding, dilation, groups)
-        if not backends.allows_fast_algorithms() or not cpp.winograd_covers(weight.shape, stride, dilation, groups):
+        covering = cpp.algorithms(weight.shape, stride, dilation, groups)
+        if covering == (cpp.DIRECT,) or not backends.allows_fast_algorithms():
             return usual
         key = (tuple(out), tuple(input), tuple(weight.shape), padding, weight.dtype)
         if key not in self._known:
-            self._known[key] = self._measured(out, input, weight, padding, usual)
+            self._known[key] = self._measured(covering, out, input, weight, padding, usual)
         return self._known[key]
 
-    def _measured(self, out: Sequence[int], input: Sequence[int], weight: Tensor, padding: Pair, usual: str) -> str:
+    def _measured(
+        self,
+        covering: Sequence[str],
+        out: Sequence[int],
+        input: Sequence[int],
+        weight: Tensor,
+        padding: Pair,
+        usual: str,
+    ) -> str:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(tuple(input), generator=generator).contiguous(memory_format=torch.channels_last)
         sums = _Layer(cpp.DIRECT, out, x, weight.detach().float(), padding).run()
         layers = {}
         narrow = x.to(weight.dtype)
-        for name in cpp.ALGORITHMS:
+        for name in covering:
             # Judged in fp32, where nothing hides the algorithm's own error.
             error = (_Layer(name, out, x, weight.detach().float(), padding).run() - sums).norm()
             if error <= FAST_ALGORITHM_ERROR * sums.norm():

@@ -206,9 +206,9 @@ def freeze(
         example_inputs: a tensor, or a sequence of them, as ``model(*example_inputs)`` takes; only shapes, strides and
             dtypes matter.
         dtype: ``torch.float32`` or ``torch.bfloat16``: freeze a converted copy, for inputs of this dtype.
-        tune: measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles) is fastest here for each 3x3 convolution,
-            for the number of threads now set, instead of going by the backend's estimate. Takes some seconds. Results
-            may then differ from the unfrozen model's within what fast algorithms may be off.
+        tune: measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles) is fastest here for each 3x3 or 5x5
+            convolution, for the number of threads now set, instead of going by the backend's estimate. Takes some
+            seconds. Results may then differ from the unfrozen model's within what fast algorithms may be off.
 
     Raises:
         ValueError: the model holds operators without a native step (all are listed), or an example is empty, not

@@ -16,6 +16,7 @@ from fastcnn.graph.freezing.chunks import run_in_chunks
 from fastcnn.graph.freezing.layouts import choose_layouts, drop_unread, forward_copies
 from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
+from fastcnn.graph.freezing.pooling import fuse_max_pooling
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
 
 ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs follow the inputs
@@ -120,6 +121,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     forward_copies(program)
     place_in_slices(program)
     drop_unread(program)
+    fuse_max_pooling(program)
     run_in_chunks(program)
     alive = lifetimes(program)
     offsets, arena_bytes = plan_offsets(list(alive.values()))

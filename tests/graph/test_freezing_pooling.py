@@ -1,0 +1,128 @@
+"""Max pooling taken in a frozen Winograd convolution: the bits of the two steps, and where it must not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.accuracy import relative_error
+from torch import Tensor, nn
+
+import fastcnn
+from fastcnn import _native
+from fastcnn.backends import cpp
+
+
+def steps_of(frozen: nn.Module) -> list[tuple[str, bool]]:
+    """Each step's operator, and whether it is a convolution that pools."""
+    return [(step.operator, step.attributes[-1:] == (True,)) for step in frozen._recipe.steps]
+
+
+POOLED = ("conv2d_winograd", True)
+
+
+def block(c: int, k: int, *, relu: bool = True, filter: int = 3) -> nn.Sequential:
+    convolution = nn.Conv2d(c, k, filter, padding=filter // 2)
+    return nn.Sequential(convolution, *([nn.ReLU()] if relu else []), nn.MaxPool2d(2))
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "k", "filter"),
+    [
+        ((1, 64, 32, 32), 64, 3),
+        ((2, 24, 65, 63), 40, 3),  # odd: the last row and column are in no window
+        ((1, 19, 37, 66), 33, 3),  # channels that fill no vector
+        ((1, 512, 7, 7), 512, 3),  # tiles of 2x2
+        ((1, 64, 27, 29), 192, 5),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_has_the_bits_of_convolution_and_pooling(
+    shape: tuple[int, ...], k: int, filter: int, dtype: torch.dtype, relu: bool
+):
+    torch.manual_seed(0)
+    model, x = block(shape[1], k, relu=relu, filter=filter).eval(), torch.randn(shape)
+    if dtype == torch.bfloat16:
+        if shape[0] * shape[2] * shape[3] < 4096 and cpp.has_bf16_dot_products():
+            pytest.skip("small pictures are convolved by the plain sum in bf16")
+        model, x = model.bfloat16(), x.bfloat16()
+    frozen = fastcnn.freeze(model, x)
+    assert POOLED in steps_of(frozen)
+    assert "max_pool2d" not in [operator for operator, _ in steps_of(frozen)]
+    whole = fastcnn.freeze(model[:-1], x)(x)
+    assert torch.equal(frozen(x), nn.functional.max_pool2d(whole, 2))
+    if dtype == torch.float32:
+        assert relative_error(frozen(x), model.double()(x.double())) <= 3e-6
+
+
+@torch.no_grad()
+def test_nan_wins_and_infinity_stays():
+    model, x = block(16, 16).eval(), torch.randn(1, 16, 32, 32)
+    x[0, 3, 9, 13] = float("nan")
+    frozen = fastcnn.freeze(model, x)
+    assert POOLED in steps_of(frozen)
+    whole = fastcnn.freeze(model[:-1], x)(x)
+    expected = nn.functional.max_pool2d(whole, 2)
+    assert expected.isnan().any()
+    assert not expected.isnan().all()
+    assert torch.equal(frozen(x).nan_to_num(-1.0), expected.nan_to_num(-1.0))
+
+
+class Read(nn.Module):
+    """The picture before pooling has another reader, is a result, or the window is another one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.convolution, self.how = nn.Conv2d(16, 16, 3, padding=1), how
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.convolution(x).relu()
+        if self.how == "residual":
+            y = (self.convolution(x) + x).relu()
+        if self.how == "window":
+            return nn.functional.max_pool2d(y, 3, 2)
+        if self.how == "padding":
+            return nn.functional.max_pool2d(y, 2, 2, padding=1)
+        pooled = nn.functional.max_pool2d(y, 2)
+        if self.how == "result":
+            return pooled, y
+        if self.how == "reader":
+            return pooled + nn.functional.avg_pool2d(y, 2)
+        return pooled
+
+
+@pytest.mark.parametrize("how", ["reader", "result", "window", "padding", "residual"])
+@torch.no_grad()
+def test_where_it_must_not_be(how: str):
+    torch.manual_seed(0)
+    model, x = Read(how).eval(), torch.randn(1, 16, 32, 32)
+    frozen = fastcnn.freeze(model, x)
+    assert POOLED not in steps_of(frozen)
+    for ours, exact in zip(_listed(frozen(x)), _listed(model.double()(x.double())), strict=True):
+        assert relative_error(ours, exact) <= 1e-6
+
+
+def _listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+@torch.no_grad()
+def test_a_saved_model_pools(tmp_path):
+    model, x = nn.Sequential(block(16, 32), block(32, 16)).eval(), torch.randn(1, 16, 32, 32)
+    frozen = fastcnn.freeze(model, x)
+    assert steps_of(frozen).count(POOLED) == 2
+    frozen.save(tmp_path / "model")
+    again = fastcnn.load_frozen(tmp_path / "model")
+    assert steps_of(again) == steps_of(frozen)
+    assert torch.equal(again(x), frozen(x))
+
+
+def test_a_residual_with_pooling_is_refused():
+    plan = _native.Plan(1 << 20, torch.empty(0, dtype=torch.uint8), [], [])
+    weight = _native.PackedConv2dWinogradWeight(torch.randn(16, 16, 3, 3), 4)
+    picture = (0, 0, "float32", (1, 16, 8, 8), (1024, 1, 128, 16))
+    pooled = (0, 8192, "float32", (1, 16, 4, 4), (256, 1, 64, 16))
+    with pytest.raises(ValueError, match="residual must be None where max_pool is set"):
+        plan.conv2d_winograd(pooled, picture, weight, None, None, pooled, None, None, False, True, (1, 1), True)
