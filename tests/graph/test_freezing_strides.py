@@ -82,6 +82,17 @@ def test_what_is_written_through_a_view(layer: str, after: str, layout: str) -> 
         assert ours.stride() == theirs.stride()
 
 
+@torch.no_grad()
+def test_strides_of_one_image_mean_nothing() -> None:
+    """The fake view has another stride between images than the real one; of one image there is none."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return (F.pad((x.flatten(2) * x.flatten(2).softmax(2)).view_as(x), (1, 2, 1, 2)),)
+
+    x = torch.randn(1, 6, 4, 3).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(fastcnn.freeze(Normed(lambda x: x, function), x)(x), function(x))
+
+
 def test_a_model_whose_strides_stay_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "RealStrides", lambda suspects: real_strides.RealStrides(set()))
     x = torch.randn(2, 12, 7, 5).to(memory_format=torch.channels_last)
@@ -92,6 +103,6 @@ def test_a_model_whose_strides_stay_wrong_is_refused(monkeypatch: pytest.MonkeyP
 def test_freezing_draws_no_random_numbers_and_changes_no_example() -> None:
     x = torch.randn(2, 12, 7, 5)
     kept, state = x.clone(), torch.random.get_rng_state()
-    fastcnn.freeze(Normed(lambda x: x.relu_(), lambda y: (y, y.sum())), x)
+    fastcnn.freeze(Normed(lambda x: x.relu(), lambda y: (y.mul_(2), y.mean())), x)
     assert torch.equal(x, kept)
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -43,15 +43,17 @@ def capture(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
         ValueError: the result holds something else than tensors; or strides of fake results cannot be made right.
     """
     suspects: set[Any] = set()
-    for _ in range(3):
+    while True:
         captured = _captured(model, inputs, suspects)
-        wrong = WrongStrides(captured.module, inputs)
-        if not wrong.found:
+        wrong = WrongStrides(captured.module, inputs).found
+        if not wrong:
             return captured
-        # Strides of dimensions of size 1 can be the cause; they are looked at when nothing else helped.
-        suspects |= wrong.found if not wrong.found <= suspects else wrong.at_size_1
-    names = ", ".join(sorted(map(str, wrong.found)))
-    raise ValueError(f"model cannot be frozen: PyTorch's fake results of {names} have other strides than the real ones")
+        if wrong <= suspects:  # captured with the real strides, and yet
+            names = ", ".join(sorted(map(str, wrong)))
+            raise ValueError(
+                f"model cannot be frozen: PyTorch's fake results of {names} have other strides than the real ones"
+            )
+        suspects |= wrong
 
 
 def _captured(model: nn.Module, inputs: Sequence[Tensor], suspects: set[Any]) -> Captured:
