@@ -48,8 +48,8 @@ def plan_channel_affine(
     block_m, block_n = blocks(rows, channels)
     arguments = dict(
         out_ptr=out, input_ptr=input, scale_ptr=scale, shift_ptr=shift, centre_ptr=centre,
-        residual_ptr=residual, rows=rows, channels=channels // align, out_ld=out_ld // align, input_ld=input_ld // align,
-        residual_ld=residual_ld // align, RELU=activation == "relu", ALIGN=align,
+        residual_ptr=residual, rows=rows, channels=channels // align, out_ld=out_ld // align,
+        input_ld=input_ld // align, residual_ld=residual_ld // align, RELU=activation == "relu", ALIGN=align,
         WIDE=is_wide(extent(out, input, residual)), BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     return Launch(channel_affine_kernel, grid(rows, channels, block_m, block_n), arguments, num_stages=1)

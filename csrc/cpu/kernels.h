@@ -95,8 +95,8 @@ void channel_affine(const TensorView& out, const TensorView& input, const float*
 // fp32 and float64, so that the mean has more digits than fp32 holds.
 void batch_statistics(double* mean, double* var, const TensorView& input, int threads);
 
-// channel_affine's vectors for batch norm with these statistics: y = (x - centre) * scale + shift. weight and bias may be
-// null. What a centre of fp32 leaves of the mean goes into the shift.
+// channel_affine's vectors for batch norm with these statistics: y = (x - centre) * scale + shift. weight and bias may
+// be null. What a centre of fp32 leaves of the mean goes into the shift.
 void batch_norm_vectors(float* centre, float* scale, float* shift, const double* mean, const double* var,
                         const float* weight, const float* bias, double eps, int64_t channels);
 

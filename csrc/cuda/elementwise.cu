@@ -21,7 +21,7 @@ struct ElementwiseProblem {
   void* out;
   int64_t input_stride, residual_stride, out_stride;
   int64_t pixels, channels;
-  const float* scale;  // may be null: constant_scale
+  const float* scale;   // may be null: constant_scale
   const float* shift;   // may be null: 0
   const float* centre;  // may be null: 0
   float constant_scale;

@@ -33,7 +33,7 @@ from fastcnn.ops.channel_affine import channel_affine, over_channels
 from fastcnn.ops.channel_affine import fill as fill_affine
 from fastcnn.ops.channel_affine import finish as finish_affine
 
-# `statistics` is (2, C), fastcnn::batch_statistics of this very input: the gradient for `input` goes through it as well.
+# `statistics` is (2, C), of fastcnn::batch_statistics for this very input, whose gradient goes through it as well.
 SIGNATURE = "Tensor input, Tensor statistics, Tensor? weight, Tensor? bias, float eps, Tensor? residual, str activation"
 
 
@@ -231,13 +231,14 @@ def _fill(
         centre, scale, shift = cpp.batch_norm_vectors(
             statistics.contiguous(), kernel_vector(weight), kernel_vector(bias), eps
         )
+        fill_affine(out, input, scale, shift, residual, activation, centre)
     else:  # the mean has no digits beyond those of the centre
         statistics = statistics.to(narrow)
-        centre, shift = statistics[0], bias
+        centre = statistics[0]
         scale = torch.rsqrt(statistics[1] + eps)
         if weight is not None:
             scale = scale * weight
-    fill_affine(out, input, scale, shift, residual, activation, centre)
+        fill_affine(out, input, scale, bias, residual, activation, centre)
 
 
 def _backward(

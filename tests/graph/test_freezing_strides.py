@@ -1,4 +1,4 @@
-"""Strides of captured results are the real ones, so that what is written through a view goes where PyTorch writes it."""
+"""Captured results have the real strides, so that what is written through a view goes where PyTorch writes it."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _copied_to(n: Node) -> list[Tensor | None]:
     targets: list[Tensor | None] = [None] * len(n.meta["val"])
     for user in n.users:
         if user.target is operator.getitem:
-            targets[int(user.args[1])] = _only_copy(user)  # type: ignore[call-overload]
+            targets[user.args[1]] = _only_copy(user)  # type: ignore[index]
     return targets
 
 
