@@ -1,4 +1,4 @@
-"""Where PyTorch's fake results have other strides than the real ones, and how a graph is captured with the real ones."""
+"""Where PyTorch's fake results have other strides than the real ones, and capturing a graph with the real ones."""
 
 from __future__ import annotations
 
