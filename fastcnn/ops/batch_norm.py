@@ -2,9 +2,9 @@
 
     y = act((x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
 
-In training mean and var are the batch's own: `fastcnn::batch_statistics` computes them, and `fastcnn::batch_norm` applies
-them in this form; folded into one scale and one shift, a mean far from zero would cost digits of every value. In
-evaluation they are the running statistics, folded: :func:`~fastcnn.ops.channel_affine`.
+In training mean and var are the batch's own: `fastcnn::batch_statistics` computes them, and `fastcnn::batch_norm`
+applies them in this form; folded into one scale and one shift, a mean far from zero would cost digits of every value.
+In evaluation they are the running statistics, folded: :func:`~fastcnn.ops.channel_affine`.
 """
 
 from __future__ import annotations
