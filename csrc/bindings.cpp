@@ -226,30 +226,49 @@ void cpu_linear(py::handle out, py::handle input, py::handle weight, py::handle 
   cpu::linear(y, x, w, b, activation_of(relu), threads);
 }
 
-void cpu_channel_affine(py::handle out, py::handle input, py::handle scale, py::handle shift, py::handle residual,
-                        bool relu, float factor, int threads) {
+void cpu_channel_affine(py::handle out, py::handle input, py::handle scale, py::handle shift, py::handle centre,
+                        py::handle residual, bool relu, float factor, int threads) {
   const TensorView x = activation(input, "input", kDLCPU), y = activation(out, "out", kDLCPU, x.dtype);
   require_cpu_dtype(x);
   require_threads(threads);
   require_shape(x, "input", y.n, y.c, y.h, y.w);
   const float* s = python::vector(scale, "scale", kDLCPU, y.c);
   const float* t = python::vector(shift, "shift", kDLCPU, y.c);
+  const float* m = python::vector(centre, "centre", kDLCPU, y.c);
   const TensorView r = residual_of(residual, y, kDLCPU);
   if (y.pixels() == 0 || y.c == 0) return;
   py::gil_scoped_release release;
-  cpu::channel_affine(y, x, s, t, r, activation_of(relu), factor, threads);
+  cpu::channel_affine(y, x, s, t, m, r, activation_of(relu), factor, threads);
 }
 
 void cpu_batch_statistics(py::handle mean, py::handle var, py::handle input, int threads) {
   const TensorView x = activation(input, "input", kDLCPU);
   require_cpu_dtype(x);
   require_threads(threads);
-  float* m = python::vector(mean, "mean", kDLCPU, x.c);
-  float* v = python::vector(var, "var", kDLCPU, x.c);
+  double* m = python::vector<double>(mean, "mean", kDLCPU, x.c);
+  double* v = python::vector<double>(var, "var", kDLCPU, x.c);
   if (m == nullptr || v == nullptr) throw py::type_error("mean and var must be tensors");
   if (x.pixels() == 0 || x.c == 0) throw py::value_error("input must not be empty");
   py::gil_scoped_release release;
   cpu::batch_statistics(m, v, x, threads);
+}
+
+void cpu_batch_norm_vectors(py::handle centre, py::handle scale, py::handle shift, py::handle mean, py::handle var,
+                            py::handle weight, py::handle bias, double eps) {
+  const Imported statistic(mean, "mean", kDLCPU);
+  statistic.require_dimensions(1);
+  const int64_t channels = statistic.size(0);
+  float* m = python::vector(centre, "centre", kDLCPU, channels);
+  float* s = python::vector(scale, "scale", kDLCPU, channels);
+  float* t = python::vector(shift, "shift", kDLCPU, channels);
+  const double* average = python::vector<double>(mean, "mean", kDLCPU, channels);
+  const double* variance = python::vector<double>(var, "var", kDLCPU, channels);
+  const float* w = python::vector(weight, "weight", kDLCPU, channels);
+  const float* b = python::vector(bias, "bias", kDLCPU, channels);
+  if (m == nullptr || s == nullptr || t == nullptr || variance == nullptr) {
+    throw py::type_error("centre, scale, shift and var must be tensors");
+  }
+  cpu::batch_norm_vectors(m, s, t, average, variance, w, b, eps, channels);
 }
 
 uint64_t hashed(uint64_t hash, uint64_t value) {
@@ -375,7 +394,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_linear", &cpu_linear, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("relu"), py::arg("threads"));
   m.def("cpu_channel_affine", &cpu_channel_affine, py::arg("out"), py::arg("input"), py::arg("scale"), py::arg("shift"),
-        py::arg("residual"), py::arg("relu"), py::arg("factor"), py::arg("threads"));
+        py::arg("centre"), py::arg("residual"), py::arg("relu"), py::arg("factor"), py::arg("threads"));
+  m.def("cpu_batch_norm_vectors", &cpu_batch_norm_vectors, py::arg("centre"), py::arg("scale"), py::arg("shift"),
+        py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
   m.def("cpu_batch_statistics", &cpu_batch_statistics, py::arg("mean"), py::arg("var"), py::arg("input"),
         py::arg("threads"));
   bind_plan(m);

@@ -75,17 +75,18 @@ void linear(py::handle out, py::handle input, py::handle weight, py::handle bias
   cuda::linear(y, x, w, b, activation_of(relu), allow_tf32, launch.device, launch.stream);
 }
 
-void channel_affine(py::handle out, py::handle input, py::handle scale, py::handle shift, py::handle residual,
-                    bool relu) {
+void channel_affine(py::handle out, py::handle input, py::handle scale, py::handle shift, py::handle centre,
+                    py::handle residual, bool relu) {
   const Launch launch(out);
   const TensorView x = activation(input, "input", launch.place), y = activation(out, "out", launch.place, x.dtype);
   require_same_shape(x, y);
   const float* s = python::vector(scale, "scale", launch.place, y.c);
   const float* t = python::vector(shift, "shift", launch.place, y.c);
+  const float* m = python::vector(centre, "centre", launch.place, y.c);
   const TensorView r = residual_of(residual, y, launch.place);
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
-  cuda::channel_affine(y, x, s, t, r, activation_of(relu), launch.device, launch.stream);
+  cuda::channel_affine(y, x, s, t, m, r, activation_of(relu), launch.device, launch.stream);
 }
 
 void residual_add(py::handle out, py::handle input, py::handle residual, float scale, bool relu) {

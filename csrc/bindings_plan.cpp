@@ -90,7 +90,7 @@ class PyPlan {
     const Operand s = vector(scale, "scale", yv.c), t = vector(shift, "shift", yv.c);
     const Operand r = residual_of(residual, yv);
     plan_->add({y, x, r}, [=](const cpu::Plan::Bases& at, int threads) {
-      return cpu::channel_affine_work(view(y, at), view(x, at), floats(s, at), floats(t, at), view(r, at),
+      return cpu::channel_affine_work(view(y, at), view(x, at), floats(s, at), floats(t, at), nullptr, view(r, at),
                                       activation_of(relu), factor, threads);
     });
   }

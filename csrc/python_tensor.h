@@ -134,17 +134,21 @@ inline void require_shape(const TensorView& view, const char* name, int64_t n, i
                         describe(actual, 4));
 }
 
-// None, or a 1-D contiguous fp32 tensor of a given length.
-inline float* vector(py::handle object, const char* name, Place place, int64_t length) {
+// None, or a 1-D contiguous tensor of fp32 (or float64) values of a given length.
+template <typename T = float>
+T* vector(py::handle object, const char* name, Place place, int64_t length) {
   if (object.is_none()) return nullptr;
   const Imported t(object, name, place);
   t.require_dimensions(1);
-  if (t.dtype() != DType::f32) throw py::type_error(std::string(name) + " must be float32");
+  const DLDataType type = t.tensor.dtype;
+  if (type.lanes != 1 || type.code != kDLFloat || type.bits != 8 * sizeof(T)) {
+    throw py::type_error(std::string(name) + " must be float" + std::to_string(8 * sizeof(T)));
+  }
   if (t.size(0) != length || (length > 1 && t.stride(0) != 1)) {
     throw py::value_error(std::string(name) + " must be contiguous with " + std::to_string(length) + " values, has " +
                           std::to_string(t.size(0)));
   }
-  return static_cast<float*>(t.data());
+  return static_cast<T*>(t.data());
 }
 
 // A 2-D tensor with adjacent columns, as a view of n rows.

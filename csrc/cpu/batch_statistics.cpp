@@ -1,6 +1,7 @@
 // Batch statistics on the CPU: the cut into tasks, and the merge of their results. The sums are in
 // isa/batch_statistics.cpp.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "isa/table.h"
@@ -9,7 +10,7 @@
 #include "preparation.h"
 
 namespace fastcnn::cpu {
-void batch_statistics(float* mean, float* var, const TensorView& input, int threads) {
+void batch_statistics(double* mean, double* var, const TensorView& input, int threads) {
   // Nothing here depends on `threads`: the same sums in the same order, whoever computes them.
   constexpr int64_t kMaxRowTasks = 32, kChannelsPerTask = 256, kBlockValues = 16384;
   BatchStatisticsProblem problem;
@@ -47,8 +48,19 @@ void batch_statistics(float* mean, float* var, const TensorView& input, int thre
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = static_cast<float>(sum[c] / static_cast<double>(pixels));
-    var[c] = static_cast<float>(m2[c] / static_cast<double>(pixels));
+    mean[c] = sum[c] / static_cast<double>(pixels);
+    var[c] = m2[c] / static_cast<double>(pixels);
+  }
+}
+
+void batch_norm_vectors(float* centre, float* scale, float* shift, const double* mean, const double* var,
+                        const float* weight, const float* bias, double eps, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double factor = (weight != nullptr ? weight[c] : 1.0) / std::sqrt(var[c] + eps);
+    const double start = bias != nullptr ? bias[c] : 0.0;
+    centre[c] = static_cast<float>(mean[c]);
+    scale[c] = static_cast<float>(factor);
+    shift[c] = static_cast<float>(start - (mean[c] - static_cast<double>(centre[c])) * factor);
   }
 }
 

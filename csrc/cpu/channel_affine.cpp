@@ -31,7 +31,7 @@ ChannelAffineProblem rows_of(const TensorView& out, const TensorView& input, con
   problem.residual = residual ? at(residual) : nullptr, problem.residual_stride = residual.pixel_stride * group;
   problem.dtype = input.dtype;
   problem.rows = rows, problem.columns = input.c * group;
-  problem.scale = problem.shift = nullptr;
+  problem.scale = problem.shift = problem.centre = nullptr;
   problem.factor = 1.0f;
   problem.relu = relu;
   return problem;
@@ -44,10 +44,11 @@ bool is_dense(const TensorView& t) {
 }  // namespace
 
 Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                          const TensorView& residual, Activation activation, float factor, int threads) {
+                          const float* centre, const TensorView& residual, Activation activation, float factor,
+                          int threads) {
   const bool relu = activation == Activation::relu;
   const bool dense = is_dense(out) && is_dense(input) && is_dense(residual);
-  const bool vectors = scale != nullptr || shift != nullptr;
+  const bool vectors = scale != nullptr || shift != nullptr || centre != nullptr;
   const int64_t width = kernels().vector_width, pixels = input.pixels();
   // Where pixels lie without gaps, several make one row: a few thousand values if no value knows its channel, else as
   // many as make whole vectors of channels that do not (the vectors are then repeated as often).
@@ -59,9 +60,10 @@ Works channel_affine_work(const TensorView& out, const TensorView& input, const 
   std::shared_ptr<float> repeated;
   if (vectors) {
     const int64_t length = input.c * group;
-    repeated.reset(static_cast<float*>(allocate_aligned(2 * length * 4)), std::free);
+    repeated.reset(static_cast<float*>(allocate_aligned((centre != nullptr ? 3 : 2) * length * 4)), std::free);
     float* to = repeated.get();
     for (int64_t i = 0; i < length; i += input.c) {
+      if (centre != nullptr) std::copy_n(centre, input.c, to + 2 * length + i);
       scale != nullptr ? std::copy_n(scale, input.c, to + i) : std::fill_n(to + i, input.c, 1.0f);
       shift != nullptr ? std::copy_n(shift, input.c, to + length + i) : std::fill_n(to + length + i, input.c, 0.0f);
     }
@@ -73,6 +75,7 @@ Works channel_affine_work(const TensorView& out, const TensorView& input, const 
     problem.factor = factor;
     problem.scale = repeated.get();
     problem.shift = vectors ? repeated.get() + input.c * group : nullptr;
+    problem.centre = centre != nullptr ? repeated.get() + 2 * input.c * group : nullptr;
     works.push_back(work_of(problem, repeated, threads));
   };
   add(rows_of(out, input, residual, relu, 0, rows, group));
@@ -81,8 +84,8 @@ Works channel_affine_work(const TensorView& out, const TensorView& input, const 
 }
 
 void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                    const TensorView& residual, Activation activation, float factor, int threads) {
-  run_now(channel_affine_work(out, input, scale, shift, residual, activation, factor, threads));
+                    const float* centre, const TensorView& residual, Activation activation, float factor, int threads) {
+  run_now(channel_affine_work(out, input, scale, shift, centre, residual, activation, factor, threads));
 }
 
 }  // namespace fastcnn::cpu

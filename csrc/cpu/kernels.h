@@ -88,13 +88,19 @@ void local_response_norm(const TensorView& out, const TensorView& input, int64_t
 void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
             Activation activation, int threads);
 
-// out = act(input * scale[c] + shift[c] + residual), with vectors or null; without both, act(input * factor +
-// residual). residual may be an empty view. out may be exactly input or residual.
+// out = act((input - centre[c]) * scale[c] + shift[c] + residual), with vectors or null; without all three,
+// act(input * factor + residual). residual may be an empty view. out may be exactly input or residual.
 void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                    const TensorView& residual, Activation activation, float factor, int threads);
+                    const float* centre, const TensorView& residual, Activation activation, float factor, int threads);
 
-// Per-channel mean and biased variance over N, H, W. The same bits for every number of threads.
-void batch_statistics(float* mean, float* var, const TensorView& input, int threads);
+// Per-channel mean and biased variance over N, H, W. The same bits for every number of threads. Sums of fp32 values in
+// fp32 and float64, so that the mean has more digits than fp32 holds.
+void batch_statistics(double* mean, double* var, const TensorView& input, int threads);
+
+// channel_affine's vectors for batch norm with these statistics: y = (x - centre) * scale + shift. weight and bias may
+// be null. What a centre of fp32 leaves of the mean goes into the shift.
+void batch_norm_vectors(float* centre, float* scale, float* shift, const double* mean, const double* var,
+                        const float* weight, const float* bias, double eps, int64_t channels);
 
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
@@ -114,7 +120,8 @@ Works local_response_norm_work(const TensorView& out, const TensorView& input, i
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
                   Activation activation, int threads, const std::shared_ptr<Workspace>& workspace);
 Works channel_affine_work(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                          const TensorView& residual, Activation activation, float factor, int threads);
+                          const float* centre, const TensorView& residual, Activation activation, float factor,
+                          int threads);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable". Chosen once from what the processor has;
 // the environment variable FASTCNN_CPU_ISA asks for a lower one.

@@ -1,7 +1,7 @@
-// channel_affine and residual_add: y = act(x * scale + shift + residual), one pass over memory.
+// channel_affine and residual_add: y = act((x - centre) * scale + shift + residual), one pass over memory.
 //
 // Layout: (pixels, C) with a pixel stride each. A thread keeps one chunk of channels (16 bytes where everything is
-//   aligned, one element otherwise) and walks down the pixels, so that scale and shift are loaded once into registers
+//   aligned, one element otherwise) and walks down the pixels, so that the vectors are loaded once into registers
 //   and no index is divided. Neighbouring threads hold neighbouring chunks, then neighbouring pixels.
 // In flight: four pixels a thread, loads before stores. out may alias input or residual element by element.
 // Floor: bytes of x, residual and y once through DRAM.
@@ -21,8 +21,9 @@ struct ElementwiseProblem {
   void* out;
   int64_t input_stride, residual_stride, out_stride;
   int64_t pixels, channels;
-  const float* scale;  // may be null: constant_scale
-  const float* shift;  // may be null: 0
+  const float* scale;   // may be null: constant_scale
+  const float* shift;   // may be null: 0
+  const float* centre;  // may be null: 0
   float constant_scale;
   bool relu;
 };
@@ -37,9 +38,10 @@ __global__ void __launch_bounds__(kThreads) elementwise(const __grid_constant__ 
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
   if (lane_row >= rows || c >= problem.channels) return;
 
-  float scale[kWidth], shift[kWidth];
+  float scale[kWidth], shift[kWidth], centre[kWidth];
   load_coefficients<kWidth>(scale, problem.scale, c, problem.channels, problem.constant_scale);
   load_coefficients<kWidth>(shift, problem.shift, c, problem.channels, 0.0f);
+  load_coefficients<kWidth>(centre, problem.centre, c, problem.channels, 0.0f);
   const T* input = static_cast<const T*>(problem.input) + c;
   const T* residual = problem.residual == nullptr ? nullptr : static_cast<const T*>(problem.residual) + c;
   T* out = static_cast<T*>(problem.out) + c;
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) elementwise(const __grid_constant__ 
       float y[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        y[i] = x[u][i] * scale[i] + shift[i];
+        y[i] = (x[u][i] - centre[i]) * scale[i] + shift[i];
         if (residual != nullptr) y[i] += r[u][i];
         y[i] = problem.relu ? relu(y[i]) : y[i];
       }
@@ -85,8 +87,8 @@ void launch_elementwise(const char* name, const ElementwiseProblem& problem, int
 }
 
 void run(const char* name, const TensorView& out, const TensorView& input, const TensorView& residual,
-         const float* scale, const float* shift, float constant_scale, Activation activation, int device,
-         void* stream) {
+         const float* scale, const float* shift, const float* centre, float constant_scale, Activation activation,
+         int device, void* stream) {
   const DeviceGuard guard(device);
   const ElementwiseProblem problem = {input.data,
                                       residual.data,
@@ -98,6 +100,7 @@ void run(const char* name, const TensorView& out, const TensorView& input, const
                                       input.c,
                                       scale,
                                       shift,
+                                      centre,
                                       constant_scale,
                                       activation == Activation::relu};
   const bool vectors = aligned_16(input) && aligned_16(out) && (!residual || aligned_16(residual)) &&
@@ -118,13 +121,13 @@ void run(const char* name, const TensorView& out, const TensorView& input, const
 }  // namespace
 
 void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                    const TensorView& residual, Activation activation, int device, void* stream) {
-  run("channel_affine", out, input, residual, scale, shift, 1.0f, activation, device, stream);
+                    const float* centre, const TensorView& residual, Activation activation, int device, void* stream) {
+  run("channel_affine", out, input, residual, scale, shift, centre, 1.0f, activation, device, stream);
 }
 
 void residual_add(const TensorView& out, const TensorView& input, const TensorView& residual, float scale,
                   Activation activation, int device, void* stream) {
-  run("residual_add", out, input, residual, nullptr, nullptr, scale, activation, device, stream);
+  run("residual_add", out, input, residual, nullptr, nullptr, nullptr, scale, activation, device, stream);
 }
 
 }  // namespace fastcnn::cuda

@@ -32,10 +32,10 @@ std::string conv2d_kernel_name(const TensorView& out, const TensorView& input, c
 void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
             Activation activation, bool allow_tf32, int device, void* stream);
 
-// out = act(input * scale[c] + shift[c] + residual). scale, shift (C,) fp32 or null; residual may be an empty view.
-// out may be exactly input or residual.
+// out = act((input - centre[c]) * scale[c] + shift[c] + residual). scale, shift, centre (C,) fp32 or null; residual may
+// be an empty view. out may be exactly input or residual.
 void channel_affine(const TensorView& out, const TensorView& input, const float* scale, const float* shift,
-                    const TensorView& residual, Activation activation, int device, void* stream);
+                    const float* centre, const TensorView& residual, Activation activation, int device, void* stream);
 
 // out = act(input * scale + residual). out may be exactly input or residual.
 void residual_add(const TensorView& out, const TensorView& input, const TensorView& residual, float scale,

@@ -234,12 +234,13 @@ def channel_affine(
     shift: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    centre: Tensor | None = None,
 ) -> None:
-    _channel_affine(out, input, scale, shift, residual, activation, 1.0)
+    _channel_affine(out, input, scale, shift, centre, residual, activation, 1.0)
 
 
 def residual_add(out: Tensor, input: Tensor, residual: Tensor, scale: float, activation: str) -> None:
-    _channel_affine(out, input, None, None, residual, activation, scale)
+    _channel_affine(out, input, None, None, None, residual, activation, scale)
 
 
 def _channel_affine(
@@ -247,6 +248,7 @@ def _channel_affine(
     input: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    centre: Tensor | None,
     residual: Tensor | None,
     activation: str,
     factor: float,
@@ -255,16 +257,28 @@ def _channel_affine(
     if out.dtype == torch.float16:
         wide = input.float()
         (wide_residual,) = _widened(residual)
-        _native.cpu_channel_affine(wide, wide, scale, shift, wide_residual, relu, factor, threads)
+        _native.cpu_channel_affine(wide, wide, scale, shift, centre, wide_residual, relu, factor, threads)
         out.copy_(wide)
         return
-    _native.cpu_channel_affine(out, input, scale, shift, residual, relu, factor, threads)
+    _native.cpu_channel_affine(out, input, scale, shift, centre, residual, relu, factor, threads)
 
 
 def batch_statistics(mean: Tensor, var: Tensor, input: Tensor) -> None:
     if input.dtype == torch.float16:
         input = input.float()
     _native.cpu_batch_statistics(mean, var, input, torch.get_num_threads())
+
+
+def batch_norm_vectors(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """centre, scale and shift of :func:`channel_affine` for batch norm with a batch's own (float64) statistics.
+
+    Not of the contract: a dozen tensor operations in one call, which would take longer than normalising a small batch.
+    """
+    centre, scale, shift = torch.empty((3, statistics.shape[1]), dtype=torch.float32).unbind(0)
+    _native.cpu_batch_norm_vectors(centre, scale, shift, statistics[0], statistics[1], weight, bias, eps)
+    return centre, scale, shift
 
 
 def _storable(kernel: Callable[..., None], out: Tensor, input: Tensor, *args: object) -> None:

@@ -80,9 +80,10 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, acti
 
 
 def channel_affine(
-    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str
-) -> None:
-    _native.cuda_channel_affine(out, input, scale, shift, residual, activation == "relu")
+    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str,
+    centre: Tensor | None = None,
+) -> None:  # fmt: skip
+    _native.cuda_channel_affine(out, input, scale, shift, centre, residual, activation == "relu")
 
 
 def batch_statistics(mean: Tensor, var: Tensor, input: Tensor) -> None:

@@ -90,14 +90,18 @@ def channel_affine(
     shift: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    centre: Tensor | None = None,
 ) -> None:
     # In fp32 or wider, as PyTorch's batch norm computes.
     wide = input if input.dtype == torch.float64 else input.float()
+    if centre is not None:
+        wide = wide - per_channel(centre, wide)
     out.copy_(epilogue(wide, scale, shift, residual, activation))
 
 
 def batch_statistics(mean: Tensor, var: Tensor, input: Tensor) -> None:
-    batch_var, batch_mean = torch.var_mean(input.to(mean.dtype), (0, 2, 3), correction=0)
+    wide = input if input.dtype == torch.float64 else input.float()
+    batch_var, batch_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     mean.copy_(batch_mean)
     var.copy_(batch_var)
 

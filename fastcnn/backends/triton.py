@@ -77,9 +77,10 @@ def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, acti
 
 
 def channel_affine(
-    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str
-) -> None:
-    _kernels("channel_affine").channel_affine(out, input, scale, shift, residual, activation)
+    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str,
+    centre: Tensor | None = None,
+) -> None:  # fmt: skip
+    _kernels("channel_affine").channel_affine(out, input, scale, shift, residual, activation, centre)
 
 
 def batch_statistics(mean: Tensor, var: Tensor, input: Tensor) -> None:

@@ -2,8 +2,9 @@
 
     y = act((x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
 
-In evaluation mean and var are the running statistics, so that this is :func:`~fastcnn.ops.channel_affine`. In training
-they are the batch's own: `fastcnn::batch_statistics` computes them, and `fastcnn::batch_norm` applies them.
+In training mean and var are the batch's own: `fastcnn::batch_statistics` computes them, and `fastcnn::batch_norm`
+applies them in this form; folded into one scale and one shift, a mean far from zero would cost digits of every value.
+In evaluation they are the running statistics, folded: :func:`~fastcnn.ops.channel_affine`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.backends import cpp
 from fastcnn.ops._arguments import (
+    kernel_vector,
     require_activation,
     require_floating,
     require_number,
@@ -30,7 +33,7 @@ from fastcnn.ops.channel_affine import channel_affine, over_channels
 from fastcnn.ops.channel_affine import fill as fill_affine
 from fastcnn.ops.channel_affine import finish as finish_affine
 
-# `statistics` is (2, C), batch_statistics of this very input: the gradient for `input` goes through it as well.
+# `statistics` is (2, C), of fastcnn::batch_statistics for this very input, whose gradient goes through it as well.
 SIGNATURE = "Tensor input, Tensor statistics, Tensor? weight, Tensor? bias, float eps, Tensor? residual, str activation"
 
 
@@ -186,11 +189,16 @@ def _update(
     running_mean: Tensor | None, running_var: Tensor | None, statistics: Tensor, count: int, momentum: float
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance."""
-    wide = statistics.dtype  # narrower running statistics are rounded once
-    if running_mean is not None:
-        running_mean.copy_(running_mean.to(wide) * (1 - momentum) + statistics[0] * momentum)
-    if running_var is not None:
-        running_var.copy_(running_var.to(wide) * (1 - momentum) + statistics[1] * (momentum * (count / (count - 1))))
+    mean, var = statistics.unbind(0)
+    for running, batch, share in (
+        (running_mean, mean, momentum), (running_var, var, momentum * (count / (count - 1))),
+    ):  # fmt: skip
+        if running is None:
+            continue
+        if running.dtype in (torch.float32, torch.float64):
+            running.mul_(1 - momentum).add_(batch, alpha=share)
+        else:  # rounded once
+            running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * share)
 
 
 def _allocate(
@@ -218,8 +226,19 @@ def _fill(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    scale, shift = fold_batch_norm(statistics[0], statistics[1], weight, bias, eps)
-    fill_affine(out, input, scale, shift, residual, activation)
+    narrow = torch.float64 if out.dtype == torch.float64 else torch.float32
+    if out.device.type == "cpu" and statistics.dtype == torch.float64 != narrow:
+        centre, scale, shift = cpp.batch_norm_vectors(
+            statistics.contiguous(), kernel_vector(weight), kernel_vector(bias), eps
+        )
+        fill_affine(out, input, scale, shift, residual, activation, centre)
+    else:  # the mean has no digits beyond those of the centre
+        statistics = statistics.to(narrow)
+        centre = statistics[0]
+        scale = torch.rsqrt(statistics[1] + eps)
+        if weight is not None:
+            scale = scale * weight
+        fill_affine(out, input, scale, bias, residual, activation, centre)
 
 
 def _backward(
@@ -250,12 +269,13 @@ def _backward(
         if bias is not None and want_bias:
             grads[3] = torch.zeros_like(statistics[0], dtype=bias.dtype)
         return grads
-    # ATen wants all its vectors in one dtype: that of the statistics.
-    wide_weight = None if weight is None else weight.to(statistics.dtype)
+    # ATen wants all its vectors in one dtype, fp32 for what is narrower.
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    wide_weight = None if weight is None else weight.to(wide)
+    mean, inverse_deviation = statistics[0].to(wide), torch.rsqrt(statistics[1] + eps).to(wide)
     grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, input, wide_weight, None, None, statistics[0], torch.rsqrt(statistics[1] + eps), True, eps,
-        [needs[0], want_weight, want_bias],
-    )  # fmt: skip
+        grad, input, wide_weight, None, None, mean, inverse_deviation, True, eps, [needs[0], want_weight, want_bias]
+    )
     grads[0] = grad_input if needs[0] else None
     if weight is not None and want_weight:
         grads[2] = grad_weight.to(weight.dtype)

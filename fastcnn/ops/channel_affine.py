@@ -121,8 +121,15 @@ def finish(out: Tensor, input: Tensor, *rest: Any) -> Tensor:
 
 
 def fill(
-    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str
+    out: Tensor,
+    input: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    centre: Tensor | None = None,
 ) -> None:
+    """``centre``, which batch norm in training takes off the input first, is no argument of the operator."""
     backends.run(
         "channel_affine",
         out.device,
@@ -133,6 +140,7 @@ def fill(
         kernel_vector(shift),
         None if residual is None else to_kernel_layout(residual),
         activation,
+        kernel_vector(centre),
     )
 
 

@@ -94,14 +94,21 @@ def fast_algorithm(call: Call) -> str | None:
 def judge_outputs(
     ours: tuple[Tensor, ...], call: Call, *, allow_fast: bool = False, known: Answers | None = None
 ) -> Judgement:
-    """The accuracy rule applied to a call's outputs: the worst of them."""
+    """The accuracy rule applied to a call's outputs: the worst of them.
+
+    Statistics are float64 but sums of fp32 terms: they are judged as fp32.
+    """
     answers = known or Answers.of(call)
     allowance = FAST_ALGORITHM_ALLOWANCE if allow_fast else 0.0
     judged = [
-        judge(mine, theirs, exact, allowance=allowance)
+        judge(_as_computed(mine, call), _as_computed(theirs, call), exact, allowance=allowance)
         for mine, theirs, exact in zip(ours, answers.reference, answers.exact, strict=True)
     ]
     return max(judged, key=lambda j: j.share)
+
+
+def _as_computed(output: Tensor, call: Call) -> Tensor:
+    return output.float() if output.dtype == torch.float64 and call.dtype != torch.float64 else output
 
 
 @dataclass(frozen=True)

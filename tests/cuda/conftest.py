@@ -211,8 +211,9 @@ class EmulatedKernels:
         residual: Pixels | None = None,
         relu: bool = False,
         device: int = SM80,
+        centre: torch.Tensor | None = None,
     ) -> None:
-        vectors = ctypes.c_void_p(_address(scale)), ctypes.c_void_p(_address(shift))
+        vectors = [ctypes.c_void_p(_address(vector)) for vector in (scale, shift, centre)]
         residual_view = TensorView() if residual is None else residual.view()
         self._run("channel_affine", out.view(), x.view(), *vectors, residual_view, int(relu), device)
 

@@ -26,21 +26,27 @@ def random(shape: tuple[int, ...], dtype: torch.dtype = F32, seed: int = 0) -> t
 
 @dtypes
 @layouts
-@pytest.mark.parametrize("parts", ["all", "affine", "scale", "add"])
+@pytest.mark.parametrize("parts", ["all", "affine", "scale", "add", "centre"])
 def test_channel_affine(dtype, layout: str, parts: str, emulated_once, pixels) -> None:
     c, extra, start = LAYOUTS[layout]
     x, residual = random((2, c, 5, 7), dtype), random((2, c, 5, 7), dtype, 1)
     scale = random((c,), seed=2) if parts != "add" else None
-    shift = random((c,), seed=3) if parts in ("all", "affine") else None
+    shift = random((c,), seed=3) if parts in ("all", "affine", "centre") else None
+    centre = 100 + random((c,), seed=4) if parts == "centre" else None
+    if centre is not None:
+        x = x + centre.to(dtype)[:, None, None]
     added = residual if parts in ("all", "add") else None
     out = pixels.empty(2, 5, 7, c, dtype, extra)
     relu = parts != "scale"
     emulated_once.channel_affine(
-        out, pixels.of(x, extra, start), scale, shift, None if added is None else pixels.of(added, extra, start), relu
-    )
+        out, pixels.of(x, extra, start), scale, shift, None if added is None else pixels.of(added, extra, start), relu,
+        centre=centre,
+    )  # fmt: skip
 
     def compute(to: torch.dtype) -> torch.Tensor:
         y = x.to(to)
+        if centre is not None:
+            y = y - centre.to(to)[:, None, None]
         if scale is not None:
             y = y * scale.to(to)[:, None, None]
         if shift is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
+from support.accuracy import assert_accurate, relative_error
 from support.gradients import assert_gradients, assert_registered, leaf
 from support.layout import LAYOUTS, GuardedSlice, sliced
 from torch.testing._internal.common_methods_invocations import op_db
@@ -52,6 +52,37 @@ def test_accuracy(shape, dtype, training):
             assert_accurate(mine, other, true)
         plain = ops.batch_norm(x, *stats, training)
         assert_accurate(plain, F.batch_norm(x, *stats, training), F.batch_norm(x.double(), *exact, training))
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1e3, 1e5])
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (3, 5, 7, 2), (2, 37, 9, 11), (4, 64, 16, 16)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_large_mean_costs_nothing_in_training(shape, offset, layout):
+    # PyTorch's own error grows with mean / deviation, to 1e-3 here; what is left of ours is the result's rounding.
+    x = LAYOUTS[layout](torch.randn(shape) + offset * torch.randn(shape[1], 1, 1))
+    _, _, weight, bias = parameters(shape[1])
+    exact = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
+    plain = F.batch_norm(x.double(), None, None, None, None, True)
+    for ours, wanted in (
+        (ops.batch_norm(x, None, None, weight, bias, True), exact),
+        (ops.batch_norm(x, None, None, None, None, True), plain),
+        (ops.batch_norm(x, None, None, weight, bias, True, residual=x * 0, activation="relu"), exact.relu()),
+    ):
+        assert_accurate(ours, wanted.float(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_values_in_training(dtype):
+    # Of four values the mean may be much larger than the deviation: no digits to lose in x * scale + shift.
+    errors, theirs = [], []
+    for seed in range(40):
+        x = torch.randn(1, 8, 2, 2, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        _, _, weight, bias = parameters(8)
+        exact = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
+        errors.append(relative_error(ops.batch_norm(x, None, None, weight, bias, True), exact))
+        theirs.append(relative_error(F.batch_norm(x, None, None, weight, bias, True), exact))
+    assert sum(errors) <= 1.05 * sum(theirs)
+    assert max(errors) <= 1.05 * max(theirs)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -307,7 +338,7 @@ def test_gradients_match_pytorch(dtype, parameter_dtype):
 
 def test_registration():
     x = torch.randn(2, 6, 4, 5)
-    statistics = torch.stack(ops.batch_statistics(x))
+    statistics = torch.ops.fastcnn.batch_statistics(x)
     a, b = torch.randn(6), torch.randn(6)
     namespace = torch.ops.fastcnn
     for layout in LAYOUTS.values():
@@ -317,7 +348,7 @@ def test_registration():
     recorded = [t.clone().requires_grad_() for t in (x, a, b)]
     torch.library.opcheck(namespace.batch_norm.default, (recorded[0], statistics, *recorded[1:], 1e-5, None, "none"))
     torch.library.opcheck(namespace.channel_affine_into.default, (torch.empty_like(x), x, a, b, None, "relu"))
-    torch.library.opcheck(namespace.batch_statistics_into.default, (torch.empty(2, 6), x))
+    torch.library.opcheck(namespace.batch_statistics_into.default, (torch.empty(2, 6, dtype=torch.float64), x))
     torch.library.opcheck(
         namespace.batch_norm_into.default, (torch.empty_like(x), x, statistics, a, b, 1e-5, None, "relu")
     )

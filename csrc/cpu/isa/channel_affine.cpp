@@ -1,6 +1,9 @@
-// Element-wise arithmetic with a value per channel: batch norm with fixed statistics, and the residual addition.
+// Element-wise arithmetic with a value per channel: batch norm, and the residual addition.
 //
-//   y[p, c] = act(x[p, c] * scale[c] + shift[c] + residual[p, c])
+//   y[p, c] = act((x[p, c] - centre[c]) * scale[c] + shift[c] + residual[p, c])
+//
+// Batch norm in training takes the batch's mean off first: x * scale + (beta - mean * scale) would be the difference of
+// two numbers as large as mean / deviation, each with its own rounding.
 //
 // Shapes: rows of `columns` adjacent values (../channel_affine.cpp joins pixels into longer rows where memory allows),
 // each tensor with its own row stride. Without vectors every value is multiplied by `factor`.
@@ -16,7 +19,7 @@
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
-template <typename T, bool HasVectors, bool HasResidual>
+template <typename T, bool HasVectors, bool HasCentre, bool HasResidual>
 static void run_task(const ChannelAffineProblem& problem, int64_t index) {
   const int64_t first = index * problem.rows_per_task;
   const int64_t last = first + problem.rows_per_task < problem.rows ? first + problem.rows_per_task : problem.rows;
@@ -31,12 +34,14 @@ static void run_task(const ChannelAffineProblem& problem, int64_t index) {
     int64_t c = 0;
     for (; c + kVectorWidth <= columns; c += kVectorWidth) {
       Vector value = load(x + c);
+      if (HasCentre) value -= load(problem.centre + c);
       value = HasVectors ? value * load(problem.scale + c) + load(problem.shift + c) : value * factor;
       if (HasResidual) value += load(residual + c);
       store(y + c, value < bound ? bound : value);
     }
     for (; c < columns; ++c) {
       float value = load_one(x + c);
+      if (HasCentre) value -= problem.centre[c];
       value = HasVectors ? value * problem.scale[c] + problem.shift[c] : value * problem.factor;
       if (HasResidual) value += load_one(residual + c);
       store_one(y + c, problem.relu ? relu(value) : value);
@@ -47,10 +52,12 @@ static void run_task(const ChannelAffineProblem& problem, int64_t index) {
 template <typename T>
 static void run_task(const ChannelAffineProblem& problem, int64_t index) {
   const bool has_vectors = problem.scale != nullptr, has_residual = problem.residual != nullptr;
-  if (has_vectors) {
-    has_residual ? run_task<T, true, true>(problem, index) : run_task<T, true, false>(problem, index);
+  if (problem.centre != nullptr) {
+    has_residual ? run_task<T, true, true, true>(problem, index) : run_task<T, true, true, false>(problem, index);
+  } else if (has_vectors) {
+    has_residual ? run_task<T, true, false, true>(problem, index) : run_task<T, true, false, false>(problem, index);
   } else {
-    has_residual ? run_task<T, false, true>(problem, index) : run_task<T, false, false>(problem, index);
+    has_residual ? run_task<T, false, false, true>(problem, index) : run_task<T, false, false, false>(problem, index);
   }
 }
 

@@ -119,6 +119,7 @@ struct ChannelAffineProblem {
   int64_t rows, columns;
   const float* scale;  // both vectors have `columns` values, or are null and every value is multiplied by `factor`
   const float* shift;
+  const float* centre;  // `columns` values, or null; only beside the other two
   float factor;
   bool relu;
   int64_t rows_per_task;

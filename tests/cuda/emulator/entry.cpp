@@ -53,9 +53,10 @@ const char* emulated_linear(const TensorView* out, const TensorView* input, cons
 }
 
 const char* emulated_channel_affine(const TensorView* out, const TensorView* input, const float* scale,
-                                    const float* shift, const TensorView* residual, int relu, int device) {
+                                    const float* shift, const float* centre, const TensorView* residual, int relu,
+                                    int device) {
   return guarded([&] {
-    cuda::channel_affine(*out, *input, scale, shift, *residual, static_cast<Activation>(relu), device, nullptr);
+    cuda::channel_affine(*out, *input, scale, shift, centre, *residual, static_cast<Activation>(relu), device, nullptr);
   });
 }
 

@@ -45,6 +45,20 @@ def test_channel_affine(tools, shape, with_residual, slices, dtype) -> None:
     tools.check(out, compute, x, scale, shift, residual)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channel_affine_about_a_centre(tools, shape) -> None:
+    centre = 1000 + torch.randn(shape[1])
+    x = tools.nhwc(*shape, dtype=torch.float32).add_(centre.view(-1, 1, 1))
+    out = tools.nhwc(*shape, dtype=torch.float32, fill=float("nan"))
+    scale, shift = torch.randn(2, shape[1])
+    backend.channel_affine(out, x, scale, shift, None, "none", centre)
+
+    def compute(x, centre, scale, shift):
+        return (x - centre.view(-1, 1, 1)) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+    tools.check(out, compute, x, centre, scale, shift)
+
+
 def test_channel_affine_in_place_and_without_vectors(tools) -> None:
     x = tools.nhwc(2, 5, 3, 3, dtype=torch.float32)
     expected = F.relu(x * 2 + x).clone()
