@@ -109,6 +109,20 @@ def test_what_mixes_images_is_left_whole(choose):
 
 
 @torch.no_grad()
+def test_products_of_activations_are_left_whole(choose):
+    class Gram(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = F.relu(x)
+            return rows @ (rows * 2).t()
+
+    x = torch.randn(6, 10)
+    sizes = choose(2)
+    frozen = fastcnn.freeze(Gram().eval(), x)
+    assert 6 in sizes
+    torch.testing.assert_close(frozen(x), Gram()(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_two_inputs_and_two_results(choose):
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -8,8 +8,8 @@ Segments and chunks are chosen by bytes from and to memory, as a shortest path o
 size, a step costs its activations where a chunk of them does not fit the cache, and its weights once a chunk; a change
 of state costs the activations that cross it.
 
-A step may be split where every tensor's first dimension is the batch and outermost in its buffer, since every step
-computes an image from the same image.
+A step may be split where every tensor's first dimension is the batch and outermost in its buffer, since every step but
+a product of two activations computes an image from the same image.
 """
 
 from __future__ import annotations
@@ -61,9 +61,16 @@ def _splittable(program: Program, batch: int) -> list[bool]:
     whole.update(view.buffer for view in program.outputs if not _is_row_of_images(view, batch))
     return [
         not any(view.buffer in whole for view in _activations(step))
+        and not _multiplies_activations(step)
         and all(view.shape[:1] == step.out.shape[:1] == (batch,) for view in _constants_by_image(step))
         for step in program.steps
     ]
+
+
+def _multiplies_activations(step: Step) -> bool:
+    """Whether a matrix product's second factor is an activation too: every row of the first meets all of it."""
+    weight = step.inputs[1] if step.operator == "linear" else None
+    return weight is not None and weight.buffer.kind != "constant"
 
 
 def _constants_by_image(step: Step) -> list[View]:
