@@ -89,7 +89,11 @@ static inline Words bf16_bits_high(Vector v) {
 }
 
 static inline void store(uint16_t* p, Vector v) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<UnalignedHalves*>(p) = (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
   *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(bf16_bits_high(v) >> 16, Halves);
+#endif
 }
 
 // Two vectors of adjacent bf16 values, even ones in `even`, odd ones in `odd` (little-endian): half the work of two
