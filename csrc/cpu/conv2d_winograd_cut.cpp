@@ -38,7 +38,8 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
 
   // Of one tile and vector of channels, in either direction; of one column block, where the sums of fewer than 4 tiles
   // wait for each other.
-  const double transform = sizes.tile == 4 ? 270 : sizes.bf16_pairs ? 120 : 90;
+  const double there = sizes.tile == 4 ? 270 : sizes.bf16_pairs ? 80 : 90;
+  const double back = sizes.tile == 4 ? 270 : sizes.bf16_pairs ? 160 : 90;
   const double products =
       points * channels * static_cast<double>(std::max(tiles, 4 * ceil_div(tiles, table.micro_rows))) * 1.06;
   // Of the blocks that a thread passes through with the same weights, the first reads them from memory, the others from
@@ -51,7 +52,7 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   const double panel = panel_bytes + in_use < kL2 ? 0 : panel_bytes / kNearBytesPerCycle;
   const double input_vectors = channel_vectors * (sizes.bf16_pairs ? 2 : 1);
   const double task = part * beside(products, weights + panel) +
-                      transform * block * (input_vectors + part * table.column_block / table.vector_width);
+                      block * (there * input_vectors + back * part * table.column_block / table.vector_width);
   return static_cast<double>(ceil_div(blocks * parts, threads)) * (task + kTaskCycles) +
          (threads > 1 ? kPhaseCycles : 0);
 }
