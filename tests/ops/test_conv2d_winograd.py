@@ -367,7 +367,7 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_contiguous_and_channels_last_inputs(served, dtype: torch.dtype):
-    x, w = torch.randn(2, 64, 65, 63).to(dtype), torch.randn(70, 64, 3, 3).to(dtype)
+    x, w = torch.randn(2, 128, 65, 63).to(dtype), torch.randn(70, 128, 3, 3).to(dtype)
     reference, exact = F.conv2d(x, w, padding=1), F.conv2d(x.double(), w.double(), padding=1)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         y = ops.conv2d(x.contiguous(memory_format=memory_format), w, padding=1)
