@@ -138,7 +138,8 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tiles_w = ceil_div(out.w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
 
-  const WinogradCut cut = cheapest_cut({p.tile, p.tiles, p.channel_vectors, p.column_blocks, weight.bf16_pairs}, threads);
+  const WinogradCut cut =
+      cheapest_cut({p.tile, p.tiles, p.channel_vectors, p.column_blocks, weight.bf16_pairs}, threads);
   p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.columns_per_task = cut.columns_per_task;

@@ -229,10 +229,9 @@ static inline __attribute__((always_inline)) void finish_rows(const MicroTarget&
   const __mmask32 mask = first_halves(target.columns);
   const int64_t out_stride = problem.out.pixel_stride, residual_stride = problem.residual.pixel_stride;
   uint16_t* out = static_cast<uint16_t*>(problem.out.data) + target.pixel * out_stride + target.channel;
-  const uint16_t* residual =
-      problem.residual
-          ? static_cast<const uint16_t*>(problem.residual.data) + target.pixel * residual_stride + target.channel
-          : nullptr;
+  const uint16_t* residual = problem.residual ? static_cast<const uint16_t*>(problem.residual.data) +
+                                                    target.pixel * residual_stride + target.channel
+                                              : nullptr;
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     Vector value[2] = {};

@@ -35,6 +35,7 @@
 // each way); the transformed weights, t*t/9 times the plain ones, are read once a tile block.
 
 #include "conv2d_winograd.h"
+
 #include "variant.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
@@ -48,9 +49,8 @@ struct Fp32Products {
   template <typename T, int M>
   static inline void transform(const WinogradProblem& problem, TilePlace place, int64_t v, int64_t point_stride,
                                float* to) {
-    const auto put = [&](int i, int j, Vector value) __attribute__((always_inline)) {
-      store(to + (i * (M + 2) + j) * point_stride, value);
-    };
+    const auto put = [&](int i, int j, Vector value)
+                         __attribute__((always_inline)) { store(to + (i * (M + 2) + j) * point_stride, value); };
     transform_vector<T, M>(problem, place, v * kVectorWidth, put);
   }
   static inline Vector spread(const float* word) { return broadcast(*word); }

@@ -1,5 +1,5 @@
-// What Winograd convolution's kernels share, whatever the arithmetic of their products: conv2d_winograd.cpp says how the
-// work is split and laid out.
+// What Winograd convolution's kernels share, whatever the arithmetic of their products: conv2d_winograd.cpp says how
+// the work is split and laid out.
 //
 // `Products` is that arithmetic. Panels and weights consist of words of 32 bits, which only it looks into: a word is an
 // fp32 value, or two bf16 values of adjacent channels. A "channel vector" of a problem is a vector of words.
@@ -329,7 +329,8 @@ static void run(const WinogradProblem& problem, int64_t index, float* panel) {
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
   float* products = panel + panel_floats(problem);
   transform_block<Products, M>(problem, block, panel);
-  for (int64_t column = first; column < last; ++column) column_block<Products, M>(problem, block, column, panel, products);
+  for (int64_t column = first; column < last; ++column)
+    column_block<Products, M>(problem, block, column, panel, products);
 }
 
 }  // namespace

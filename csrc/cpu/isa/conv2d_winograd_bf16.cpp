@@ -2,8 +2,8 @@
 //
 //   y = act(scale[k] * A^T [ sum_c bf16(G w[k,c] G^T) . bf16(B^T pro(x)[c] B) ] A + bias[k] + residual)
 //
-// Layouts, work and transforms, which are computed in fp32, are those of conv2d_winograd.cpp; a word of the panel and of
-// the weights holds two adjacent channels, which vdpbf16ps multiplies and adds up in fp32:
+// Layouts, work and transforms, which are computed in fp32, are those of conv2d_winograd.cpp; a word of the panel and
+// of the weights holds two adjacent channels, which vdpbf16ps multiplies and adds up in fp32:
 //
 //   transformed input  [tile block][point][32 channels][tile][32]
 //   weights            [column block][point][pair of channels][kColumnBlock][2]

@@ -71,20 +71,23 @@ class ByMeasurement:
         narrow = x.to(weight.dtype)
         x, wide = narrow.float(), weight.detach().float()
         sums = _Layer(cpp.DIRECT, out, x, wide, padding).run()
+        size = sums.norm()
+
+        def off(layer: _Layer) -> Tensor:
+            return (layer.run() - sums).norm()
+
+        bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding)) + BF16_ROUNDING * size
         layers = {}
-
-        def error(layer: _Layer) -> float:
-            return float((layer.run() - sums).norm() / sums.norm())
-
-        limit = 2 * error(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding)) + BF16_ROUNDING
         for name in cpp.ALGORITHMS:
             layer = _Layer(name, out, narrow, weight.detach(), padding)
             # Judged in fp32 too, where nothing hides the algorithm's own error.
-            off, off_in_bf16 = error(_Layer(name, out, x, wide, padding)), error(layer)
-            if off <= FAST_ALGORITHM_ERROR and (weight.dtype == torch.float32 or off_in_bf16 <= limit):
-                layers[name] = layer
+            error = off(_Layer(name, out, x, wide, padding))
+            if error > FAST_ALGORITHM_ERROR * size or not error.isfinite():
+                logger.warning("%s is off by %.1e on %s: not used", name, error / size, tuple(out))
+            elif weight.dtype == torch.bfloat16 and off(layer) > bound:
+                logger.warning("%s is off by %.1e in bf16 on %s: not used", name, off(layer) / size, tuple(out))
             else:
-                logger.warning("%s is off by %.1e (in fp32 %.1e) on %s: not used", name, off_in_bf16, off, tuple(out))
+                layers[name] = layer
         if not layers:  # weights that are not finite
             return usual
         times: dict[str, list[float]] = {name: [] for name in layers}
