@@ -72,6 +72,15 @@ def test_with_winograd_within_its_stated_error(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121"])
+def test_bfloat16_with_winograd(name: str) -> None:
+    model, x = build(name).bfloat16(), image(name).bfloat16()
+    plain, frozen = model(x), fastcnn.freeze(model, x)
+    assert any(step.operator == "conv2d_winograd" for step in frozen._recipe.steps)
+    assert_accurate(frozen(x), plain, model.double()(x.double()))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["mobilenet_v3_small"])
 def test_a_plain_model_an_optimized_one_and_a_copy_give_the_same_bits(name: str) -> None:
     model, x = build(name), image(name)
