@@ -67,15 +67,20 @@ void require_packable(const std::array<int64_t, 4>& shape, const py::buffer_info
   }
 }
 
+// The dtype of the weight that was packed.
+DType packed_dtype_of(const std::string& dtype) {
+  if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16");
+  return dtype == "float32" ? DType::f32 : DType::bf16;
+}
+
 std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
                                                                    const std::array<int64_t, 4>& shape, int64_t groups,
                                                                    const std::string& dtype) {
-  if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16");
+  const DType packed_dtype = packed_dtype_of(dtype);
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
   if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
-  auto weight =
-      std::make_shared<cpu::PackedConv2dWeight>(dtype == "float32" ? DType::f32 : DType::bf16, shape.data(), groups);
+  auto weight = std::make_shared<cpu::PackedConv2dWeight>(packed_dtype, shape.data(), groups);
   assign_packed(*weight, info);
   return weight;
 }
@@ -114,12 +119,14 @@ void require_winograd(const int64_t shape[4], int tile) {
 
 std::shared_ptr<cpu::PackedConv2dWinogradWeight> packed_conv2d_winograd_weight_from(const py::buffer& packed,
                                                                                     const std::array<int64_t, 4>& shape,
-                                                                                    int tile) {
+                                                                                    int tile,
+                                                                                    const std::string& dtype) {
+  const DType packed_dtype = packed_dtype_of(dtype);
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
   require_winograd(shape.data(), tile);
   const int filter = static_cast<int>(shape[2]);
-  auto weight = std::make_shared<cpu::PackedConv2dWinogradWeight>(shape[0], shape[1], filter, tile);
+  auto weight = std::make_shared<cpu::PackedConv2dWinogradWeight>(packed_dtype, shape[0], shape[1], filter, tile);
   assign_packed(*weight, info);
   return weight;
 }
@@ -146,19 +153,24 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
   const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
   const Conv2dGeometry geometry = conv2d_geometry(weight.filter, weight.filter, 1, {1, 1}, padding, {1, 1});
+  if (weight.bf16_pairs && x.dtype != DType::bf16) {
+    throw py::type_error("input must be bfloat16, as the weight that was packed");
+  }
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
 }
 
-double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int tile) {
+double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int tile,
+                         bool bf16) {
   for (const int64_t size : out_shape) {
     if (size < 1) throw py::value_error("out_shape must be positive");
   }
   if (in_channels < 1) throw py::value_error("in_channels must be positive");
   const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};
   require_winograd(weight_shape, tile == 0 ? 2 : tile);
-  return cpu::conv2d_cycles(out_shape[0], out_shape[1], out_shape[2], out_shape[3], in_channels, filter, tile);
+  const auto [n, k, p, q] = out_shape;
+  return cpu::conv2d_cycles(n, k, p, q, in_channels, filter, tile, bf16);
 }
 
 // The two views of a pooling, of one dtype, batch and channel count.
@@ -375,14 +387,14 @@ PYBIND11_MODULE(_native, m) {
       m, "PackedConv2dWinogradWeight")
       .def(py::init(&pack_conv2d_winograd_weight), py::arg("weight"), py::arg("tile"))
       .def_static("from_packed", &packed_conv2d_winograd_weight_from, py::arg("packed"), py::arg("shape"),
-                  py::arg("tile"))
+                  py::arg("tile"), py::arg("dtype"))
       .def("packed", &packed_bytes<cpu::PackedConv2dWinogradWeight>)
       .def_property_readonly("bytes", &cpu::PackedConv2dWinogradWeight::bytes);
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
   m.def("cpu_conv2d_cycles", &cpu_conv2d_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("filter"),
-        py::arg("tile"));
+        py::arg("tile"), py::arg("bf16"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

@@ -59,6 +59,9 @@ class PyPlan {
                        const py::object& bias, const py::object& residual, const py::object& input_scale,
                        const py::object& input_shift, bool input_relu, bool relu, Pair padding, bool max_pool) {
     if (max_pool && !residual.is_none()) throw py::value_error("residual must be None where max_pool is set");
+    if (weight->bf16_pairs && operand(input, "input").dtype != DType::bf16) {
+      throw py::type_error("input must be bfloat16, as the weight that was packed");
+    }
     const Conv2dGeometry geometry = conv2d_geometry(weight->filter, weight->filter, 1, {1, 1}, padding, {1, 1});
     convolution(
         out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv2d_winograd_cut.h"
+#include "isa/conv2d_bf16.h"
 #include "isa/table.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -39,14 +40,24 @@ std::vector<double> filter_transform(int side, int filter) {
   return rows;
 }
 
+// Ties to even; NaN stays NaN.
+uint16_t nearest_bf16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if ((word & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
 }  // namespace
 
-PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int filter, int tile)
+PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(DType dtype, int64_t out_channels, int64_t in_channels,
+                                                       int filter, int tile)
     : out_channels(out_channels), in_channels(in_channels), filter(filter), tile(tile), data_(nullptr, std::free) {
   const KernelTable& table = kernels();
-  const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
+  bf16_pairs = dtype == DType::bf16 && table.bf16 != nullptr && winograd_by_pairs(in_channels, side());
+  channel_vectors = ceil_div(in_channels, bf16_pairs ? 2 * table.vector_width : table.vector_width);
   column_blocks = ceil_div(out_channels, table.column_block);
-  bytes_ = column_blocks * side() * side() * channels * table.column_block * 4;
+  bytes_ = column_blocks * side() * side() * channel_vectors * table.vector_width * table.column_block * 4;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }
 
@@ -56,10 +67,11 @@ void PackedConv2dWinogradWeight::assign(const void* packed) {
 
 PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
                                                        const int64_t strides[4], int tile)
-    : PackedConv2dWinogradWeight(shape[0], shape[1], static_cast<int>(shape[2]), tile) {
+    : PackedConv2dWinogradWeight(dtype, shape[0], shape[1], static_cast<int>(shape[2]), tile) {
   const KernelTable& table = kernels();
   const int64_t block = table.column_block;
-  const int64_t channels = ceil_div(in_channels, table.vector_width) * table.vector_width;
+  const int64_t word_channels = bf16_pairs ? 2 : 1;
+  const int64_t words = channel_vectors * table.vector_width, channels = words * word_channels;
   const int t = side(), taps = filter;
   const std::vector<double> g = filter_transform(t, taps);
   // A task is one channel of one column block: t*t rows of `block` values, zeros where k or c is beyond the end.
@@ -83,14 +95,19 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType
         half[taps * i * block + at] = sum;
       }
     }
-    float* to = data_.get() + first * t * t * channels + c * block;
+    float* to = data_.get() + first * t * t * words + c / word_channels * block;
     for (int i = 0; i < t; ++i) {
       const double* row = half + taps * i * block;
-      for (int j = 0; j < t; ++j, to += channels * block) {
+      for (int j = 0; j < t; ++j, to += words * block) {
         for (int64_t k = 0; k < block; ++k) {
           double sum = 0;
           for (int s = 0; s < taps; ++s) sum += g[taps * j + s] * row[s * block + k];
-          to[k] = static_cast<float>(sum);
+          const float value = static_cast<float>(sum);
+          if (bf16_pairs) {
+            reinterpret_cast<uint16_t*>(to + k)[c % 2] = nearest_bf16(value);
+          } else {
+            to[k] = value;
+          }
         }
       }
     }
@@ -114,7 +131,7 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tile = weight.tile;
   p.side = weight.side();
   p.packed_weight = weight.data();
-  p.channel_vectors = ceil_div(weight.in_channels, table.vector_width);
+  p.channel_vectors = weight.channel_vectors;
   p.column_blocks = weight.column_blocks;
   p.input_scale = prologue.scale;
   p.input_shift = prologue.shift;
@@ -128,17 +145,18 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
 
-  const WinogradCut cut = cheapest_cut({p.side, p.tiles, p.channel_vectors, p.column_blocks}, threads);
+  const WinogradCut cut =
+      cheapest_cut({p.side, p.tiles, p.channel_vectors, p.column_blocks, weight.bf16_pairs}, threads);
   p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.columns_per_task = cut.columns_per_task;
   Work work;
   work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
   work.threads = cut.threads;
-  work.scratch_bytes = table.winograd_scratch_bytes(p);
-  work.run = [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
-    table.winograd_task(p, task, scratch);
-  };
+  const auto scratch_bytes = weight.bf16_pairs ? table.bf16->winograd_scratch_bytes : table.winograd_scratch_bytes;
+  const auto run_task = weight.bf16_pairs ? table.bf16->winograd_task : table.winograd_task;
+  work.scratch_bytes = scratch_bytes(p);
+  work.run = [p, memory = vectors.memory, run_task](int64_t task, void* scratch) { run_task(p, task, scratch); };
   work.constants = weight.data();
   work.constant_bytes = weight.bytes();
   return {work};

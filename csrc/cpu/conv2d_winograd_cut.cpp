@@ -38,7 +38,8 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
 
   // Of one tile and vector of channels, in either direction; of one column block, where the sums of fewer than 4 tiles
   // wait for each other.
-  const double transform = sizes.side == 6 ? 270 : 90;
+  const double there = sizes.side == 6 ? 270 : sizes.bf16_pairs ? 80 : 90;
+  const double back = sizes.side == 6 ? 270 : sizes.bf16_pairs ? 160 : 90;
   const double products =
       points * channels * static_cast<double>(std::max(tiles, 4 * ceil_div(tiles, table.micro_rows))) * 1.06;
   // Of the blocks that a thread passes through with the same weights, the first reads them from memory, the others from
@@ -49,13 +50,18 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   const double again = in_l2 ? 0 : 1 / (in_l3 ? kNearBytesPerCycle : kFarBytesPerCycle);
   const double weights = weight_bytes * (1 / kFarBytesPerCycle + (passes - 1) * again) / passes;
   const double panel = panel_bytes + in_use < kL2 ? 0 : panel_bytes / kNearBytesPerCycle;
+  const double input_vectors = channel_vectors * (sizes.bf16_pairs ? 2 : 1);
   const double task = part * beside(products, weights + panel) +
-                      transform * block * (channel_vectors + part * table.column_block / table.vector_width);
+                      block * (there * input_vectors + back * part * table.column_block / table.vector_width);
   return static_cast<double>(ceil_div(blocks * parts, threads)) * (task + kTaskCycles) +
          (threads > 1 ? kPhaseCycles : 0);
 }
 
 }  // namespace
+
+bool winograd_by_pairs(int64_t in_channels, int side) {
+  return side == 4 && in_channels > kernels().vector_width;
+}
 
 WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
   const KernelTable& table = kernels();
@@ -77,18 +83,21 @@ WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
   return best;
 }
 
-double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int tile) {
+double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int tile,
+                     bool bf16) {
   const KernelTable& table = kernels();
   constexpr int kThreads = 2;
   const int64_t columns = ceil_div(out_channels, table.column_block);
   if (tile > 0) {
     const int64_t tiles = n * ceil_div(p, tile) * ceil_div(q, tile);
     const int side = tile + filter - 1;
-    return cheapest_cut({side, tiles, ceil_div(in_channels, table.vector_width), columns}, kThreads).cycles;
+    const bool pairs = bf16 && winograd_by_pairs(in_channels, side);
+    const int64_t channel_vectors = ceil_div(in_channels, pairs ? 2 * table.vector_width : table.vector_width);
+    return cheapest_cut({side, tiles, channel_vectors, columns, pairs}, kThreads).cycles;
   }
-  const int64_t reduction = filter * filter * in_channels;
-  const double weight_values = static_cast<double>(reduction * columns * table.column_block);
-  const double products = static_cast<double>(n * p * q * reduction * columns) / kThreads * 1.14;
+  const int64_t words = ceil_div(filter * filter * in_channels, bf16 ? 2 : 1);  // of the reduction
+  const double weight_values = static_cast<double>(words * columns * table.column_block);
+  const double products = static_cast<double>(n * p * q * words * columns) / kThreads * 1.14;
   return beside(products, weight_values * 4 / kThreads / kFarBytesPerCycle) + kPhaseCycles;
 }
 

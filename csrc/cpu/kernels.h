@@ -46,19 +46,24 @@ class PackedConv2dWeight {
 void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
             const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
 
-// 3x3 or 5x5 weights transformed for Winograd convolution in tiles of tile x tile outputs (layout:
-// isa/conv2d_winograd.cpp).
+// 3x3 or 5x5 weights transformed for Winograd convolution in tiles of tile x tile outputs (layouts:
+// isa/conv2d_winograd.cpp and isa/conv2d_winograd_bf16.cpp).
 class PackedConv2dWinogradWeight {
  public:
   // weight: (K, C, 3, 3) with tile 2 or 4, or (K, C, 5, 5) with tile 2; the given element strides, fp32 or bf16.
   PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4],
                              int tile);
-  // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes.
-  PackedConv2dWinogradWeight(int64_t out_channels, int64_t in_channels, int filter, int tile);
+  // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes. dtype: of
+  // the weight that was packed.
+  PackedConv2dWinogradWeight(DType dtype, int64_t out_channels, int64_t in_channels, int filter, int tile);
   void assign(const void* packed);
 
   int64_t out_channels, in_channels;
   int filter, tile;  // of a side: taps, outputs
+  // Of a bf16 3x3 weight in tiles of 2x2, where the processor has bf16 dot products: packed in pairs, which take bf16
+  // tensors only.
+  bool bf16_pairs;
+  int64_t channel_vectors;  // vectors of input channels, or of pairs of them
   int64_t column_blocks;
   int side() const { return tile + filter - 1; }  // of a tile's input, and of its points
   const float* data() const { return data_.get(); }

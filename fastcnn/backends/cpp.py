@@ -51,10 +51,6 @@ def algorithms(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int)
     return _BY_FILTER.get(tuple(weight[2:]), (DIRECT,))
 
 
-# From how many output pixels on Winograd's algorithm, in fp32, is faster than the plain sum by bf16 dot products.
-_WINOGRAD_PIXELS_BF16 = 4096
-
-
 def has_bf16_dot_products() -> bool:
     """Whether bf16 tensors are convolved in bf16 arithmetic, with twice the multiplications of fp32."""
     return _native.cpu_instruction_set() == "avx512_bf16"
@@ -69,23 +65,25 @@ def conv2d_algorithm(
     Where Winograd is allowed and covers the form, from 8 channels in and out and 16 output pixels: what an estimate of
     cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as large as the
     weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the edge of a
-    narrow output waste products.
+    narrow output waste products. In bf16, on a processor with bf16 dot products, those serve the plain sum and 2x2
+    tiles; 4x4 tiles are computed in fp32.
     """
     covering = algorithms(weight, stride, dilation, groups)
     if covering == (DIRECT,) or not backends.allows_fast_algorithms():
         return DIRECT
-    n, _, p, q = out
-    if dtype == torch.bfloat16 and has_bf16_dot_products() and n * p * q < _WINOGRAD_PIXELS_BF16:
-        return DIRECT
-    return _cheapest(covering, tuple(out), weight[1], weight[2])
+    return _cheapest(covering, tuple(out), weight[1], weight[2], dtype == torch.bfloat16 and has_bf16_dot_products())
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest(covering: tuple[str, ...], out: tuple[int, ...], in_channels: int, filter: int) -> str:
+def _cheapest(covering: tuple[str, ...], out: tuple[int, ...], in_channels: int, filter: int, bf16: bool) -> str:
     n, k, p, q = out
     if in_channels < 8 or k < 8 or n * p * q < 16:
         return DIRECT
-    return min(covering, key=lambda name: _native.cpu_conv2d_cycles(out, in_channels, filter, _TILES.get(name, 0)))
+
+    def cycles(name: str) -> float:
+        return _native.cpu_conv2d_cycles(out, in_channels, filter, _TILES.get(name, 0), bf16)
+
+    return min(covering, key=cycles)
 
 
 def fast_algorithm(operator: str, *args: Any) -> str | None:
@@ -179,7 +177,7 @@ def packed_weight_from(
         return _native.PackedConv2dWeight.from_packed(packed, shape, groups, dtype)
     if algorithm not in _TILES or groups != 1:
         raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
-    return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm])
+    return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm], dtype)
 
 
 def variants(operator: str, *args: Any) -> tuple[str, ...]:

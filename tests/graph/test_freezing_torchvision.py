@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import relative_error
+from support.accuracy import assert_accurate
 from support.dropin import assert_frozen_well
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
@@ -69,6 +70,15 @@ def test_with_winograd_within_its_stated_error(name: str) -> None:
     frozen = fastcnn.freeze(model, x)
     assert any(step.operator == "conv2d_winograd" for step in frozen._recipe.steps)
     assert relative_error(frozen(x), model.double()(x.double())) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121"])
+def test_bfloat16_with_winograd(name: str) -> None:
+    model, x = build(name).bfloat16(), image(name).bfloat16()
+    plain, frozen = model(x), fastcnn.freeze(model, x)
+    assert any(step.operator == "conv2d_winograd" for step in frozen._recipe.steps)
+    assert_accurate(frozen(x), plain, model.double()(x.double()))
 
 
 @torch.no_grad()

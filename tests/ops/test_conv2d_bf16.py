@@ -237,13 +237,3 @@ def test_other_instruction_sets(isa: str):
     environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_winograd_only_where_it_is_faster():
-    def chosen(n: int, size: int, dtype: torch.dtype) -> str:
-        return cpp.conv2d_algorithm((n, 64, size, size), (64, 64, 3, 3), (1, 1), (1, 1), 1, dtype)
-
-    with fastcnn.exact(False):
-        assert chosen(1, 56, torch.float32) == cpp.WINOGRAD4
-        assert chosen(1, 56, BF16) == (cpp.DIRECT if cpp.has_bf16_dot_products() else cpp.WINOGRAD4)
-        assert chosen(1, 112, BF16) == chosen(8, 28, BF16) == cpp.WINOGRAD4

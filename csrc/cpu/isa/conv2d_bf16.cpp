@@ -53,7 +53,7 @@ static inline int64_t clamped(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
-static inline __mmask32 first_halves(int64_t count) {
+static inline __mmask32 first_halves(int64_t count) {  // up to 32
   return static_cast<__mmask32>((uint64_t{1} << count) - 1);
 }
 
@@ -215,31 +215,49 @@ struct MicroTarget {
   const float* bias;
 };
 
-// y of one row of sums.
-template <int Vectors>
-static inline void finish_row(const MicroTarget& target, const Vector* scale, const Vector* bias, int row,
-                              const Vector* sum) {
+// y of all rows of sums. Full: of all channels of a column block.
+template <int Rows, int Vectors, bool Full>
+static inline __attribute__((always_inline)) void finish_rows(const MicroTarget& target, const __m512 (*sum)[Vectors]) {
   const Conv2dBf16Problem& problem = *target.problem;
-  Vector value[2] = {};
-  for (int j = 0; j < Vectors; ++j) value[j] = sum[j] * scale[j] + bias[j];
-  if (problem.residual) {
-    Vector low, high;
-    widen(static_cast<const uint16_t*>(problem.residual.data) + (target.pixel + row) * problem.residual.pixel_stride +
-              target.channel,
-          target.columns, low, high);
-    value[0] += low;
-    if (Vectors > 1) value[1] += high;
+  Vector scale[Vectors], bias[Vectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < Vectors; ++j) {
+    scale[j] = load(target.scale + j * kVectorWidth);
+    bias[j] = load(target.bias + j * kVectorWidth);
   }
-  if (problem.relu) {
-    for (int j = 0; j < Vectors; ++j) value[j] = relu(value[j]);
-  }
-  uint16_t* out =
-      static_cast<uint16_t*>(problem.out.data) + (target.pixel + row) * problem.out.pixel_stride + target.channel;
-  const __m512i halves = narrow(value[0], value[1]);
-  if (target.columns == kBlock) {
-    _mm512_storeu_si512(out, halves);
-  } else {
-    _mm512_mask_storeu_epi16(out, first_halves(target.columns), halves);
+  const __m512 floor = (__m512)broadcast(problem.relu ? 0.0f : -__builtin_inff());
+  const __mmask32 mask = first_halves(target.columns);
+  const int64_t out_stride = problem.out.pixel_stride, residual_stride = problem.residual.pixel_stride;
+  uint16_t* out = static_cast<uint16_t*>(problem.out.data) + target.pixel * out_stride + target.channel;
+  const uint16_t* residual = problem.residual ? static_cast<const uint16_t*>(problem.residual.data) +
+                                                    target.pixel * residual_stride + target.channel
+                                              : nullptr;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    Vector value[2] = {};
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) value[j] = (Vector)sum[i][j] * scale[j] + bias[j];
+    if (residual != nullptr) {
+      Vector low, high;
+      if constexpr (Full) {
+        low = load(residual), high = load(residual + kVectorWidth);
+      } else {
+        widen(residual, target.columns, low, high);
+      }
+      value[0] += low;
+      if (Vectors > 1) value[1] += high;
+      residual += residual_stride;
+    }
+    // The maximum with a NaN is its second operand: NaN passes.
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) value[j] = (Vector)_mm512_maskz_max_ps(0xffff, floor, (__m512)value[j]);
+    const __m512i halves = narrow(value[0], value[1]);
+    if constexpr (Full) {
+      _mm512_storeu_si512(out, halves);
+    } else {
+      _mm512_mask_storeu_epi16(out, mask, halves);
+    }
+    out += out_stride;
   }
 }
 
@@ -247,13 +265,15 @@ static inline void finish_row(const MicroTarget& target, const Vector* scale, co
 template <int Rows>
 static inline void prefetch_rows(const MicroTarget& target) {
   const Conv2dBf16Problem& problem = *target.problem;
-  const char* out =
-      static_cast<const char*>(problem.out.data) + 2 * (target.pixel * problem.out.pixel_stride + target.channel);
-  for (int i = 0; i < Rows; ++i) __builtin_prefetch(out + 2 * i * problem.out.pixel_stride, 1, 3);
+  const int64_t out_step = 2 * problem.out.pixel_stride, residual_step = 2 * problem.residual.pixel_stride;
+  const char* out = static_cast<const char*>(problem.out.data) + target.pixel * out_step + 2 * target.channel;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i, out += out_step) __builtin_prefetch(out, 1, 3);
   if (problem.residual) {
-    const char* residual = static_cast<const char*>(problem.residual.data) +
-                           2 * (target.pixel * problem.residual.pixel_stride + target.channel);
-    for (int i = 0; i < Rows; ++i) __builtin_prefetch(residual + 2 * i * problem.residual.pixel_stride, 0, 3);
+    const char* residual =
+        static_cast<const char*>(problem.residual.data) + target.pixel * residual_step + 2 * target.channel;
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i, residual += residual_step) __builtin_prefetch(residual, 0, 3);
   }
 }
 
@@ -345,18 +365,10 @@ static void micro_kernel(const Source& source, const uint16_t* weight, const Mic
     }
     return;
   }
-  Vector scale[Vectors], bias[Vectors];
-#pragma GCC unroll 2
-  for (int j = 0; j < Vectors; ++j) {
-    scale[j] = load(target.scale + j * kVectorWidth);
-    bias[j] = load(target.bias + j * kVectorWidth);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-    Vector values[Vectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) values[j] = (Vector)sum[i][j];
-    finish_row<Vectors>(target, scale, bias, i, values);
+  if (Vectors > 1 && target.columns == kBlock) {
+    finish_rows<Rows, Vectors, Vectors == 2>(target, sum);
+  } else {
+    finish_rows<Rows, Vectors, false>(target, sum);
   }
 }
 

@@ -1,6 +1,6 @@
 // What processors with bf16 dot products (AVX512-BF16) provide beside the table of table.h: convolution of bf16 tensors
-// in bf16 arithmetic. The arithmetic is in isa/conv2d_bf16.cpp and isa/conv2d_grouped_bf16.cpp, packing and the cut
-// into tasks in conv2d_bf16.cpp.
+// in bf16 arithmetic. The arithmetic is in isa/conv2d_bf16.cpp, isa/conv2d_grouped_bf16.cpp and
+// isa/conv2d_winograd_bf16.cpp, packing and the cut into tasks in conv2d_bf16.cpp and conv2d_winograd.cpp.
 #pragma once
 
 #include <cstdint>
@@ -45,12 +45,15 @@ struct Conv2dBf16Problem {
 };
 
 struct LinearProblem;  // table.h
+struct WinogradProblem;
 
 // The entries of an instruction set with bf16 dot products.
 struct Bf16Kernels {
   int64_t (*conv2d_scratch_bytes)(const Conv2dBf16Problem&);
   void (*conv2d_task)(const Conv2dBf16Problem&, int64_t index, void* scratch);
   void (*conv2d_grouped_task)(const Conv2dBf16Problem&, int64_t index);
+  int64_t (*winograd_scratch_bytes)(const WinogradProblem&);  // tiles of 2x2, weights in pairs
+  void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
 };
 

@@ -106,6 +106,50 @@ static void row_tile(const Block& block, const uint16_t* image, int64_t ih, int6
   for (int i = 0; i < Pixels; ++i) finish(block, first_pixel + q + i, (Vector)sum[i]);
 }
 
+// The same for a filter of three adjacent taps and stride 1, without a prologue: a pixel's pairs serve all three. What
+// they are multiplied with is in registers for one pair of every group at a time.
+template <int Group, int Pixels>
+static void row_tile_of_three(const Block& block, const uint16_t* image, int64_t ih, int64_t first_pixel, int64_t q) {
+  const Conv2dGeometry& g = block.problem->geometry;
+  const TensorView& x = block.problem->input;
+  __m512 sum[Pixels];
+#pragma GCC unroll 16
+  for (int i = 0; i < Pixels; ++i) sum[i] = _mm512_setzero_ps();
+  const int64_t first = q - g.pad_left;
+  // One bit for each input pixel that lies inside.
+  const uint32_t inside = [&] {
+    uint32_t bits = 0;
+    for (int i = 0; i < Pixels + 2; ++i) bits |= static_cast<uint32_t>(first + i >= 0 && first + i < x.w) << i;
+    return bits;
+  }();
+  for (int64_t r = 0; r < g.filter_h; ++r) {
+    const int64_t h = ih + r * g.dilation_h;
+    if (h < 0 || h >= x.h) continue;
+    const uint16_t* row = image + (h * x.w + first) * x.pixel_stride + block.channel;
+    const uint16_t* weight = block.weight + r * 3 * Group * kChannels;
+    for (int j = 0; j < Group / 2; ++j) {
+      const __m512i from = choice<Group>(j);
+      __m512bh factor[3];
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) {
+        factor[s] = (__m512bh)_mm512_loadu_si512(weight + (s * Group / 2 + j) * 2 * kChannels);
+      }
+      const uint16_t* pixel = row;
+#pragma GCC unroll 16
+      for (int i = 0; i < Pixels + 2; ++i, pixel += x.pixel_stride) {
+        const __m512i value = read_input<false>(block, pixel, (inside >> i & 1) != 0);
+        const __m512bh pairs = (__m512bh)_mm512_maskz_permutexvar_epi32(0xffff, from, value);
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) {
+          if (i >= s && i - s < Pixels) sum[i - s] = _mm512_dpbf16_ps(sum[i - s], pairs, factor[s]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Pixels; ++i) finish(block, first_pixel + q + i, (Vector)sum[i]);
+}
+
 template <int Group, bool HasPrologue>
 static void run_row(const Conv2dBf16Problem& problem, int64_t row, int64_t first_block, int64_t last_block) {
   const Conv2dGeometry& g = problem.geometry;
@@ -126,6 +170,11 @@ static void run_row(const Conv2dBf16Problem& problem, int64_t row, int64_t first
     if (problem.input_scale != nullptr) block.input_scale = load_some(problem.input_scale + block.channel, block.lanes);
     if (problem.input_shift != nullptr) block.input_shift = load_some(problem.input_shift + block.channel, block.lanes);
     int64_t q = 0;
+    if (!HasPrologue && g.filter_w == 3 && g.stride_w == 1 && g.dilation_w == 1) {
+      for (; q + 14 <= out_w; q += 14) row_tile_of_three<Group, 14>(block, image, ih, first_pixel, q);
+      for (; q + 7 <= out_w; q += 7) row_tile_of_three<Group, 7>(block, image, ih, first_pixel, q);
+      for (; q + 3 <= out_w; q += 3) row_tile_of_three<Group, 3>(block, image, ih, first_pixel, q);
+    }
     for (; q + 14 <= out_w; q += 14) row_tile<Group, 14, HasPrologue>(block, image, ih, first_pixel, q);
     for (; q + 7 <= out_w; q += 7) row_tile<Group, 7, HasPrologue>(block, image, ih, first_pixel, q);
     for (; q + 3 <= out_w; q += 3) row_tile<Group, 3, HasPrologue>(block, image, ih, first_pixel, q);

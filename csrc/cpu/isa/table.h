@@ -52,7 +52,7 @@ struct WinogradProblem {
   int64_t pad_top, pad_left;
   int tile, side;  // to a tile's side: outputs, 4 or 2; inputs, 6 or 4
   const float* packed_weight;
-  int64_t channel_vectors, column_blocks;
+  int64_t channel_vectors, column_blocks;  // a vector holds twice as many channels where weights are bf16 pairs
   // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
   const float* input_scale;
   const float* input_shift;

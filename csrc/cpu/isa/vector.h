@@ -49,7 +49,13 @@ static inline Vector broadcast(float x) {
 
 // max(x, 0) that lets NaN through, as torch.relu does.
 static inline Vector relu(Vector x) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_max_ps(0xffff, __m512{}, (__m512)x);  // where one is NaN: the second
+#elif defined(__AVX2__)
+  return (Vector)_mm256_max_ps(__m256{}, (__m256)x);
+#else
   return x < Vector{} ? Vector{} : x;
+#endif
 }
 static inline float relu(float x) {
   return x < 0.0f ? 0.0f : x;
@@ -76,9 +82,20 @@ typedef uint32_t Words __attribute__((vector_size(kVectorWidth * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorWidth * 2)));
 typedef uint16_t UnalignedHalves __attribute__((vector_size(kVectorWidth * 2), aligned(2), may_alias));
 
+// The compiler's own conversion takes vectors apart.
+static inline Vector widened(Halves bits) {
+#if defined(__AVX512F__)
+  const Words words = (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#elif defined(__AVX2__)
+  const Words words = (Words)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  const Words words = __builtin_convertvector(bits, Words);
+#endif
+  return reinterpret_cast<Vector>(words << 16);
+}
+
 static inline Vector load(const uint16_t* p) {
-  const Halves bits = *reinterpret_cast<const UnalignedHalves*>(p);
-  return reinterpret_cast<Vector>(__builtin_convertvector(bits, Words) << 16);
+  return widened(*reinterpret_cast<const UnalignedHalves*>(p));
 }
 
 // The bf16 nearest to each value (ties to even, NaN stays NaN) in the upper half of its word, zeros below.
@@ -89,7 +106,14 @@ static inline Words bf16_bits_high(Vector v) {
 }
 
 static inline void store(uint16_t* p, Vector v) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<UnalignedHalves*>(p) = (Halves)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
+  *reinterpret_cast<UnalignedHalves*>(p) =
+      (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(bf16_bits_high(v) >> 16));
+#else
   *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(bf16_bits_high(v) >> 16, Halves);
+#endif
 }
 
 // Two vectors of adjacent bf16 values, even ones in `even`, odd ones in `odd` (little-endian): half the work of two
@@ -146,8 +170,7 @@ static inline void store_some(float* p, Vector v, int64_t count) {
 }
 
 static inline Vector load_some(const uint16_t* p, int64_t count) {
-  const Halves bits = reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(first_lanes(count), p));
-  return reinterpret_cast<Vector>(__builtin_convertvector(bits, Words) << 16);
+  return widened(reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(first_lanes(count), p)));
 }
 #elif defined(__AVX2__)
 static inline __m256i first_lanes(int64_t count) {

@@ -22,7 +22,8 @@ Pair = tuple[int, int]
 # choose(output's shape, input's shape, weight, stride, padding (top, left), dilation, groups) -> algorithm
 Choose = Callable[[Sequence[int], Sequence[int], Tensor, Pair, Pair, Pair, int], str]
 
-FAST_ALGORITHM_ERROR = 1e-5  # relative, of a whole output: what DESIGN's accuracy rule grants
+FAST_ALGORITHM_ERROR = 1e-5  # relative, of a whole output: what DESIGN's accuracy rule grants in fp32
+BF16_ROUNDING = 4e-3  # what it grants any bf16 result beside twice the plain sum's error
 _ROUNDS, _WORTHWHILE = 11, 0.97
 _CACHE_BYTES = 64 << 20
 
@@ -76,16 +77,26 @@ class ByMeasurement:
     ) -> str:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(tuple(input), generator=generator).contiguous(memory_format=torch.channels_last)
-        sums = _Layer(cpp.DIRECT, out, x, weight.detach().float(), padding).run()
-        layers = {}
         narrow = x.to(weight.dtype)
+        x, wide = narrow.float(), weight.detach().float()
+        sums = _Layer(cpp.DIRECT, out, x, wide, padding).run()
+        size = sums.norm()
+
+        def off(layer: _Layer) -> Tensor:
+            return (layer.run() - sums).norm()
+
+        bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding)) + BF16_ROUNDING * size
+        layers = {}
         for name in covering:
-            # Judged in fp32, where nothing hides the algorithm's own error.
-            error = (_Layer(name, out, x, weight.detach().float(), padding).run() - sums).norm()
-            if error <= FAST_ALGORITHM_ERROR * sums.norm():
-                layers[name] = _Layer(name, out, narrow, weight.detach(), padding)
+            layer = _Layer(name, out, narrow, weight.detach(), padding)
+            # Judged in fp32 too, where nothing hides the algorithm's own error.
+            error = off(_Layer(name, out, x, wide, padding))
+            if error > FAST_ALGORITHM_ERROR * size or not error.isfinite():
+                logger.warning("%s is off by %.1e on %s: not used", name, error / size, tuple(out))
+            elif weight.dtype == torch.bfloat16 and off(layer) > bound:
+                logger.warning("%s is off by %.1e in bf16 on %s: not used", name, off(layer) / size, tuple(out))
             else:
-                logger.warning("%s is off by %.1e on %s: not used", name, error / sums.norm(), tuple(out))
+                layers[name] = layer
         if not layers:  # weights that are not finite
             return usual
         times: dict[str, list[float]] = {name: [] for name in layers}
