@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.accuracy import relative_error
-from support.accuracy import assert_accurate
+from support.accuracy import assert_accurate, relative_error
 from support.dropin import assert_frozen_well
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
