@@ -196,7 +196,7 @@ def _update(
         if running is None:
             continue
         if running.dtype in (torch.float32, torch.float64):
-            running.mul_(1 - momentum).add_(batch, alpha=share)
+            running.mul_(1 - momentum).add_(batch, alpha=float(share))
         else:  # rounded once
             running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * share)
 

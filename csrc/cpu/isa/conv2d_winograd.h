@@ -47,7 +47,8 @@ struct Points<6> {
   }
   static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
     b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
-    b[1] = 0.625f * (a[1] - a[2]) + 1.5f * (a[3] - a[4]) + a[5];
+    // In an order that leaves the compiler no choice of what to round: every kernel that inlines it gets the same bits.
+    b[1] = (a[5] + 0.625f * (a[1] - a[2])) + 1.5f * (a[3] - a[4]);
   }
 };
 
