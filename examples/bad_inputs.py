@@ -624,7 +624,7 @@ MORE_THAN_PYTORCH: dict[tuple[str, str, str], str] = {
 # Where its infinities and NaNs stand elsewhere than PyTorch's, and why.
 OVERFLOW = "inf: deviations beyond 1e19 are squared in fp32, by PyTorch on a CPU in float64"
 FOLDED = "NaN: an infinite scale is folded into the shift, inf - inf; the other channels are as PyTorch's"
-CENTRED = "inf: the mean is taken off before the infinite scale, PyTorch takes inf from inf; other channels are the same"
+CENTRED = "inf: the mean is taken off before the infinite scale, PyTorch takes inf from inf; other channels are as its"
 IN_FLOAT64 = "inf: running statistics are updated in float64, where PyTorch takes inf from inf"
 OTHER_THAN_PYTORCH: dict[tuple[str, str, str], str] = {
     ("batch_norm", "input", "everything 1e30"): OVERFLOW,
