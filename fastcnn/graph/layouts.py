@@ -68,7 +68,7 @@ def keep_channels_last(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Non
         graph, lambda n: roles.may_write(n, modules), lambda n: roles.makes_a_new_tensor(n, modules)
     )  # fmt: skip
     while True:
-        members -= {node for node in members if node.target is concatenation.begin and not _whole(node, members)}
+        members -= {node for node in members if not _whole(node, members)}
         entries, exits = _borders(graph, members)
         torn = {v for v in (*entries, *exits) if aliases.last_written(v) > aliases.order[v]}
         if not torn:
@@ -120,11 +120,15 @@ def _follows(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return origin in ("torch", "_operator") and getattr(node.target, "__name__", "") in _FOLLOW
 
 
-def _whole(begin: fx.Node, members: set[fx.Node]) -> bool:
-    """Whether a concatenation and all that write into its buffer are members: else the layout that it reads, and so
-    whether there is a buffer, must be PyTorch's.
+def _whole(node: fx.Node, members: set[fx.Node]) -> bool:
+    """False of a concatenation, or of merged convolutions, where not all that write into its buffer or take its parts
+    are members: then the layout that it reads, and so whether there is a buffer or parts, must be PyTorch's.
     """
-    for user in begin.users:
+    if node.target is merging.pointwise:
+        return node.users.keys() <= members
+    if node.target is not concatenation.begin:
+        return True
+    for user in node.users:
         if not (user.users.keys() if user.target is concatenation.target else {user}) <= members:
             return False
     return True
@@ -157,7 +161,7 @@ def _borders(
             if outside and node.target not in _READ_SHAPES:
                 exits[node] = outside
     for value, readers in entries.items():  # the shapes of what is converted are read there too
-        readers += [user for user in value.users if user.op == "call_function" and user.target in _READ_SHAPES]
+        readers += [user for user in value.users if user in members and user.target in _READ_SHAPES]
     return entries, exits
 
 
