@@ -12,6 +12,7 @@ TITLES = {
     FROZEN: "fastcnn, frozen", OURS: "fastcnn, eager", "channels_last": "PyTorch, eager",
     "compile_frozen": "torch.compile, frozen", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
 }  # fmt: skip
+LOGIT_LIMIT = 1e-5
 CASES = {"fp32x1": "fp32, batch 1", "fp32x8": "fp32, batch 8", "bf16x1": "bf16, batch 1"}
 
 METHOD = """Medians of runs in one process a network; in brackets the quartiles. Candidates take turns: a pause of
@@ -167,13 +168,16 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
 def logits_section(stem: str, rows: Sequence[dict[str, Any]]) -> str:
     """Logits of frozen networks against float64."""
     worst = max(rows, key=lambda row: row["frozen"])
+    within, pytorch = (sum(row[key] <= LOGIT_LIMIT for row in rows) for key in ("frozen", "pytorch"))
     first = rows[0]
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     text = [
         f"## {stem}\n",
-        "Relative error of frozen networks' fp32 logits against float64, default settings, random weights; "
+        "Relative error of frozen networks' fp32 logits against float64, default settings, random weights; images: "
+        f"{first['images_are']}; "
         f"{first['device']}, {first['instruction_set']}, torch {first['torch']}, commit {commits}. "
-        f"{len(rows)} networks; largest {worst['frozen']:.1e} (`{worst['model']}`); stated limit 1e-5.\n",
+        f"{within} of {len(rows)} networks are within the stated limit of 1e-5, of PyTorch's own results {pytorch}; "
+        f"largest {worst['frozen']:.1e} (`{worst['model']}`, PyTorch {worst['pytorch']:.1e}).\n",
         "| network | frozen | PyTorch fp32 | same largest logit |\n|---|---|---|---|",
     ]
     for row in rows:

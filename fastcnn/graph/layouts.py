@@ -128,10 +128,9 @@ def _whole(node: fx.Node, members: set[fx.Node]) -> bool:
         return node.users.keys() <= members
     if node.target is not concatenation.begin:
         return True
-    for user in node.users:
-        if not (user.users.keys() if user.target is concatenation.target else {user}) <= members:
-            return False
-    return True
+    return all(
+        (user.users.keys() if user.target is concatenation.target else {user}) <= members for user in node.users
+    )
 
 
 def _images(node: fx.Node) -> list[fx.Node]:

@@ -75,7 +75,8 @@ def test_memory_and_times_alone_are_shown():
 
 def test_every_kind_of_raw_file_has_its_part():
     logits = {"what": "logits", "model": "one", "frozen": 2e-6, "pytorch": 3e-7, "agreeing": 2, "images": 2,
-              "device": "a processor", "instruction_set": "avx2", "torch": "2.14", "commit": "abc"}  # fmt: skip
+              "device": "a processor", "instruction_set": "avx2", "torch": "2.14", "commit": "abc",
+              "images_are": "noise"}  # fmt: skip
     operator = {"group": "g", "candidate": "pytorch", "median_ms": 1.0, "q1_ms": 1.0, "q3_ms": 1.0, "device": "p",
                 "share_of_peak": 0.91}  # fmt: skip
     isa = {"what": "instruction_sets", "model": "one", "dtype": "float32", "device": "a processor", "threads": 2,
@@ -84,7 +85,8 @@ def test_every_kind_of_raw_file_has_its_part():
     written = page(files)
     assert set(written) == {"performance.md", "images/cpu-networks.svg"}
     text = written["performance.md"]
-    assert "largest 2.0e-06 (`one`)" in text
+    assert "1 of 1 networks are within" in text
+    assert "largest 2.0e-06 (`one`, PyTorch 3.0e-07)" in text
     assert "| `one`, float32 | 1 (1.00x) | 1.75 (1.75x) |" in text
     assert "| g | pytorch | 1.000 | 1.000 .. 1.000 |  |  | 91% | 1.00 |" in text
     assert "No GPU has run these kernels" in text

@@ -164,7 +164,10 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
 @hypothesis.settings(max_examples=EXAMPLES or 60, deadline=None, derandomize=not EXAMPLES, database=None)
 @hypothesis.given(steps=steps, size=sizes, returned=st.integers(1, 8), channels_last=st.booleans())
 @hypothesis.example(  # a sum converts the input, a concatenation of what was written does not
-    steps=[("inception", 0, 4), ("relu-method_", 0, 0), ("add", 0, 2)], size=(1, C, 2, 2), returned=3, channels_last=False
+    steps=[("inception", 0, 4), ("relu-method_", 0, 0), ("add", 0, 2)],
+    size=(1, C, 2, 2),
+    returned=3,
+    channels_last=False,
 )
 @torch.no_grad()
 def test_the_same_results(steps: list[Step], size: tuple[int, ...], returned: int, channels_last: bool) -> None:
