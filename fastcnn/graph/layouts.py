@@ -167,7 +167,9 @@ def _borders(
 def _entries_of(
     graph: fx.Graph, members: set[fx.Node], entries: Mapping[fx.Node, Any]
 ) -> dict[fx.Node, frozenset[fx.Node]]:
-    """From which entries each member's value has its layout: of a sum, that of the first operand."""
+    """From which entries each member's value has its layout: of a sum, that of the first operand; where a value is
+    written into a slice, that of the concatenation.
+    """
     found: dict[fx.Node, frozenset[fx.Node]] = {}
 
     def reached(value: Any) -> frozenset[fx.Node]:
@@ -177,7 +179,7 @@ def _entries_of(
         if node in members:
             several = node.target in (torch.cat, torch.concat, concatenation.end)
             known = (v for v in node.args if isinstance(v, fx.Node) and (v in found or v in entries))
-            first = reached(next(known, None))
+            first = reached(node.kwargs.get("out", next(known, None)))  # a slice has its concatenation's layout
             found[node] = first.union(*map(reached, node.all_input_nodes)) if several else first
     return found
 

@@ -163,6 +163,11 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @hypothesis.settings(max_examples=EXAMPLES or 60, deadline=None, derandomize=not EXAMPLES, database=None)
 @hypothesis.given(steps=steps, size=sizes, returned=st.integers(1, 8), channels_last=st.booleans())
+@hypothesis.example(  # a contiguous value is convolved into a slice of channels-last memory
+    steps=[("add", 0, 0), ("relu-method_", 1, 0), ("bn-relu-conv", 0, 0), ("cat", 0, 2), ("add", 1, 0),
+           ("add", 0, 0), ("add", 0, 0)],
+    size=(1, C, 2, 2), returned=4, channels_last=False,
+)  # fmt: skip
 @hypothesis.example(  # a sum converts the input, a concatenation of what was written does not
     steps=[("inception", 0, 4), ("relu-method_", 0, 0), ("add", 0, 2)],
     size=(1, C, 2, 2),
