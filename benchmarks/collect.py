@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from raw_rows import write_rows
+
 
 def conditions(run: dict[str, Any]) -> dict[str, Any]:
     machine = run["machine_info"]
@@ -61,8 +63,7 @@ def main() -> int:
         return 2
     run = json.loads(Path(sys.argv[1]).read_text())
     table = rows(run)
-    lines = ",\n".join(json.dumps(row) for row in table)
-    Path(sys.argv[2]).write_text(f"[\n{lines}\n]\n")
+    write_rows(Path(sys.argv[2]), table)
     print(f"{len(table)} rows written to {sys.argv[2]}")
     return 0
 

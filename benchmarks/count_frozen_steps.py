@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from raw_rows import RESULTS, read_rows, write_rows
 from torch import nn
 
 import fastcnn
 from fastcnn import _native
 from fastcnn.measurement.conditions import conditions
 
-RESULTS = Path(__file__).resolve().parent / "results" / "dropin"
 KINDS = {
     "conv2d": "convolutions", "conv2d_winograd": "convolutions", "linear": "linear", "map": "functions of values",
     "copy": "copies", "fill": "copies",
@@ -54,16 +53,16 @@ def main() -> None:
     parser.add_argument("--timm", nargs="*", default=[], metavar="NAME:SIZE")
     parser.add_argument("--torchvision", nargs="*", default=[], metavar="NAME:SIZE")
     parser.add_argument(
-        "--file", type=Path, default=RESULTS / f"cpu-frozen-steps-{_native.cpu_instruction_set()}.json"
+        "--file", type=Path, default=RESULTS / "dropin" / f"cpu-frozen-steps-{_native.cpu_instruction_set()}.json"
     )
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(options.file.read_text()) if options.file.exists() else []
+    rows = read_rows(options.file)
     for library in ("torchvision", "timm"):
         for name, _, size in (given.partition(":") for given in getattr(options, library)):
             row = count(library, name, int(size))
             rows = [r for r in rows if (r["library"], r["model"]) != (library, name)] + [row]
             rows.sort(key=lambda r: (r["library"] != "torchvision", r["model"]))
-            options.file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+            write_rows(options.file, rows)
             print(library, name, row["steps"], row["kinds"], flush=True)
 
 

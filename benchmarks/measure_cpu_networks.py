@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from raw_rows import RESULTS, read_rows, write_rows
 
 import fastcnn
 from fastcnn.measurement.candidates import CHANNELS_LAST, FROZEN, OURS, candidates
@@ -42,7 +43,6 @@ from fastcnn.measurement.timing import interleave
 from fastcnn.models import model_info
 from fastcnn.verification import calibrate, torchvision_twin
 
-RESULTS = Path(__file__).resolve().parent / "results"
 NETWORKS = [
     "alexnet_owt", "vgg16", "googlenet", "resnet18", "resnet50", "resnet152", "wide_resnet50_2", "resnext50_32x4d",
     "densenet121", "lenet5", "resnet20_cifar",
@@ -270,7 +270,7 @@ def main() -> int:
     from fastcnn import _native
 
     file = options.file or RESULTS / f"cpu-networks-{_native.cpu_instruction_set()}-{options.threads}-threads.json"
-    entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    entries = read_rows(file)
     todo = [job for job in jobs(options) if options.fresh or not is_done(entries, job, options.threads)]
     for number, job in enumerate(todo):
         print(f"[{number + 1}/{len(todo)}]", job.what, job.network, job.case, job.candidate or "", flush=True)
@@ -281,7 +281,7 @@ def main() -> int:
         entries = [*(e for e in entries if not is_of(e, job)), entry]
         order = {name: i for i, name in enumerate(NETWORKS)}
         entries.sort(key=lambda e: (e["what"], order.get(e["model"], 99), e["case"], e["candidate"] or ""))
-        file.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
+        write_rows(file, entries)
         print(f"    {summary(entry)}   ({time.perf_counter() - started:.0f} s)", flush=True)
     return 0
 

@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from raw_rows import RESULTS, read_rows, write_rows
 
 import fastcnn
 from fastcnn import _native
 from fastcnn.measurement.comparison import ENGINE_TURNS
 from fastcnn.measurement.conditions import commit, conditions
+from fastcnn.measurement.timing import interleave
 from fastcnn.models import model_info
 from fastcnn.verification import calibrate
 
-RESULTS = Path(__file__).resolve().parent / "results"
 NETWORKS = ["vgg16", "googlenet", "resnet18", "resnet50", "resnext50_32x4d", "densenet121"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,14 +44,10 @@ def worker(name: str, dtype: str, threads: int) -> None:
     frozen = fastcnn.freeze(model, images)
     print("ready", flush=True)
     while sys.stdin.readline():
-        time.sleep(ENGINE_TURNS["pause_ms"] / 1e3)
-        frozen(images)
-        times, started = [], time.perf_counter()
-        while not times or time.perf_counter() - started < ENGINE_TURNS["block_ms"] / 1e3:
-            before = time.perf_counter()
-            frozen(images)
-            times.append((time.perf_counter() - before) * 1e3)
-        print(statistics.median(times), flush=True)
+        turn = interleave(
+            {"frozen": lambda: frozen(images)}, rounds=1, least=1, warmup=1, round_ms=0.0, **ENGINE_TURNS
+        )
+        print(turn["frozen"].median_ms, flush=True)
 
 
 def measure(name: str, dtype: str, rounds: int, threads: int) -> dict[str, Any]:
@@ -109,12 +104,12 @@ def main() -> int:
     if unknown:
         parser.error(f"no such network: {', '.join(unknown)}")
     file = options.file or RESULTS / f"cpu-instruction-sets-{options.threads}-threads.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    rows = read_rows(file)
     for name in options.networks:
         for dtype in options.dtypes:
             row = measure(name, dtype, options.rounds, options.threads)
             rows = [other for other in rows if (other["model"], other["dtype"]) != (name, row["dtype"])] + [row]
-            file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+            write_rows(file, rows)
             print(name, dtype, ", ".join(f"{isa} {ms:.3g}" for isa, ms in row["median_ms"].items()), "ms", flush=True)
     return 0
 

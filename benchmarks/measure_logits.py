@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from raw_rows import RESULTS, read_rows, write_rows
 
 import fastcnn
 from fastcnn import _native
@@ -30,7 +30,6 @@ from fastcnn.measurement.logits import LIMIT, logit_error
 from fastcnn.models import model_info
 from fastcnn.verification import calibrate
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION_IMAGES = 16
 
 
@@ -66,7 +65,7 @@ def main() -> int:
     parser.add_argument("--file", type=Path, default=RESULTS / f"cpu-logits-{_native.cpu_instruction_set()}.json")
     parser.add_argument("--fresh", action="store_true", help="measure what the file has of this commit, too")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(options.file.read_text()) if options.file.exists() else []
+    rows = read_rows(options.file)
     names = [n for n in fastcnn.list_models() if any(fnmatch.fnmatch(n, p) for p in options.patterns)]
     if not names:
         parser.error(f"no network's name matches {' '.join(options.patterns)}")
@@ -77,7 +76,7 @@ def main() -> int:
             started = time.perf_counter()
             known = measure(name, options.batch)
             rows = sorted([*(row for row in rows if row["model"] != name), known], key=lambda row: row["model"])
-            options.file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+            write_rows(options.file, rows)
             seconds = f"   ({time.perf_counter() - started:.0f} s)"
         else:
             seconds = "   (from the file)"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torchvision
+from raw_rows import RESULTS, write_rows
 from torch import nn
 
 import fastcnn
@@ -25,7 +25,6 @@ from fastcnn.graph import merging
 from fastcnn.measurement.conditions import conditions
 from fastcnn.measurement.timing import interleave
 
-RESULTS = Path(__file__).resolve().parent / "results" / "dropin"
 NETWORKS = {"googlenet": 224, "inception_v3": 299}
 
 
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="for each network and batch (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8], help="images (%(default)s)")
     name = f"cpu-merging-{_native.cpu_instruction_set()}-{torch.get_num_threads()}-threads.json"
-    parser.add_argument("--file", type=Path, default=RESULTS / name)
+    parser.add_argument("--file", type=Path, default=RESULTS / "dropin" / name)
     options = parser.parse_args()
     rows = []
     for network in NETWORKS:
@@ -64,7 +63,7 @@ def main() -> None:
             rows += found
             merged, apart = (row["median_ms"] for row in found)
             print(f"{network:14} batch {batch}: {merged:.2f} ms merged, {apart:.2f} apart: {apart / merged:.3f}")
-    options.file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    write_rows(options.file, rows)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ another source.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from network_tables import instruction_sets_section, logits_section, sections
+from raw_rows import RESULTS, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+DOCS = ROOT / "docs"
 
 INTRODUCTION = """# Performance
 
@@ -85,7 +85,7 @@ def line(group: str, row: dict[str, Any], baseline: dict[str, Any] | None) -> st
 
 
 def main() -> int:
-    results = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob("*.json"))}
+    results = {file.stem: read_rows(file) for file in sorted(RESULTS.glob("*.json"))}
     stale = []
     for name, text in page(results).items():
         path = DOCS / name
