@@ -85,7 +85,9 @@ class ByMeasurement:
         def off(layer: _Layer) -> Tensor:
             return (layer.run() - sums).norm()
 
-        bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding)) + BF16_ROUNDING * size
+        bound = None
+        if weight.dtype == torch.bfloat16:
+            bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding)) + BF16_ROUNDING * size
         layers = {}
         for name in covering:
             layer = _Layer(name, out, narrow, weight.detach(), padding)
@@ -93,8 +95,8 @@ class ByMeasurement:
             error = off(_Layer(name, out, x, wide, padding))
             if error > FAST_ALGORITHM_ERROR * size or not error.isfinite():
                 logger.warning("%s is off by %.1e on %s: not used", name, error / size, tuple(out))
-            elif weight.dtype == torch.bfloat16 and off(layer) > bound:
-                logger.warning("%s is off by %.1e in bf16 on %s: not used", name, off(layer) / size, tuple(out))
+            elif bound is not None and (error := off(layer)) > bound:
+                logger.warning("%s is off by %.1e in bf16 on %s: not used", name, error / size, tuple(out))
             else:
                 layers[name] = layer
         if not layers:  # weights that are not finite

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from fastcnn.graph.freezing.program import Buffer, Program, Step, View
+from fastcnn.graph.freezing.program import Buffer, Program, Step, View, row_of
 
 CACHE_BYTES = 16 << 20  # what a step reads and writes stays for the next one: half of a usual last-level cache
 
@@ -89,9 +89,7 @@ def _is_row_of_images(view: View, batch: int) -> bool:
 
 def _is_flat(view: View) -> bool:
     """Whether a view is all values of its buffer, in memory order (:meth:`View.as_row`)."""
-    return view == View(view.buffer, 0, (1, 1, 1, 1), (1, 1, 1, 1)).reshaped(
-        (1, view.buffer.length, 1, 1), (view.buffer.length, 1, view.buffer.length, view.buffer.length)
-    )
+    return view == row_of(view.buffer, 0, view.buffer.length)
 
 
 def _touched_only_in(program: Program, first: int, last: int) -> set[Buffer]:
@@ -126,8 +124,7 @@ class _Chunk:
         offset = view.offset + (0 if own is not None else self._start * image)
         buffer = own if own is not None else view.buffer
         if _is_flat(view):
-            values = image * self._images
-            return View(buffer, offset, (1, values, 1, 1), (values, 1, values, values))
+            return row_of(buffer, offset, image * self._images)
         return View(buffer, offset, (self._images, *view.shape[1:]), view.strides)
 
 

@@ -74,7 +74,7 @@ class View:
 
     def as_row(self) -> View:
         """All values of a dense view as one pixel's channels, in memory order: for work that knows no channels."""
-        return replace(self, shape=(1, self.values, 1, 1), strides=(self.values, 1, self.values, self.values))
+        return row_of(self.buffer, self.offset, self.values)
 
     def reshaped(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> View:
         return replace(self, shape=shape, strides=strides)
@@ -177,6 +177,11 @@ class Program:
     outputs: list[View] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     weights: list[PackedWeight] = field(default_factory=list)
+
+
+def row_of(buffer: Buffer, offset: int, values: int) -> View:
+    """Adjacent values as one pixel's channels."""
+    return View(buffer, offset, (1, values, 1, 1), (values, 1, values, values))
 
 
 def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
