@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.dropin import small_image, tensors
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
 
@@ -36,8 +37,7 @@ class Net(nn.Module):
 
 
 def image(batch: int = 2, channels_last: bool = True) -> Tensor:
-    x = torch.randn(batch, C, 7, 5, generator=torch.Generator().manual_seed(3))
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    return small_image(batch, C, channels_last)
 
 
 class Written:
@@ -59,10 +59,6 @@ def slices_written(model: nn.Module, x: Tensor) -> int:
     with intercept(watcher):
         model(x.clone())
     return watcher.slices
-
-
-def tensors(output: Any) -> list[Tensor]:
-    return list(output) if isinstance(output, tuple) else [output]
 
 
 def check(net: Net, x: Tensor) -> nn.Module:

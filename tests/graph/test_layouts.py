@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.dropin import tensors
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,10 +62,6 @@ def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 13, 10, generator=torch.Generator().manual_seed(3))
 
 
-def outputs(y: Any) -> list[Tensor]:
-    return list(y) if isinstance(y, tuple) else [y]
-
-
 def compiled(net: nn.Module) -> Any:
     torch._dynamo.reset()
     dynamo.register()
@@ -84,7 +81,7 @@ def test_results_have_pytorchs_strides(end: str, training: bool, make: Callable[
         found = []
         for model in (fast, net, double):
             given = x.detach().to(torch.float64 if model is double else torch.float32, copy=True).requires_grad_()
-            result = outputs(model(given))
+            result = tensors(model(given))
             sum((t * torch.arange(t.numel()).view(t.shape) / t.numel()).sum() for t in result).backward()
             found.append([*(t.detach() for t in result), given.grad])
         for ours, theirs, exact in zip(*found, strict=True):
@@ -165,7 +162,7 @@ def test_writes_reach_both_forms(body: Callable[[Any, Tensor], Any]) -> None:
     found = []
     for model in (fastcnn.optimize(net), net, copy.deepcopy(net).double()):
         given = x.to(model.fc.weight.dtype, copy=True)
-        found.append([*outputs(model(given)), given])
+        found.append([*tensors(model(given)), given])
     for ours, theirs, exact in zip(*found, strict=True):
         assert_accurate(ours, theirs, exact)
         assert ours.is_contiguous() == theirs.is_contiguous()

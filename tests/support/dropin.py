@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 import fastcnn
 from fastcnn.graph import dynamo
 from support.accuracy import assert_accurate
+
+
+def small_image(batch: int, channels: int, channels_last: bool) -> Tensor:
+    """Always the same values, 7 x 5 pixels."""
+    x = torch.randn(batch, channels, 7, 5, generator=torch.Generator().manual_seed(3))
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """What a model returned: a tensor, or a tuple of them."""
+    return list(output) if isinstance(output, tuple) else [output]
 
 
 @torch.no_grad()
