@@ -43,7 +43,10 @@ stage_build() {
 stage_tests() {
   local selection=(tests/gpu)
   if [ "$FASTCNN_REHEARSE" = 1 ]; then selection=(tests/gpu -k "awkward and float32 and plain or nan"); fi
-  pytest "${selection[@]}" -q -rs --junitxml="$OUT/gpu-tests.xml"
+  # Triton compiles on the CPU: in parallel where pytest-xdist is installed.
+  local parallel=()
+  if python -c "import xdist" 2>/dev/null; then parallel=(-n "${TEST_PROCESSES:-8}"); fi
+  pytest "${selection[@]}" "${parallel[@]}" -q -rs --junitxml="$OUT/gpu-tests.xml"
 }
 
 stage_verify() {
@@ -91,7 +94,7 @@ stage_bench() {
 export FASTCNN_REHEARSE=${FASTCNN_REHEARSE:-0}
 export -f stage_build stage_tests stage_verify stage_tune stage_sanitize stage_bench
 {
-  echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown), $(date -u +%FT%TZ), rehearsal: $FASTCNN_REHEARSE"
+  echo "commit ${FASTCNN_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}, $(date -u +%FT%TZ), rehearsal: $FASTCNN_REHEARSE"
 } >"$OUT/summary.txt"
 failed=0
 for stage in "${stages[@]}"; do
