@@ -74,7 +74,7 @@ def _packs_groups(weight: Tensor, groups: int) -> bool:
 
 
 def _pack_groups(weight: Tensor) -> Tensor:
-    """(K, C/g, R, S) as (K, 64, R, S): each filter's own channels in their place among the block's 64, zeros elsewhere."""
+    """(K, C/g, R, S) as (K, 64, R, S): a filter's own channels in their place among the block's 64, zeros elsewhere."""
     filters, channels, height, width = weight.shape
     per_block = _BLOCK // channels
     packed = weight.new_zeros(filters // _BLOCK, per_block, channels, height, width, per_block, channels)
@@ -95,7 +95,8 @@ def variants(operator: str, *args: Any) -> list[str]:
     """The kernels that could serve a call, besides the one that csrc/cuda chooses by its rule."""
     if operator != "conv2d":
         return []
-    out, input, weight, _, _, residual, input_scale, input_shift, input_relu, _, stride, padding, dilation, groups = args
+    out, input, weight, _, _, residual, input_scale, input_shift, input_relu = args[:9]
+    stride, padding, dilation, groups = args[10:]
     prologue = input_scale is not None or input_shift is not None or input_relu
     weight, groups = _prepared(weight, groups)
     return _native.cuda_conv2d_kernels(
@@ -110,13 +111,10 @@ def variant(kernel: str) -> ModuleType:
 
 class _OneKernel:
     def __init__(self, kernel: str) -> None:
-        self._kernel = kernel
+        self.conv2d = functools.partial(conv2d, kernel=kernel)
 
     def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
         return unsupported(operator, device, dtype, **facts) if operator == "conv2d" else f"no variant of {operator}"
-
-    def conv2d(self, *args: Any) -> None:
-        conv2d(*args, kernel=self._kernel)
 
 
 def conv2d(

@@ -121,7 +121,7 @@ CASES = [
 ]  # fmt: skip
 # Each tensor-core kernel once more with nothing in the epilogue.
 CASES += [
-    replace(c, epilogue=False) for c in CASES if c.kernel in ("mma 128x32", "wgmma 128x64") or c.kernel.startswith("tma")
+    replace(c, epilogue=False) for c in CASES if c.kernel.startswith(("mma 128x32", "wgmma 128x64", "tma"))
 ]
 
 
