@@ -77,11 +77,15 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
              in_turns(64),
              in_turns(32)};
   }
-  if (problem.groups > 1) {
-    found.erase(std::remove_if(found.begin(), found.end(),
-                               [&](const Choice& choice) { return problem.shape.filters % choice.tile_columns != 0; }),
-                found.end());
-  }
+  const ConvShape& shape = problem.shape;
+  found.erase(std::remove_if(found.begin(), found.end(),
+                             [&](const Choice& choice) {
+                               // A store writes 64 columns, and only the tensor's end stops it.
+                               const bool stores_beyond =
+                                   choice.tile_columns == 32 && shape.filters * problem.groups > 32;
+                               return stores_beyond || (problem.groups > 1 && shape.filters % choice.tile_columns != 0);
+                             }),
+              found.end());
   return found;
 }
 
@@ -98,7 +102,8 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
   const double stages = static_cast<double>(taps * ceil_divide(shape.channels, kTensorMapRow));
   const double multiplying = std::max(products / 2048, stages * (1.6 * rows + 3.5 * columns + 70));
-  const double storing = 0.25 * rows * columns, starting = 660;
+  // With a prologue every column tile changes its rows again.
+  const double storing = 0.25 * rows * columns, starting = problem.has_prologue() ? 2000 : 660;
   const bool overlapped = choice.in_turns && problem.residual == nullptr;
   return waves * (starting + (overlapped ? std::max(multiplying, storing) : multiplying + storing));
 }
