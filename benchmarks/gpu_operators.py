@@ -130,3 +130,36 @@ OPERATORS: dict[str, Callable[[int, int, torch.device], Operator]] = {
         batch_statistics, linear,
     )
 }  # fmt: skip
+
+
+def launch_triton_operator(name: str, batch: int, size: int) -> None:
+    """What an operator launches through Triton, on tensors without memory: a job for AheadCompiler."""
+    from fastcnn.backends import triton
+
+    def nhwc(c: int, side: int) -> Tensor:
+        shape = (batch, c, side, side)
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+    def matrix(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def floats(count: int) -> Tensor:
+        return matrix(count, dtype=torch.float32)
+
+    half, last = size // 2, max(1, size // 8)
+    large = nhwc(256, size)
+    launches: dict[str, Callable[[], None]] = {
+        "channel_affine": lambda: triton.channel_affine(large, large, floats(256), floats(256), None, "relu"),
+        "residual_add": lambda: triton.residual_add(large, large, large, 1.0, "relu"),
+        "max_pool2d": lambda: triton.max_pool2d(nhwc(64, size), nhwc(64, 2 * size), (3, 3), (2, 2), (1, 1), (1, 1)),
+        "avg_pool2d": lambda: triton.avg_pool2d(
+            nhwc(128, half), nhwc(128, size), (2, 2), (2, 2), (0, 0), (0, 0), True, 0
+        ),
+        "adaptive_avg_pool2d": lambda: triton.adaptive_avg_pool2d(nhwc(2048, 1), nhwc(2048, last)),
+        "local_response_norm": lambda: triton.local_response_norm(nhwc(64, size), nhwc(64, size), 5, 1e-4, 0.75, 1.0),
+        "batch_statistics": lambda: triton.batch_statistics(floats(64), floats(64), nhwc(64, 2 * size)),
+        "linear": lambda: triton.linear(
+            matrix(batch, 1000), matrix(batch, 2048), matrix(1000, 2048), floats(1000), "none"
+        ),
+    }
+    launches[name]()

@@ -2,8 +2,9 @@
 
 Candidates. `cudnn`: the bare convolution. `cudnn_fused`: the convolution with bias, residual and ReLU by cuDNN's fused
 calls, the batch norm's scale in the weights; where the layer has a BN-ReLU before it, one element-wise kernel for that
-(fastcnn's: PyTorch has none) and then the convolution. `triton`, `cuda`: fastcnn's operator on that backend, everything
-fused. Rehearsals on a CPU put ATen in cuDNN's place and `cpp` in fastcnn's.
+(fastcnn's: PyTorch has none) and then the convolution. `cudnn_parts`: the same with PyTorch's own kernels for residual
+and ReLU, where cuDNN refuses the fused call. `triton`, `cuda`: fastcnn's operator on that backend, everything fused.
+Rehearsals on a CPU put ATen in cuDNN's place and `cpp` in fastcnn's.
 """
 
 from __future__ import annotations
@@ -104,18 +105,19 @@ def conv_calls(layer: Layer, t: Tensors, ours: tuple[str, ...]) -> dict[str, Cal
 
     calls: dict[str, Call] = {
         "cudnn": lambda: F.conv2d(t.x, t.weight, None, *window),
-        "cudnn_fused": _peer(layer, t, window),
+        "cudnn_fused": _peer(layer, t, window, fused=True),
+        "cudnn_parts": _peer(layer, t, window, fused=False),
     }
     return calls | {name: on_backend(name, operator) for name in ours}
 
 
-def _peer(layer: Layer, t: Tensors, window: tuple[Any, ...]) -> Call:
+def _peer(layer: Layer, t: Tensors, window: tuple[Any, ...], fused: bool) -> Call:
     bias = None if t.bias is None else t.bias.bfloat16()
 
-    def fused(x: Tensor) -> Tensor:
-        if x.is_cuda and layer.relu and t.residual is not None:
+    def convolution(x: Tensor) -> Tensor:
+        if fused and x.is_cuda and layer.relu and t.residual is not None:
             return torch.cudnn_convolution_add_relu(x, t.folded, t.residual, 1.0, bias, *window)
-        if x.is_cuda and layer.relu:
+        if fused and x.is_cuda and layer.relu:
             return torch.cudnn_convolution_relu(x, t.folded, bias, *window)
         y = F.conv2d(x, t.folded, bias, *window)
         if t.residual is not None:
@@ -124,9 +126,9 @@ def _peer(layer: Layer, t: Tensors, window: tuple[Any, ...]) -> Call:
 
     def run() -> Tensor:
         if t.activated is None:
-            return fused(t.x)
+            return convolution(t.x)
         ops.channel_affine(t.x, t.in_scale, t.in_shift, activation="relu", out=t.activated)
-        return fused(t.activated)
+        return convolution(t.activated)
 
     return run
 

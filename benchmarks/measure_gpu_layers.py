@@ -22,13 +22,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_layers import NETWORKS, Job, Layer, jobs
-from gpu_operators import OPERATORS
+from gpu_operators import OPERATORS, launch_triton_operator
 from gpu_problems import Call, Tensors, chunks, conv_calls, kernel_names, launch_triton, on_backend
 from gpu_replay import Replay, in_turns, sets_against_cache
 from raw_rows import Row, write_rows
@@ -37,7 +37,7 @@ from triton_ahead import AheadCompiler
 
 from fastcnn import backends, ops
 from fastcnn.measurement.conditions import conditions
-from fastcnn.verification.accuracy import judge
+from fastcnn.verification.accuracy import judge, relative_error
 
 BATCHES = (256, 32, 1)
 PEER_LIMIT = 1e-2  # relative error of a peer's bf16 result above which the comparison itself is broken
@@ -188,48 +188,58 @@ class Measurement:
         """A word on each candidate: "right" or what is wrong with it. The bare convolution is nothing to check."""
         pieces = list(chunks(batch, t.out[0].numel()))
         return {"cudnn": "right"} | self._checked(
-            calls, "cudnn_fused", t.out, lambda i: t.exact(layer, pieces[i]), lambda y, i: y[pieces[i]], len(pieces)
-        )
+            calls, ("cudnn_fused", "cudnn_parts"), t.out,
+            lambda i: t.exact(layer, pieces[i]), lambda y, i: y[pieces[i]], len(pieces),
+        )  # fmt: skip
 
     def _checked(
-        self, calls: dict[str, Call], peer: str, out: Tensor | None,
+        self, calls: dict[str, Call], peers: Sequence[str], out: Tensor | None,
         exact: Callable[[int], Tensor], piece: Callable[[Tensor, int], Tensor], pieces: int,
     ) -> dict[str, str]:  # fmt: skip
+        """The reference is the first of ``peers`` that runs; the ones behind it have no part then."""
         results: dict[str, Tensor] = {}
         verdicts: dict[str, str] = {}
-        for name in (peer, *self.ours):
-            try:
-                if out is not None and name != peer:
-                    out.fill_(float("nan"))
-                result = calls[name]()
-                results[name] = result.clone() if result is out else result
-                verdicts[name] = "right"
-            except Exception as error:
-                self._give_up_if_broken()
-                verdicts[name] = f"failed: {first_line(error)}"
-        if peer not in results:
-            return verdicts | {name: f"not checked: {peer} {verdicts[peer]}" for name in self.ours}
+        reference = next((name for name in peers if self._runs(name, calls[name], results, verdicts, None)), None)
+        for name in self.ours:
+            self._runs(name, calls[name], results, verdicts, out)
+        if reference is None:
+            return verdicts | {name: "not checked: there is no reference" for name in self.ours}
         searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
         try:
             for i in range(pieces):
-                expected, reference = exact(i), piece(results[peer], i)
-                for name in self.ours:
-                    if name not in results:
-                        continue
-                    judgement = judge(piece(results[name], i), reference, expected)
+                expected, theirs = exact(i), piece(results[reference], i)
+                if relative_error(theirs, expected).norm > PEER_LIMIT:
+                    verdicts[reference] = f"wrong: error {relative_error(theirs, expected).norm:.1e}"
+                for name in set(self.ours) & set(results):
+                    judgement = judge(piece(results[name], i), theirs, expected)
                     if not judgement.passed and verdicts[name] == "right":
                         found = judgement.ours
                         verdicts[name] = f"wrong: error {found.norm:.1e}, largest {found.largest:.1e}"
-                    if judgement.reference.norm > PEER_LIMIT:
-                        verdicts[peer] = f"wrong: error {judgement.reference.norm:.1e}"
         finally:
             torch.backends.cudnn.benchmark = searching
+        if verdicts[reference] != "right":  # then it is nothing to judge others by
+            verdicts |= {name: f"not checked: {reference} is wrong" for name in self.ours if verdicts[name] == "right"}
         return verdicts
+
+    def _runs(
+        self, name: str, call: Call, results: dict[str, Tensor], verdicts: dict[str, str], out: Tensor | None
+    ) -> bool:
+        """Run a candidate once, over NaNs where it writes into ``out``, and keep its result."""
+        try:
+            if out is not None:
+                out.fill_(float("nan"))
+            result = call()
+            results[name] = result.clone() if result is out else result
+            verdicts[name] = "right"
+        except Exception as error:
+            self._give_up_if_broken()
+            verdicts[name] = f"failed: {first_line(error)}"
+        return name in results
 
     def _timed(self, of_sets: list[dict[str, Call]], verdicts: dict[str, str]) -> dict[str, Row]:
         replays: dict[str, Replay] = {}
         for name in of_sets[0]:
-            if verdicts[name] != "right":
+            if verdicts.get(name) != "right":
                 continue
             try:
                 replays[name] = Replay([calls[name] for calls in of_sets], self.device)
@@ -264,7 +274,7 @@ class Measurement:
         of_sets = [operator.calls(self.ours) for operator in sets]
         out = of_sets[0][self.ours[0]]() if self.ours else None
         verdicts = self._checked(
-            of_sets[0], "pytorch", None if out is None or out.dtype != torch.bfloat16 else out,
+            of_sets[0], ("pytorch",), None if out is None or out.dtype != torch.bfloat16 else out,
             lambda i: first.exact(), lambda y, i: y, 1,
         )  # fmt: skip
         row = {
@@ -319,10 +329,15 @@ def capability() -> int:
     return int(digits) if digits.isdigit() else 90
 
 
+def operator_sizes(chosen: argparse.Namespace) -> tuple[int, int]:
+    """Images, and the side of the larger pictures."""
+    return (2, 16) if chosen.rehearse else (256, 56)
+
+
 def work(chosen: argparse.Namespace) -> tuple[list[Any], dict[Any, Any]]:
     """What to measure, in order, by the key of its compilation."""
     if chosen.operators:
-        return list(OPERATORS), {}
+        return list(OPERATORS), {name: (launch_triton_operator, name, *operator_sizes(chosen)) for name in OPERATORS}
     found = jobs(chosen.networks or NETWORKS, chosen.batches)
     if chosen.rehearse:
         found = list({(job.layer, job.batch): job for job in map(tiny, found)}.values())
@@ -366,7 +381,7 @@ def main() -> int:
                 run.clocked("waiting for Triton", began)
             try:
                 if chosen.operators:
-                    run.measure_operator(item, *((2, 16) if chosen.rehearse else (256, 56)))
+                    run.measure_operator(item, *operator_sizes(chosen))
                 else:
                     run.measure_layer(item)
             except Exception as error:  # out of memory, say: the others can still be measured
