@@ -23,6 +23,7 @@ class Operator:
     ours: Callable[[], Tensor]  # on the backend in force
     pytorch: Callable[[], Tensor]
     exact: Callable[[], Tensor]  # in fp32 or wider
+    out: Tensor | None = None  # what ``ours`` writes into
 
     def calls(self, names: tuple[str, ...]) -> dict[str, Call]:
         return {"pytorch": self.pytorch} | {name: on_backend(name, self.ours) for name in names}
@@ -39,7 +40,7 @@ def _operator(
     out = torch.empty_like(reference(*inputs))
     return Operator(
         size_of(out, *inputs), flops, lambda: ours(*inputs, out=out), lambda: reference(*inputs),
-        lambda: reference(*(t.float() for t in inputs)),
+        lambda: reference(*(t.float() for t in inputs)), out,
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def channel_affine(batch: int, size: int, device: torch.device) -> Operator:
     def ours() -> Tensor:
         return ops.channel_affine(x, scale, shift, activation="relu", out=out)
 
-    return Operator(2 * size_of(x), 0, ours, lambda: reference(x), lambda: reference(x.float()))
+    return Operator(2 * size_of(x), 0, ours, lambda: reference(x), lambda: reference(x.float()), out)
 
 
 def residual_add(batch: int, size: int, device: torch.device) -> Operator:

@@ -229,7 +229,7 @@ class Measurement:
             if out is not None:
                 out.fill_(float("nan"))
             result = call()
-            results[name] = result.clone() if result is out else result
+            results[name] = result if out is None else result.clone()
             verdicts[name] = "right"
         except Exception as error:
             self._give_up_if_broken()
@@ -272,11 +272,7 @@ class Measurement:
         more = sets_against_cache(first.bytes, self.device) - 1
         sets = [first, *(OPERATORS[name](batch, size, self.device) for _ in range(more))]
         of_sets = [operator.calls(self.ours) for operator in sets]
-        out = of_sets[0][self.ours[0]]() if self.ours else None
-        verdicts = self._checked(
-            of_sets[0], ("pytorch",), None if out is None or out.dtype != torch.bfloat16 else out,
-            lambda i: first.exact(), lambda y, i: y, 1,
-        )  # fmt: skip
+        verdicts = self._checked(of_sets[0], ("pytorch",), first.out, lambda i: first.exact(), lambda y, i: y, 1)
         row = {
             "what": "gpu_operator", "operator": name, "about": (OPERATORS[name].__doc__ or "").strip(), "batch": batch,
             **self.roof(first.bytes, first.flops), "sets": len(sets), "timings": self._timed(of_sets, verdicts),

@@ -35,7 +35,7 @@ def page(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     """The pages and their pictures, by path below docs/, for raw files by name; those of a GPU have their own page."""
     written: dict[str, str] = {}
     on_gpu = {stem: rows for stem, rows in results.items() if is_gpu(rows)}
-    results = {stem: rows for stem, rows in results.items() if stem not in on_gpu}
+    results = {stem: rows for stem, rows in results.items() if rows and stem not in on_gpu}
 
     def of_kind(*kinds: str | None) -> dict[str, list[dict[str, Any]]]:
         return {stem: rows for stem, rows in results.items() if rows[0].get("what") in kinds}
