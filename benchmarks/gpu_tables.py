@@ -136,7 +136,7 @@ def layers_section(stem: str, rows: Sequence[Row], limits: str) -> tuple[str, di
         text.append(f"![Speed-up over cuDNN, fused](images/{stem}.svg)\n")
     for network in networks_of(rows):
         for batch in batches_of(rows):
-            members = [row for row in rows if row["batch"] == batch and network in row["networks"]]
+            members = members_of(rows, network, batch)
             if not members:
                 continue
             text.append(f"## {network}, batch {batch}\n")
@@ -151,35 +151,63 @@ def layers_section(stem: str, rows: Sequence[Row], limits: str) -> tuple[str, di
     return "\n".join(text), pictures
 
 
+def members_of(rows: Sequence[Row], network: str, batch: int) -> list[Row]:
+    """A network's layers at one batch size: from large pictures to small ones."""
+    found = [row for row in rows if row["batch"] == batch and network in row["networks"]]
+    return sorted(found, key=lambda row: (-row["in_size"][0], row["filter"], row["in_channels"]))
+
+
+def kind_of(row: Row) -> str:
+    if row["groups"] > 1:
+        return "grouped"
+    if row["in_channels"] < 16:
+        return "stem"
+    if row["filter"] == [1, 1]:
+        return "1x1, more channels out than in" if row["out_channels"] > row["in_channels"] else "1x1, other"
+    return "larger filters"
+
+
+def sums(rows: Sequence[Row], network: str) -> list[str]:
+    """Runs of the layers by the network, and for all of them the roof, cuDNN's time, fastcnn's, and the speed-up.
+
+    Empty where it is not known how often the network runs a layer.
+    """
+    counts = [row["networks"][network] for row in rows]
+    if not rows or None in counts:
+        return [""] * 5
+    roof, theirs, ours = (
+        sum(count * value(row) for count, row in zip(counts, rows, strict=True))
+        for value in (lambda row: row["roof_ms"], peer_time, best_of_ours)
+    )
+    return [str(sum(counts)), *map(microseconds, (roof, theirs, ours)), f"{theirs / ours:.2f}x"]
+
+
 def layers_overview(rows: Sequence[Row]) -> tuple[str, dict[tuple[str, str], float]]:
-    """Sums over the layers of each network, where the rows say how often it runs each; and the geometric means."""
+    """Sums over the layers of each network, the geometric means of speed-ups, and the sums by kind of layer."""
+    of_sums = "runs | roof, us | cuDNN, fused, us | fastcnn, us | speed-up"
     lines = [
-        "| network | batch | layers | cuDNN, fused, us | fastcnn, the better, us | roof, us | speed-up of the sum "
-        "| geometric mean | least | most |",
-        "|" + "---|" * 10,
+        f"| network | batch | layers | {of_sums} | geometric mean | least | most |\n" + "|---" * 11 + "|",
     ]
+    kinds = [f"| network | batch | kind | layers | {of_sums} |\n" + "|---" * 9 + "|"]
     found: dict[tuple[str, str], float] = {}
     for network in networks_of(rows):
         for batch in batches_of(rows):
-            members = [row for row in rows if row["batch"] == batch and network in row["networks"]]
-            compared = [(row, ratio) for row in members if (ratio := speedup(row)) is not None]
+            members = members_of(rows, network, batch)
+            compared = [row for row in members if speedup(row) is not None]
             if not compared:
                 continue
-            ratios = [ratio for _, ratio in compared]
+            ratios = [ratio for row in compared if (ratio := speedup(row)) is not None]
             found[network, str(batch)] = geometric_mean(ratios)
-            counts = [row["networks"][network] for row, _ in compared]
-            sums = ["", "", "", ""]
-            if None not in counts:
-                theirs, ours, roof = (
-                    sum(count * value(row) for count, (row, _) in zip(counts, compared, strict=True))
-                    for value in (peer_time, best_of_ours, lambda row: row["roof_ms"])
-                )
-                sums = [*(microseconds(value) for value in (theirs, ours, roof)), f"{theirs / ours:.2f}x"]
             left_out = f" of {len(members)}" if len(compared) < len(members) else ""
-            cells = [f"`{network}`", str(batch), f"{len(compared)}{left_out}", *sums]
+            cells = [f"`{network}`", str(batch), f"{len(compared)}{left_out}", *sums(compared, network)]
             cells += [f"{value:.2f}x" for value in (found[network, str(batch)], min(ratios), max(ratios))]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n", found
+            for kind in dict.fromkeys(map(kind_of, compared)):
+                of_kind = [row for row in compared if kind_of(row) == kind]
+                cells = [f"`{network}`", str(batch), kind, str(len(of_kind)), *sums(of_kind, network)]
+                kinds.append("| " + " | ".join(cells) + " |")
+    introduction = "Sums over the measured layers, each as often as the network runs it:\n"
+    return "\n".join([introduction, *lines, "\nThe same by kind of layer:\n", *kinds]) + "\n", found
 
 
 def microseconds(ms: float | None) -> str:
