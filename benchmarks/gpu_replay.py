@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-MOST_SETS = 128
+MOST_SETS = 256
 MOST_LAUNCHES = 256
 REPLAY_MS = 1.0  # a replay lasts about this long, so that starting it does not count
 

@@ -19,6 +19,7 @@ import argparse
 import datetime
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -248,7 +249,17 @@ class Measurement:
                 verdicts[name] = f"failed: {first_line(error)}"
         return in_turns(replays, self.rounds)
 
-    def failed(self, item: Any, error: Exception) -> None:
+    def measure(self, item: Any, chosen: argparse.Namespace) -> None:
+        """One layer, or the operator of that name. One that fails (out of memory, say) does not stop the others."""
+        try:
+            if chosen.operators:
+                self.measure_operator(item, *operator_sizes(chosen))
+            else:
+                self.measure_layer(item)
+        except Exception as error:
+            self._failed(item, error)
+
+    def _failed(self, item: Any, error: Exception) -> None:
         self._give_up_if_broken()
         self.faults += 1
         print(f"FAILED: {item}: {first_line(error)}", flush=True)
@@ -361,31 +372,29 @@ def main() -> int:
     if chosen.rehearse:
         torch.set_num_threads(1)
     left = 0
+    # What a time limit sends: the rows so far are then still written. Not sooner: the forked processes end by it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with torch.no_grad():
         run = Measurement(chosen.file, device, chosen.rounds)
         run.clocked("start", started)
-        began = time.perf_counter()
-        run.measure_ceilings()
-        run.clocked("ceilings", began)
-        for number, item in enumerate(found):
-            if chosen.deadline is not None and time.perf_counter() - started > chosen.deadline:
-                left = len(found) - number
-                break
+        try:
+            began = time.perf_counter()
+            run.measure_ceilings()
+            run.clocked("ceilings", began)
+            for number, item in enumerate(found):
+                if chosen.deadline is not None and time.perf_counter() - started > chosen.deadline:
+                    left = len(found) - number
+                    break
+                if ahead is not None:
+                    began = time.perf_counter()
+                    ahead.wait(item)
+                    run.clocked("waiting for Triton", began)
+                run.measure(item, chosen)
+        finally:
+            run.write()
             if ahead is not None:
-                began = time.perf_counter()
-                ahead.wait(item)
-                run.clocked("waiting for Triton", began)
-            try:
-                if chosen.operators:
-                    run.measure_operator(item, *operator_sizes(chosen))
-                else:
-                    run.measure_layer(item)
-            except Exception as error:  # out of memory, say: the others can still be measured
-                run.failed(item, error)
-        run.write()
-    if ahead is not None:
-        print(ahead)
-        ahead.close()
+                print(ahead)
+                ahead.close()
     print(f"{len(run.rows)} rows in {chosen.file}; " + (f"out of time with {left} left" if left else "complete"))
     print(f"{time.perf_counter() - started:.1f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in run.spent.items()))
     return 1 if run.faults else 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import sys
 from xml.etree import ElementTree
 
@@ -13,12 +15,13 @@ import measure_gpu_layers as script
 import pytest
 import torch
 from gpu_layers import NETWORKS, Layer, jobs, layers_of
-from gpu_problems import Tensors, conv_calls, launch_triton
+from gpu_problems import Tensors, conv_calls, kernel_names, launch_triton
 from gpu_tables import gpu_page, is_gpu, is_network
 from triton_ahead import AheadCompiler, _NoDriver
 from write_performance_page import page
 
 import fastcnn
+from fastcnn import backends
 from fastcnn.backends import cpp
 from fastcnn.measurement.flops import count_flops
 
@@ -38,9 +41,11 @@ def measured(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["measure", *options])
         threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
         tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        on_end = signal.getsignal(signal.SIGTERM)
         try:
             assert script.main() == status
         finally:
+            signal.signal(signal.SIGTERM, on_end)
             torch.set_num_threads(threads)
             torch.backends.cudnn.benchmark = benchmark
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -168,6 +173,27 @@ def test_the_deadline_ends_a_run(measured, capsys) -> None:
     rows = measured("resnet50", "--deadline", "0")
     assert {row["what"] for row in rows} == {"gpu_ceiling"}
     assert "out of time with " in capsys.readouterr().out
+
+
+def test_a_time_limit_leaves_the_rows(measured, monkeypatch, tmp_path) -> None:
+    at_work = script.Measurement.measure_layer
+
+    def stopped(self, job) -> None:
+        at_work(self, job)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script.Measurement, "measure_layer", stopped)
+    with pytest.raises(SystemExit):
+        measured("vgg16", "--batches", "1")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["what"] for row in rows].count("gpu_layer") == 1
+
+
+def test_kernels_are_named(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "unavailable", lambda name: None if name == "triton" else "not here")
+    layer = Layer(64, 9, 7, 32, (1, 1), prologue=True)
+    assert re.fullmatch(r"pointwise \d+x(16|32)x64 w\d s\d", kernel_names(layer, Tensors.random(layer, 2, CPU))["triton"])
 
 
 # ---- graphs, by a stand-in for CUDA ----------------------------------------------------------------------------------
