@@ -4,12 +4,14 @@ Candidates. `cudnn`: the bare convolution. `cudnn_fused`: the convolution with b
 calls, the batch norm's scale in the weights; where the layer has a BN-ReLU before it, one element-wise kernel for that
 (fastcnn's: PyTorch has none) and then the convolution. `cudnn_parts`: the same with PyTorch's own kernels for residual
 and ReLU, where cuDNN refuses the fused call. `triton`, `cuda`: fastcnn's operator on that backend, everything fused.
-Rehearsals on a CPU put ATen in cuDNN's place and `cpp` in fastcnn's.
+`triton:...`, `cuda:...`: one of the backend's tiles or kernels, by name. Rehearsals on a CPU put ATen in cuDNN's place
+and `cpp` in fastcnn's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from gpu_layers import Layer
 from torch import Tensor
 
 from fastcnn import _native, backends, ops, use_backend
+from fastcnn.backends import variants
 
 Call = Callable[[], Any]
 CHUNK = 1 << 25  # values of a result judged at once: float64 copies of more would not fit
@@ -92,8 +95,11 @@ class Tensors:
         return y.relu_() if layer.relu else y
 
 
-def conv_calls(layer: Layer, t: Tensors, ours: tuple[str, ...]) -> dict[str, Call]:
-    """Every candidate as a call that returns its result; fastcnn's write into ``t.out``."""
+def conv_calls(layer: Layer, t: Tensors, ours: tuple[str, ...], varied: Collection[str] = ()) -> dict[str, Call]:
+    """Every candidate as a call that returns its result; fastcnn's write into ``t.out``.
+
+    ``varied``: backends of which each kernel or tile that could serve the layer is a candidate, "backend:variant".
+    """
     window = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def operator() -> Tensor:
@@ -108,7 +114,24 @@ def conv_calls(layer: Layer, t: Tensors, ours: tuple[str, ...]) -> dict[str, Cal
         "cudnn_fused": _peer(layer, t, window, fused=True),
         "cudnn_parts": _peer(layer, t, window, fused=False),
     }
-    return calls | {name: on_backend(name, operator) for name in ours}
+    calls |= {name: on_backend(name, operator) for name in ours}
+    arguments = contract_arguments(layer, t)
+    for name in (name for backend in varied for name in variants.names(backend, "conv2d", arguments)):
+        calls[name] = functools.partial(_run_variant, name, arguments)
+    return calls
+
+
+def contract_arguments(layer: Layer, t: Tensors) -> tuple[Any, ...]:
+    """conv2d's arguments as backends get them."""
+    return (
+        t.out, t.x, t.weight, t.scale, t.bias, t.residual, t.in_scale, t.in_shift, layer.prologue,
+        "relu" if layer.relu else "none", layer.stride, layer.padding, layer.dilation, layer.groups,
+    )  # fmt: skip
+
+
+def _run_variant(name: str, arguments: tuple[Any, ...]) -> Tensor:
+    backends.backend_module(name).conv2d(*arguments)
+    return arguments[0]
 
 
 def _peer(layer: Layer, t: Tensors, window: tuple[Any, ...], fused: bool) -> Call:
@@ -140,8 +163,11 @@ def chunks(batch: int, values_of_image: int) -> Iterator[slice]:
         yield slice(first, min(batch, first + step))
 
 
-def launch_triton(layer: Layer, batch: int, device: str = "meta") -> None:
-    """What the candidates launch through Triton, on tensors without memory: a job for AheadCompiler."""
+def launch_triton(layer: Layer, batch: int, varied: bool = False, device: str = "meta") -> None:
+    """What the candidates launch through Triton, on tensors without memory: a job for AheadCompiler.
+
+    ``varied``: with every tile as well.
+    """
     from fastcnn.backends import triton
 
     def nhwc(n: int, c: int, h: int, w: int) -> Tensor:
@@ -151,31 +177,36 @@ def launch_triton(layer: Layer, batch: int, device: str = "meta") -> None:
         return torch.empty(size, device=device) if there else None
 
     c, k = layer.in_channels, layer.out_channels
-    x, out = nhwc(batch, c, layer.height, layer.width), nhwc(batch, k, *layer.out_size)
-    before = vector(c, layer.prologue)
-    activation = "relu" if layer.relu else "none"
-    triton.conv2d(
-        out, x, nhwc(k, c // layer.groups, *layer.filter), vector(k, layer.scale), vector(k, layer.bias),
-        nhwc(*out.shape) if layer.residual else None, before, before, layer.prologue, activation,
-        layer.stride, layer.padding, layer.dilation, layer.groups,
+    x, out, weight = (
+        nhwc(batch, c, layer.height, layer.width), nhwc(batch, k, *layer.out_size),
+        nhwc(k, c // layer.groups, *layer.filter),
     )  # fmt: skip
+    before = vector(c, layer.prologue)
+    residual = nhwc(*out.shape) if layer.residual else None
+    arguments = contract_arguments(
+        layer,
+        Tensors(x, weight, weight, vector(k, layer.scale), vector(k, layer.bias), residual, before, before, out, None),
+    )
+    triton.conv2d(*arguments)
     if layer.prologue:
         triton.channel_affine(x, x, before, before, None, "relu")
+    if varied:
+        for name in variants.names("triton", "conv2d", arguments):
+            _run_variant(name, arguments)
 
 
 def kernel_names(layer: Layer, t: Tensors) -> dict[str, str]:
-    """Which kernel and tile each of fastcnn's backends takes by itself; nothing for a backend that cannot say."""
+    """Which kernel and tile each of fastcnn's backends takes by itself."""
     names = {}
     window = (layer.stride, layer.padding, layer.dilation, layer.groups)
     if backends.unavailable("cuda") is None:
-        names["cuda"] = str(_native.cuda_conv2d_kernel(t.out, t.x, t.weight, layer.prologue, *window, False))
+        kernels = _native.cuda_conv2d_kernels(t.out, t.x, t.weight, t.residual, layer.prologue, *window, False)
+        names["cuda"] = kernels[0]
     if backends.unavailable("triton") is None:
         from fastcnn.triton_kernels import conv2d, report
 
-        vectors = (t.scale, t.bias, t.residual, t.in_scale, t.in_shift)
-        launch = conv2d.plan_conv2d(
-            t.out, t.x, conv2d.prepare_weight(t.weight, layer.groups), *vectors, layer.prologue,
-            "relu" if layer.relu else "none", *window,
-        )  # fmt: skip
+        prepared = conv2d.prepare_weight(t.weight, layer.groups)
+        out, x, _, *rest = contract_arguments(layer, t)
+        launch = conv2d.plan_conv2d(out, x, prepared, *rest)
         names["triton"] = f"{launch.kernel.fn.__name__.removesuffix('_kernel')} {report.describe(launch)}"
     return names

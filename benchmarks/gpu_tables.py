@@ -103,8 +103,16 @@ def median(row: Row, candidate: str) -> float | None:
 
 
 def best_of_ours(row: Row) -> float | None:
-    times = [timing["median_ms"] for name, timing in row["timings"].items() if name not in PEERS]
+    """Of the backends' own choices."""
+    times = [timing["median_ms"] for name, timing in row["timings"].items() if name not in PEERS and ":" not in name]
     return min(times, default=None)
+
+
+def best_variant(row: Row) -> tuple[float, str] | None:
+    """The fastest of all kernels and tiles, where more than the backends' own choices were timed."""
+    if not any(":" in name for name in row["timings"]):
+        return None
+    return min((timing["median_ms"], name) for name, timing in row["timings"].items() if name not in PEERS)
 
 
 def peer_time(row: Row) -> float | None:
@@ -217,7 +225,8 @@ def microseconds(ms: float | None) -> str:
 
 
 def candidates_of(rows: Sequence[Row]) -> list[str]:
-    named = dict.fromkeys(name for row in rows for name in (*row["timings"], *row["verdicts"]))
+    every = dict.fromkeys(name for row in rows for name in (*row["timings"], *row["verdicts"]))
+    named = [name for name in every if ":" not in name]
     return sorted(named, key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
 
 
@@ -225,6 +234,8 @@ def layers_table(rows: Sequence[Row], network: str) -> str:
     names = candidates_of(rows)
     headings = ["layer", "times", "roof", *(TITLES.get(n, n) for n in names)]
     headings += ["speed-up", "of roof: ours", "cuDNN", "kernels"]
+    varied = any(best_variant(row) for row in rows)
+    headings += ["fastest of all kernels"] if varied else []
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row in rows:
         ratio = speedup(row)
@@ -233,6 +244,9 @@ def layers_table(rows: Sequence[Row], network: str) -> str:
         cells.append("" if ratio is None else f"{ratio:.2f}x")
         cells += ["" if ms is None else f"{row['roof_ms'] / ms:.0%}" for ms in (best_of_ours(row), peer_time(row))]
         cells.append("; ".join(f"{TITLES.get(name, name)} {kernel}" for name, kernel in row.get("kernels", {}).items()))
+        if varied:
+            ms, name = best_variant(row) or (None, "")
+            cells.append(f"{microseconds(ms)} {name}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" + faults(rows, "layer")
 

@@ -2,6 +2,7 @@
 
     python benchmarks/measure_gpu_layers.py                       all layers, batch 256, 32 and 1
     python benchmarks/measure_gpu_layers.py resnet50 --batches 1 --deadline 60
+    python benchmarks/measure_gpu_layers.py resnet50 --batches 256 --variants cuda triton     every kernel and tile too
     python benchmarks/measure_gpu_layers.py --operators           memory-bound operators instead
     python benchmarks/measure_gpu_layers.py --rehearse            the same on a CPU with tiny sizes: no figures
 
@@ -43,7 +44,7 @@ from fastcnn.verification.accuracy import judge, relative_error
 BATCHES = (256, 32, 1)
 PEER_LIMIT = 1e-2  # relative error of a peer's bf16 result above which the comparison itself is broken
 MEMORY_LIMIT = 24 << 30  # what PyTorch may hold between two layers
-WRITE_SECONDS = 2.0
+WRITE_SECONDS = 5.0
 
 
 def commit() -> str:
@@ -68,8 +69,8 @@ def nvidia_smi(field: str) -> str | None:
 class Measurement:
     """One run of this script: the device, the ceilings, the rows so far."""
 
-    def __init__(self, file: Path, device: torch.device, rounds: int) -> None:
-        self.file, self.device, self.rounds = file, device, rounds
+    def __init__(self, file: Path, device: torch.device, rounds: int, varied: Sequence[str] = ()) -> None:
+        self.file, self.device, self.rounds, self.varied = file, device, rounds, varied
         self.rehearsal = device.type != "cuda"
         self.rows: list[Row] = []
         self.bandwidth = self.rate = 0.0
@@ -159,7 +160,7 @@ class Measurement:
         began = time.perf_counter()
         sets = sets_against_cache(layer.bytes(batch), self.device)
         tensors = [Tensors.random(layer, batch, self.device) for _ in range(sets)]
-        of_sets = [conv_calls(layer, t, self.ours) for t in tensors]
+        of_sets = [conv_calls(layer, t, self.ours, self.varied) for t in tensors]
         began = self.clocked("tensors", began)
         verdicts = self._check_layer(layer, batch, tensors[0], of_sets[0])
         began = self.clocked("checks", began)
@@ -201,17 +202,18 @@ class Measurement:
         results: dict[str, Tensor] = {}
         verdicts: dict[str, str] = {}
         reference = next((name for name in peers if self._runs(name, calls[name], results, verdicts, None)), None)
-        for name in self.ours:
+        ours = [name for name in calls if name in self.ours or ":" in name]
+        for name in ours:
             self._runs(name, calls[name], results, verdicts, out)
         if reference is None:
-            return verdicts | {name: "not checked: there is no reference" for name in self.ours}
+            return verdicts | {name: "not checked: there is no reference" for name in ours}
         searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
         try:
             for i in range(pieces):
                 expected, theirs = exact(i), piece(results[reference], i)
                 if relative_error(theirs, expected).norm > PEER_LIMIT:
                     verdicts[reference] = f"wrong: error {relative_error(theirs, expected).norm:.1e}"
-                for name in set(self.ours) & set(results):
+                for name in (name for name in ours if name in results):
                     judgement = judge(piece(results[name], i), theirs, expected)
                     if not judgement.passed and verdicts[name] == "right":
                         found = judgement.ours
@@ -219,7 +221,7 @@ class Measurement:
         finally:
             torch.backends.cudnn.benchmark = searching
         if verdicts[reference] != "right":  # then it is nothing to judge others by
-            verdicts |= {name: f"not checked: {reference} is wrong" for name in self.ours if verdicts[name] == "right"}
+            verdicts |= {name: f"not checked: {reference} is wrong" for name in ours if verdicts[name] == "right"}
         return verdicts
 
     def _runs(
@@ -321,6 +323,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", help=f"default: {' '.join(NETWORKS)}")
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES), help="(%(default)s)")
+    parser.add_argument(
+        "--variants", nargs="*", default=[], choices=("cuda", "triton"), help="backends to time every kernel or tile of"
+    )
     parser.add_argument("--operators", action="store_true", help="memory-bound operators instead of layers")
     parser.add_argument("--deadline", type=float, help="seconds after which no further layer is begun")
     parser.add_argument("--rounds", type=int, help="replays of each candidate (9; rehearsals 2)")
@@ -348,7 +353,7 @@ def work(chosen: argparse.Namespace) -> tuple[list[Any], dict[Any, Any]]:
     found = jobs(chosen.networks or NETWORKS, chosen.batches)
     if chosen.rehearse:
         found = list({(job.layer, job.batch): job for job in map(tiny, found)}.values())
-    return found, {job: (launch_triton, job.layer, job.batch) for job in found}
+    return found, {job: (launch_triton, job.layer, job.batch, "triton" in chosen.variants) for job in found}
 
 
 def main() -> int:
@@ -375,7 +380,7 @@ def main() -> int:
     # What a time limit sends: the rows so far are then still written. Not sooner: the forked processes end by it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with torch.no_grad():
-        run = Measurement(chosen.file, device, chosen.rounds)
+        run = Measurement(chosen.file, device, chosen.rounds, chosen.variants)
         run.clocked("start", started)
         try:
             began = time.perf_counter()

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import gpu_replay
@@ -22,7 +23,7 @@ from write_performance_page import page
 
 import fastcnn
 from fastcnn import backends
-from fastcnn.backends import cpp
+from fastcnn.backends import cpp, variants
 from fastcnn.measurement.flops import count_flops
 
 CPU = torch.device("cpu")
@@ -189,11 +190,30 @@ def test_a_time_limit_leaves_the_rows(measured, monkeypatch, tmp_path) -> None:
     assert [row["what"] for row in rows].count("gpu_layer") == 1
 
 
+def test_every_kernel_of_a_backend_can_take_part(measured, monkeypatch) -> None:
+    wrong = SimpleNamespace(conv2d=lambda out, *rest: out.zero_())
+    modules = {"cuda:one": cpp, "cuda:two": wrong}
+    monkeypatch.setattr(variants, "names", lambda backend, operator, arguments: list(modules))
+    find = backends.backend_module
+    monkeypatch.setattr(backends, "backend_module", lambda name: modules.get(name) or find(name))
+    rows = measured("vgg16", "--batches", "1", "--variants", "cuda")
+    layers = [row for row in rows if row["what"] == "gpu_layer"]
+    assert layers
+    for row in layers:
+        assert row["verdicts"]["cuda:two"].startswith("wrong")
+        assert set(row["timings"]) == {"cudnn", "cudnn_fused", "cpp", "cuda:one"}
+        row["timings"]["cuda:one"]["median_ms"] = 1e-4
+    text = gpu_page({"gpu-layers": rows})["performance-gpu.md"]
+    assert "| fastest of all kernels |" in text
+    assert "| 0.1 cuda:one |" in text
+
+
 def test_kernels_are_named(monkeypatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(backends, "unavailable", lambda name: None if name == "triton" else "not here")
     layer = Layer(64, 9, 7, 32, (1, 1), prologue=True)
-    assert re.fullmatch(r"pointwise \d+x(16|32)x64 w\d s\d", kernel_names(layer, Tensors.random(layer, 2, CPU))["triton"])
+    names = kernel_names(layer, Tensors.random(layer, 2, CPU))
+    assert re.fullmatch(r"pointwise \d+x(16|32)x64 w\d s\d", names["triton"])
 
 
 # ---- graphs, by a stand-in for CUDA ----------------------------------------------------------------------------------
@@ -313,7 +333,7 @@ def test_what_is_compiled_ahead_is_found_by_a_launch(tmp_path, monkeypatch) -> N
     before = driver._active
     driver.set_active(_NoDriver(90))
     try:
-        launch_triton(layer, 4, "cpu")  # with memory, as where kernels really run
+        launch_triton(layer, 4, device="cpu")  # with memory, as where kernels really run
     finally:
         driver._active = before
         for kernel in launched:
