@@ -149,7 +149,7 @@ class Measurement:
     def roof(self, bytes: int, flops: int) -> Row:
         by_bytes, by_flops = bytes / self.bandwidth * 1e3, flops / self.rate * 1e3
         return {
-            "bytes": bytes, "flops": flops, "roof_ms": max(by_bytes, by_flops),
+            "bytes": bytes, "flops": flops, "roof_ms": round(max(by_bytes, by_flops), 7),
             "bound": "memory" if by_bytes >= by_flops else "compute",
         }  # fmt: skip
 

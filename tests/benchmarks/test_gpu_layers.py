@@ -266,10 +266,10 @@ def pretended_cuda(monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-def launch_of(ms: float, log: list[int], index: int):
+def launch_of(ms: float, log: list[int], index: int = 0, eager_ms: float | None = None):
     def launch() -> torch.Tensor:
         if _Graph.capturing is None:
-            _Event.clock += ms
+            _Event.clock += ms if eager_ms is None else eager_ms
         else:
             _Graph.capturing.length += ms
             log.append(index)
@@ -287,6 +287,14 @@ def test_a_graph_goes_round_the_sets(pretended_cuda, ms: float, sets: int, launc
     times = gpu_replay.in_turns({"a": replay, "b": replay}, 3)
     assert times["a"]["median_ms"] == pytest.approx(ms)
     assert times["b"] | {"samples": 3, "launches": launches} == times["b"]
+
+
+def test_launches_that_the_host_slows_are_counted_again(pretended_cuda) -> None:
+    log: list[int] = []
+    replay = gpu_replay.Replay([launch_of(1 / 64, log, eager_ms=1 / 16)], torch.device("cuda"))
+    assert replay.launches == 64
+    assert len(log) == 16 + 64
+    assert replay.milliseconds() == pytest.approx(1 / 64)
 
 
 def test_a_failed_capture_is_ended(pretended_cuda) -> None:
