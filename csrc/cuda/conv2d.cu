@@ -4,6 +4,8 @@
 //   depthwise   all          C/g = K/g = 1, channels aligned                                   CUDA cores
 //   grouped     all          groups with C/g < 16 or K/g < 8                                   CUDA cores
 //   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
+//   stem        bf16, fp16   groups = 1, C <= 4 and nothing between pixels, no dilation, no     tensor cores, sm_80+
+//                            prologue, its filters fit in shared memory
 //   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
 //   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
 //                            vectors through registers; anything else element by element
@@ -21,7 +23,7 @@
 namespace fastcnn::cuda {
 namespace {
 
-enum class Kernel { depthwise, grouped, simt, wgmma, mma };
+enum class Kernel { depthwise, grouped, simt, stem, wgmma, mma };
 
 struct Choice {
   Kernel kernel;
@@ -63,6 +65,11 @@ Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const De
   }
   if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
 
+  const bool stem = dtype == DType::bf16  ? stem_fits<__nv_bfloat16>(problem, device)
+                    : dtype == DType::f16 ? stem_fits<__half>(problem, device)
+                                          : false;
+  if (stem) return {Kernel::stem, path};
+
   const int64_t multiprocessors = device.multiprocessors;
   if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements &&
       shape.filters > 32 && 2 * tiles(problem, 128, 64) >= multiprocessors) {
@@ -89,6 +96,9 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
       return launch_conv2d_mma<T>(problem, choice.path, choice.tile_rows, choice.tile_columns, target);
     case Kernel::simt:
       if constexpr (sizeof(T) == 4) launch_conv2d_simt(problem, choice.path, target);
+      return;
+    case Kernel::stem:
+      if constexpr (sizeof(T) == 2) launch_conv2d_stem<T>(problem, target);
       return;
     case Kernel::wgmma:
       if constexpr (sizeof(T) == 2) launch_conv2d_wgmma<T>(problem, choice.path, choice.tile_columns, target);
@@ -209,6 +219,8 @@ std::string conv2d_kernel_name(const TensorView& out, const TensorView& input, c
       return "grouped";
     case Kernel::simt:
       return std::string("simt") + (choice.path == LoadPath::staged_elements ? " elements" : "");
+    case Kernel::stem:
+      return "stem";
     case Kernel::wgmma:
       return "wgmma" + tile + path;
     case Kernel::mma:
