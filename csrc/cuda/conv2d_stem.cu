@@ -26,12 +26,13 @@
 namespace fastcnn::cuda {
 namespace {
 
-constexpr int kLoadsInFlight = 4;  // words a thread fetches before it stores the first
+constexpr int kLoadsInFlight = 8;  // words a thread fetches before it stores the first
 
-template <int kColumns>
-constexpr int kMostWarps = kColumns == 96 ? 6 : 8;
-template <int kColumns>
 constexpr int kBlocks = 2;  // per multiprocessor
+
+// 96 filters take more than 128 registers a thread.
+template <int kColumns>
+constexpr int kMostWarps = kColumns == 96 ? 4 : 8;
 
 // The band of `tile`, by 16-byte copies: element 8i of an image row is aligned, and whole vectors lie in the image.
 template <typename T>
@@ -120,23 +121,78 @@ __device__ __forceinline__ T weight_element(const ConvProblem& problem, const St
 template <typename T, int kColumns>
 __device__ __forceinline__ void pack_weights(const ConvProblem& problem, const StemPlan& plan, int first_filter,
                                              uint32_t* weights, int thread, int threads) {
-  const int depth = plan.steps * 8;
-#pragma unroll 4
-  for (int i = thread; i < kColumns * depth; i += threads) {
-    int32_t pair, in_row;
-    const int column = plan.by_depth.divide(i, pair);
-    const int r = plan.by_pairs.divide(pair, in_row);
-    const int element = 2 * in_row - plan.odd;
-    const T values[2] = {weight_element<T>(problem, plan, first_filter + column, r, element),
-                         weight_element<T>(problem, plan, first_filter + column, r, element + 1)};
-    uint32_t bits;
-    memcpy(&bits, values, 4);
-    weights[stem_weight_word(kColumns, column, pair)] = bits;
+  const int depth = plan.steps * 8, count = kColumns * depth;
+  for (int first = thread; first < count; first += kLoadsInFlight * threads) {
+    T values[kLoadsInFlight][2];
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      int32_t pair, in_row;
+      const int filter = first_filter + plan.by_depth.divide(first + j * threads, pair);
+      const int r = plan.by_pairs.divide(pair, in_row);
+      const int element = 2 * in_row - plan.odd;
+      values[j][0] = weight_element<T>(problem, plan, filter, r, element);
+      values[j][1] = weight_element<T>(problem, plan, filter, r, element + 1);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      int32_t pair;
+      const int column = plan.by_depth.divide(first + j * threads, pair);
+      uint32_t bits;
+      memcpy(&bits, values[j], 4);
+      if (column < kColumns) weights[stem_weight_word(kColumns, column, pair)] = bits;
+    }
   }
 }
 
-__device__ __forceinline__ uint32_t load_pair(const unsigned char* band, uint32_t offset, uint32_t mask) {
-  return *reinterpret_cast<const uint32_t*>(band + offset) & mask;
+// scale and bias of eight neighbouring filters, from shared memory.
+struct Coefficients {
+  float scale[8], bias[8];
+  __device__ __forceinline__ Coefficients(const float* scales, const float* biases, int column) {
+    eight(scale, scales + column);
+    eight(bias, biases + column);
+  }
+  static __device__ __forceinline__ void eight(float (&x)[8], const float* from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(from)[i];
+      x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+    }
+  }
+};
+
+__device__ __forceinline__ uint32_t load_pair(const unsigned char* bands, uint32_t offset, uint32_t mask) {
+  return *reinterpret_cast<const uint32_t*>(bands + offset) & mask;
+}
+
+// The usual end: no residual, all filters of the block there, 16-byte stores aligned.
+template <typename T, int kColumns, bool kRelu>
+__device__ __forceinline__ void store_whole_pixels(const ConvProblem& problem, const float* scales, const float* biases,
+                                                   const float (&acc)[2][kColumns / 8][4], const int32_t (&row)[2][2],
+                                                   int first_filter, int lane) {
+  T* out[2][2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i / 2][i % 2] =
+        static_cast<T*>(problem.out) + row[i / 2][i % 2] * problem.out_stride + first_filter + 8 * (lane % 4);
+  }
+#pragma unroll
+  for (int group = 0; group < kColumns / 32; ++group) {
+    Coefficients of(scales, biases, 32 * group + 8 * (lane % 4));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t words[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* pair = &acc[i][4 * group + e][2 * half];
+          words[e] = round_pair<T, kRelu>(pair[0] * of.scale[2 * e] + of.bias[2 * e],
+                                          pair[1] * of.scale[2 * e + 1] + of.bias[2 * e + 1]);
+        }
+        if (row[i][half] >= 0) store_16(out[i][half] + 32 * group, make_uint4(words[0], words[1], words[2], words[3]));
+      }
+    }
+  }
 }
 
 // scale and bias, then residual, activation and store, of the eight filters a lane holds of every 32.
@@ -148,15 +204,7 @@ __device__ __forceinline__ void store_pixels(const ConvProblem& problem, const f
   for (int group = 0; group < kColumns / 32; ++group) {
     const int column = 32 * group + 8 * (lane % 4);
     if (first_filter + column >= problem.shape.filters) continue;
-    float scale[8], bias[8];
-#pragma unroll
-    for (int quarter = 0; quarter < 2; ++quarter) {
-      const float4 s = *reinterpret_cast<const float4*>(scales + column + 4 * quarter);
-      const float4 b = *reinterpret_cast<const float4*>(biases + column + 4 * quarter);
-      scale[4 * quarter] = s.x, scale[4 * quarter + 1] = s.y, scale[4 * quarter + 2] = s.z;
-      bias[4 * quarter] = b.x, bias[4 * quarter + 1] = b.y, bias[4 * quarter + 2] = b.z;
-      scale[4 * quarter + 3] = s.w, bias[4 * quarter + 3] = b.w;
-    }
+    const Coefficients of(scales, biases, column);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -164,7 +212,7 @@ __device__ __forceinline__ void store_pixels(const ConvProblem& problem, const f
         if (row[i][half] < 0) continue;
         float y[8];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) y[e] = acc[i][4 * group + e / 2][2 * half + e % 2] * scale[e] + bias[e];
+        for (int e = 0; e < 8; ++e) y[e] = acc[i][4 * group + e / 2][2 * half + e % 2] * of.scale[e] + of.bias[e];
         finish_row<T>(problem, y, row[i][half], first_filter + column, first_filter + column);
       }
     }
@@ -174,13 +222,16 @@ __device__ __forceinline__ void store_pixels(const ConvProblem& problem, const f
 }  // namespace
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks<kColumns>)
+__global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks)
     conv2d_stem(const __grid_constant__ ConvProblem problem, const __grid_constant__ StemPlan plan) {
   constexpr int kProducts = kColumns / 8;
   const ConvShape& shape = problem.shape;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int threads = 32 * plan.warps;
   const int first_filter = static_cast<int>(blockIdx.y) * kColumns;
+
+  const bool whole =
+      problem.vector_output && problem.residual == nullptr && first_filter + kColumns <= problem.shape.filters;
 
   unsigned char* shared = dynamic_shared();
   uint32_t* weights = reinterpret_cast<uint32_t*>(shared);
@@ -217,10 +268,10 @@ __global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks<kColumns>)
     const StemTile at = stem_tile(plan, tile);
     const int rows_left = at.p + plan.tile_h < plan.out_h ? plan.tile_h : plan.out_h - at.p;
     const int lead = stem_start(plan, shape, at) & 7;
-    const unsigned char* band = bands + buffer * plan.band_bytes();
+    const uint32_t band = static_cast<uint32_t>(buffer * plan.band_bytes());
     for (int chunk = warp; chunk * kStemRows < rows_left * plan.tile_w; chunk += plan.warps) {
       int32_t row[2][2];      // output pixels of this lane's rows of the products; -1: not there
-      uint32_t window[2][2];  // where their windows start in the band
+      uint32_t window[2][2];  // where their windows start in the bands
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -231,7 +282,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks<kColumns>)
           const bool real = down < rows_left && at.q + across < plan.out_w;
           row[i][half] = real ? (at.image * plan.out_h + at.p + down) * plan.out_w + at.q + across : -1;
           const int element = down * shape.stride_h * plan.band_row + across * shape.stride_w * plan.pixel + lead;
-          window[i][half] = real ? static_cast<uint32_t>(2 * element) : 0;
+          window[i][half] = band + (real ? static_cast<uint32_t>(2 * element) : 0);
         }
       }
 
@@ -244,10 +295,10 @@ __global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks<kColumns>)
         uint32_t a[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          a[i][0] = load_pair(band, window[i][0] + tap.offset, tap.mask);
-          a[i][1] = load_pair(band, window[i][1] + tap.offset, tap.mask);
-          a[i][2] = load_pair(band, window[i][0] + tap.next_offset, tap.next_mask);
-          a[i][3] = load_pair(band, window[i][1] + tap.next_offset, tap.next_mask);
+          a[i][0] = load_pair(bands, window[i][0] + tap.offset, tap.mask);
+          a[i][1] = load_pair(bands, window[i][1] + tap.offset, tap.mask);
+          a[i][2] = load_pair(bands, window[i][0] + tap.next_offset, tap.next_mask);
+          a[i][3] = load_pair(bands, window[i][1] + tap.next_offset, tap.next_mask);
         }
         lane_taps += 4;
         tap = *lane_taps;
@@ -262,7 +313,13 @@ __global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks<kColumns>)
           }
         }
       }
-      store_pixels<T, kColumns>(problem, scales, biases, acc, row, first_filter, lane);
+      if (!whole) {
+        store_pixels<T, kColumns>(problem, scales, biases, acc, row, first_filter, lane);
+      } else if (problem.relu) {
+        store_whole_pixels<T, kColumns, true>(problem, scales, biases, acc, row, first_filter, lane);
+      } else {
+        store_whole_pixels<T, kColumns, false>(problem, scales, biases, acc, row, first_filter, lane);
+      }
     }
   }
 }
@@ -297,9 +354,10 @@ int warps_for(int chunks, int most) {
 
 constexpr int64_t kReservedBytes = 1024;  // of shared memory, by the system, for each block
 
-// Cuts the output into tiles for blocks that may use `room` bytes of shared memory. False: not even one pixel fits.
+// Cuts the output into tiles for blocks that may use `room` bytes of shared memory, `resident` at a time. False: not
+// even one pixel fits.
 bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t column_blocks, int64_t room,
-                 int most_warps, int multiprocessors) {
+                 int most_warps, int64_t resident) {
   constexpr int kMostPixels = 512;
   room -= plan.weight_bytes() + plan.tap_bytes() + plan.coefficient_bytes();
   double best = -1.0;
@@ -309,7 +367,7 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
     const int64_t row = ceil_divide(6 + (tile_w - 1) * shape.stride_w * plan.pixel + 2 * plan.pairs, 8) * 8;
     const int64_t fit = room / (4 * row) - plan.filter_h;  // rows beside the first output row's
     if (fit >= 0) {
-      const int64_t wanted = ceil_divide(2 * multiprocessors, images * tiles_w * column_blocks);  // rows of tiles
+      const int64_t wanted = ceil_divide(resident, images * tiles_w * column_blocks);  // rows of tiles
       int64_t tile_h = std::min({fit / shape.stride_h + 1, std::max<int64_t>(kMostPixels / tile_w, 1),
                                  std::max<int64_t>(plan.out_h / wanted, 1)});
       tile_h = ceil_divide(plan.out_h, ceil_divide(plan.out_h, tile_h));
@@ -317,9 +375,11 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
       const int chunks = static_cast<int>(ceil_divide(tile_h * tile_w, kStemRows));
       const int warps = warps_for(chunks, most_warps);
       const int64_t band_rows = (tile_h - 1) * shape.stride_h + plan.filter_h;
-      // Time, in pixels multiplied: those of idle warps count, 256 bytes of band cost about as much, a barrier as 32.
+      // Time of the busiest block, in pixels multiplied: those of idle warps count, 256 bytes of band cost about as
+      // much as one, a barrier as 32.
       const double slots = static_cast<double>(ceil_divide(chunks, warps) * warps * kStemRows);
-      const double cost = static_cast<double>(tiles_h * tiles_w) * (slots + band_rows * row * 2 / 256.0 + 32.0);
+      const int64_t rounds = ceil_divide(images * tiles_h * tiles_w * column_blocks, resident);
+      const double cost = static_cast<double>(rounds) * (slots + band_rows * row * 2 / 256.0 + 32.0);
       if (best < 0 || cost < best) {
         best = cost;
         plan.tile_h = static_cast<int32_t>(tile_h);
@@ -363,9 +423,9 @@ static bool make_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFa
 
   // Two blocks on a multiprocessor where their bands fit, else one.
   const int most_warps = plan.columns == 96 ? kMostWarps<96> : kMostWarps<64>;
-  const int64_t half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes;
-  plan.blocks_per_multiprocessor = 2;
-  if (!choose_tile(plan, shape, images, column_blocks, half, most_warps, device.multiprocessors)) {
+  const int64_t half = (device.shared_bytes + kReservedBytes) / kBlocks - kReservedBytes;
+  plan.blocks_per_multiprocessor = kBlocks;
+  if (!choose_tile(plan, shape, images, column_blocks, half, most_warps, kBlocks * device.multiprocessors)) {
     plan.blocks_per_multiprocessor = 1;
     const int64_t all = device.shared_bytes;
     if (!choose_tile(plan, shape, images, column_blocks, all, most_warps, device.multiprocessors)) return false;
