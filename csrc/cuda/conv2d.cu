@@ -65,10 +65,7 @@ Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const De
   }
   if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
 
-  const bool stem = dtype == DType::bf16  ? stem_fits<__nv_bfloat16>(problem, device)
-                    : dtype == DType::f16 ? stem_fits<__half>(problem, device)
-                                          : false;
-  if (stem) return {Kernel::stem, path};
+  if (dtype != DType::f32 && stem_fits(problem, device)) return {Kernel::stem, path};
 
   const int64_t multiprocessors = device.multiprocessors;
   if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements &&

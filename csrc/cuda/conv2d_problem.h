@@ -59,7 +59,6 @@ void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_col
 
 // Few input channels, mma.sync (bf16, fp16).
 struct DeviceFacts;
-template <typename T>
 bool stem_fits(const ConvProblem& problem, const DeviceFacts& device);
 template <typename T>
 void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target);

@@ -326,21 +326,29 @@ __global__ void __launch_bounds__(32 * kMostWarps<kColumns>, kBlocks)
 
 namespace {
 
-// Lanes that wait for the same bank when eight windows, `words` apart, are read at four neighbouring words each.
-int bank_conflicts(int words) {
+// Lanes that meet in one bank when eight windows, `words` apart, are read at four neighbouring words each.
+constexpr int bank_conflicts(int words) {
   int worst = 0;
   for (int bank = 0; bank < 32; ++bank) {
     int distinct = 0, last = -1;
-    for (int g = 0; g < 8; ++g) {
-      for (int t = 0; t < 4; ++t) {
-        const int word = g * words + t;
-        if (word % 32 == bank && word != last) ++distinct, last = word;
+    for (int word = bank; word < 8 * words + 4; word += 32) {
+      for (int g = 0; g < 8; ++g) {
+        if (word >= g * words && word < g * words + 4 && word != last) ++distinct, last = word;
       }
     }
-    worst = std::max(worst, distinct);
+    worst = distinct > worst ? distinct : worst;
   }
   return worst;
 }
+
+// Whether a product's 16 rows should take the even pixels first, for windows `words` apart (modulo 32).
+struct PixelOrder {
+  bool even_first[32] = {};
+  constexpr PixelOrder() {
+    for (int words = 0; words < 32; ++words) even_first[words] = bank_conflicts(2 * words) < bank_conflicts(words);
+  }
+};
+constexpr PixelOrder kPixelOrder;
 
 // Warps for `chunks` of 32 pixels, such that few of them idle in the last round.
 int warps_for(int chunks, int most) {
@@ -356,8 +364,8 @@ constexpr int64_t kReservedBytes = 1024;  // of shared memory, by the system, fo
 
 // Cuts the output into tiles for blocks that may use `room` bytes of shared memory, `resident` at a time. False: not
 // even one pixel fits.
-bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t column_blocks, int64_t room,
-                 int most_warps, int64_t resident) {
+bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t room, int most_warps,
+                 int64_t resident) {
   constexpr int kMostPixels = 512;
   room -= plan.weight_bytes() + plan.tap_bytes() + plan.coefficient_bytes();
   double best = -1.0;
@@ -367,7 +375,7 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
     const int64_t row = ceil_divide(6 + (tile_w - 1) * shape.stride_w * plan.pixel + 2 * plan.pairs, 8) * 8;
     const int64_t fit = room / (4 * row) - plan.filter_h;  // rows beside the first output row's
     if (fit >= 0) {
-      const int64_t wanted = ceil_divide(resident, images * tiles_w * column_blocks);  // rows of tiles
+      const int64_t wanted = ceil_divide(resident, images * tiles_w);  // rows of tiles
       int64_t tile_h = std::min({fit / shape.stride_h + 1, std::max<int64_t>(kMostPixels / tile_w, 1),
                                  std::max<int64_t>(plan.out_h / wanted, 1)});
       tile_h = ceil_divide(plan.out_h, ceil_divide(plan.out_h, tile_h));
@@ -378,7 +386,7 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
       // Time of the busiest block, in pixels multiplied: those of idle warps count, 256 bytes of band cost about as
       // much as one, a barrier as 32.
       const double slots = static_cast<double>(ceil_divide(chunks, warps) * warps * kStemRows);
-      const int64_t rounds = ceil_divide(images * tiles_h * tiles_w * column_blocks, resident);
+      const int64_t rounds = ceil_divide(images * tiles_h * tiles_w, resident);
       const double cost = static_cast<double>(rounds) * (slots + band_rows * row * 2 / 256.0 + 32.0);
       if (best < 0 || cost < best) {
         best = cost;
@@ -400,7 +408,6 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
 
 }  // namespace
 
-template <typename T>
 static bool make_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device) {
   const ConvShape& shape = problem.shape;
   plan.out_w = static_cast<int32_t>(shape.by_row.divisor);
@@ -421,14 +428,18 @@ static bool make_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFa
   const int64_t column_blocks = ceil_divide(filters, plan.columns);
   if (column_blocks > 65535) return false;
 
+  // Blocks that run at a time, for each block's worth of filters.
+  const auto resident = [&](int64_t blocks) {
+    return static_cast<int32_t>(std::max<int64_t>(blocks * device.multiprocessors / column_blocks, 1));
+  };
   // Two blocks on a multiprocessor where their bands fit, else one.
   const int most_warps = plan.columns == 96 ? kMostWarps<96> : kMostWarps<64>;
   const int64_t half = (device.shared_bytes + kReservedBytes) / kBlocks - kReservedBytes;
-  plan.blocks_per_multiprocessor = kBlocks;
-  if (!choose_tile(plan, shape, images, column_blocks, half, most_warps, kBlocks * device.multiprocessors)) {
-    plan.blocks_per_multiprocessor = 1;
+  plan.most_blocks = resident(kBlocks);
+  if (!choose_tile(plan, shape, images, half, most_warps, resident(kBlocks))) {
+    plan.most_blocks = resident(1);
     const int64_t all = device.shared_bytes;
-    if (!choose_tile(plan, shape, images, column_blocks, all, most_warps, device.multiprocessors)) return false;
+    if (!choose_tile(plan, shape, images, all, most_warps, resident(1))) return false;
   }
 
   const int64_t row_elements = static_cast<int64_t>(shape.width) * shape.channels;
@@ -437,26 +448,24 @@ static bool make_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFa
   plan.by_tile_w = FastDivisor(plan.tile_w);
   plan.by_pairs = FastDivisor(plan.pairs);
   plan.by_depth = FastDivisor(plan.steps * 8);
-  const int words = shape.stride_w * plan.pixel / 2 % 32;
-  if (bank_conflicts(2 * words) < bank_conflicts(words)) plan.row_step = 2, plan.half_step = 1;
+  if (kPixelOrder.even_first[static_cast<int64_t>(shape.stride_w) * plan.pixel / 2 % 32])
+    plan.row_step = 2, plan.half_step = 1;
   return true;
 }
 
-template <typename T>
 bool stem_fits(const ConvProblem& problem, const DeviceFacts& device) {
   const ConvShape& shape = problem.shape;
-  const bool dense = problem.groups == 1 && shape.channels <= 4 && shape.pixel_stride == shape.channels;
+  const bool dense =
+      problem.groups == 1 && shape.rows > 0 && shape.channels <= 4 && shape.pixel_stride == shape.channels;
   if (!dense || problem.has_prologue() || shape.dilation_h != 1 || shape.dilation_w != 1) return false;
   StemPlan plan;
-  return make_plan<T>(plan, problem, device);
+  return make_plan(plan, problem, device);
 }
 
 template <typename T, int kColumns>
-static void launch_stem(const StemPlan& plan, const ConvProblem& problem, const LaunchTarget& target,
-                        int multiprocessors) {
+static void launch_stem(const StemPlan& plan, const ConvProblem& problem, const LaunchTarget& target) {
   const int64_t column_blocks = ceil_divide(problem.shape.filters, kColumns);
-  const int64_t resident = ceil_divide(int64_t{multiprocessors} * plan.blocks_per_multiprocessor, column_blocks);
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(plan.tiles, resident)), static_cast<unsigned>(column_blocks));
+  const dim3 grid(static_cast<unsigned>(std::min(plan.tiles, plan.most_blocks)), static_cast<unsigned>(column_blocks));
   const size_t bytes = static_cast<size_t>(plan.weight_bytes()) + plan.tap_bytes() + plan.coefficient_bytes() +
                        2 * static_cast<size_t>(plan.band_bytes());
   launch<conv2d_stem<T, kColumns>>("conv2d stem", target.device, grid, 32 * plan.warps, bytes, target.stream, problem,
@@ -465,20 +474,15 @@ static void launch_stem(const StemPlan& plan, const ConvProblem& problem, const 
 
 template <typename T>
 void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target) {
-  const DeviceFacts device = device_facts(target.device);
   StemPlan plan;
-  if (!make_plan<T>(plan, problem, device))
+  if (!make_plan(plan, problem, device_facts(target.device)))
     throw std::logic_error("fastcnn CUDA conv2d: not a case for the stem kernel");
-  if (plan.columns == 32) return launch_stem<T, 32>(plan, problem, target, device.multiprocessors);
-  if (plan.columns == 64) return launch_stem<T, 64>(plan, problem, target, device.multiprocessors);
-  launch_stem<T, 96>(plan, problem, target, device.multiprocessors);
+  if (plan.columns == 32) return launch_stem<T, 32>(plan, problem, target);
+  if (plan.columns == 64) return launch_stem<T, 64>(plan, problem, target);
+  launch_stem<T, 96>(plan, problem, target);
 }
 
-#define FASTCNN_INSTANTIATE(T)                                        \
-  template bool stem_fits<T>(const ConvProblem&, const DeviceFacts&); \
-  template void launch_conv2d_stem<T>(const ConvProblem&, const LaunchTarget&)
-FASTCNN_INSTANTIATE(__nv_bfloat16);
-FASTCNN_INSTANTIATE(__half);
-#undef FASTCNN_INSTANTIATE
+template void launch_conv2d_stem<__nv_bfloat16>(const ConvProblem&, const LaunchTarget&);
+template void launch_conv2d_stem<__half>(const ConvProblem&, const LaunchTarget&);
 
 }  // namespace fastcnn::cuda

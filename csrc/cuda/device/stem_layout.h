@@ -37,8 +37,10 @@ struct StemPlan {
   bool vectors = false;                 // image rows are whole, aligned 16-byte vectors, and pixel = C
   FastDivisor by_tile_w, by_tiles_w, by_tiles_h, by_pairs, by_depth;
   FastDivisor by_band_row;  // vectors or words of a band row, whatever the loads are
+  int32_t warps = 1;
   // Host only.
-  int32_t columns = 0, warps = 0, blocks_per_multiprocessor = 1;
+  int32_t columns = 0;      // filters of a block
+  int32_t most_blocks = 1;  // along the tiles
 
   FASTCNN_HD int weight_bytes() const { return steps * columns * 32; }
   FASTCNN_HD int tap_bytes() const { return (steps + 1) * 64; }
