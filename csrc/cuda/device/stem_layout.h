@@ -21,8 +21,6 @@
 
 namespace fastcnn::cuda {
 
-constexpr int kStemRows = 32;  // output pixels that a warp multiplies at a time: two products of 16 rows
-
 struct StemPlan {
   int32_t filter_h = 1, filter_w = 1;
   int32_t out_h = 1, out_w = 1;         // P, Q
@@ -93,6 +91,24 @@ FASTCNN_HD StemTile stem_tile(const StemPlan& plan, int32_t tile) {
 // The even element of the image row at or before which the tile's first window starts.
 FASTCNN_HD int32_t stem_start(const StemPlan& plan, const ConvShape& shape, const StemTile& tile) {
   return (tile.q * shape.stride_w - shape.pad_left) * plan.pixel - plan.odd;
+}
+
+// Output rows of the tile that the image has.
+FASTCNN_HD int stem_tile_rows(const StemPlan& plan, const StemTile& tile) {
+  return tile.p + plan.tile_h < plan.out_h ? plan.tile_h : plan.out_h - tile.p;
+}
+
+// Where in the band the window of the tile's `pixel` starts, in bytes. row: the output pixel of the whole layer, or -1
+// for one that is not there (its window is the band's start: real memory, no result).
+FASTCNN_HD uint32_t stem_window(const StemPlan& plan, const ConvShape& shape, const StemTile& tile, int pixel,
+                                int32_t& row) {
+  int32_t across;
+  const int down = plan.by_tile_w.divide(pixel, across);
+  const int lead = stem_start(plan, shape, tile) & 7;
+  const bool real = down < stem_tile_rows(plan, tile) && tile.q + across < plan.out_w;
+  row = real ? (tile.image * plan.out_h + tile.p + down) * plan.out_w + tile.q + across : -1;
+  const int element = down * shape.stride_h * plan.band_row + across * shape.stride_w * plan.pixel + lead;
+  return real ? static_cast<uint32_t>(2 * element) : 0;
 }
 
 }  // namespace fastcnn::cuda
