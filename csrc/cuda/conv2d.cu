@@ -6,6 +6,7 @@
 //   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
 //   stem        bf16, fp16   groups = 1, C <= 4 and nothing between pixels, no dilation, no     tensor cores, sm_80+
 //                            prologue, its filters fit in shared memory
+//   stem wgmma  bf16, fp16   the same with K > 32                                              tensor cores, sm_90a
 //   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
 //   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
 //                            vectors through registers; anything else element by element
@@ -23,7 +24,7 @@
 namespace fastcnn::cuda {
 namespace {
 
-enum class Kernel { depthwise, grouped, simt, stem, wgmma, mma };
+enum class Kernel { depthwise, grouped, simt, stem, stem_wgmma, wgmma, mma };
 
 struct Choice {
   Kernel kernel;
@@ -65,7 +66,8 @@ Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const De
   }
   if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
 
-  if (dtype != DType::f32 && stem_fits(problem, device)) return {Kernel::stem, path};
+  if (dtype != DType::f32 && stem_fits(problem, device, true)) return {Kernel::stem_wgmma, path};
+  if (dtype != DType::f32 && stem_fits(problem, device, false)) return {Kernel::stem, path};
 
   const int64_t multiprocessors = device.multiprocessors;
   if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements &&
@@ -96,6 +98,9 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
       return;
     case Kernel::stem:
       if constexpr (sizeof(T) == 2) launch_conv2d_stem<T>(problem, target);
+      return;
+    case Kernel::stem_wgmma:
+      if constexpr (sizeof(T) == 2) launch_conv2d_stem_wgmma<T>(problem, target);
       return;
     case Kernel::wgmma:
       if constexpr (sizeof(T) == 2) launch_conv2d_wgmma<T>(problem, choice.path, choice.tile_columns, target);
@@ -218,6 +223,8 @@ std::string conv2d_kernel_name(const TensorView& out, const TensorView& input, c
       return std::string("simt") + (choice.path == LoadPath::staged_elements ? " elements" : "");
     case Kernel::stem:
       return "stem";
+    case Kernel::stem_wgmma:
+      return "stem wgmma";
     case Kernel::wgmma:
       return "wgmma" + tile + path;
     case Kernel::mma:

@@ -57,11 +57,13 @@ void launch_conv2d_mma(const ConvProblem& problem, LoadPath path, int tile_rows,
 template <typename T>
 void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_columns, const LaunchTarget& target);
 
-// Few input channels, mma.sync (bf16, fp16).
+// Few input channels, mma.sync or wgmma (bf16, fp16).
 struct DeviceFacts;
-bool stem_fits(const ConvProblem& problem, const DeviceFacts& device);
+bool stem_fits(const ConvProblem& problem, const DeviceFacts& device, bool wgmma);
 template <typename T>
 void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target);
+template <typename T>
+void launch_conv2d_stem_wgmma(const ConvProblem& problem, const LaunchTarget& target);
 
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(32 * stem_most_warps(kColumns), kStemBlocks)
 
   unsigned char* shared = dynamic_shared();
   uint32_t* weights = reinterpret_cast<uint32_t*>(shared);
-  StemTap* taps = reinterpret_cast<StemTap*>(shared + plan.steps * kColumns * 32);
-  float* scales = reinterpret_cast<float*>(taps + (plan.steps + 1) * 4);
+  StemTap* taps = reinterpret_cast<StemTap*>(shared + plan.weight_bytes);
+  float* scales = reinterpret_cast<float*>(taps + (plan.steps + 2) * 4);
   unsigned char* bands = reinterpret_cast<unsigned char*>(scales + 2 * kColumns);
 
   int tile = static_cast<int>(blockIdx.x), buffer = 0;
@@ -102,18 +102,16 @@ __global__ void __launch_bounds__(32 * stem_most_warps(kColumns), kStemBlocks)
 
 template <typename T, int kColumns>
 static void launch_stem(const StemPlan& plan, const ConvProblem& problem, const LaunchTarget& target) {
-  const int64_t column_blocks = ceil_divide(problem.shape.filters, kColumns);
-  const dim3 grid(static_cast<unsigned>(std::min(plan.tiles, plan.most_blocks)), static_cast<unsigned>(column_blocks));
-  const size_t bytes = static_cast<size_t>(plan.weight_bytes()) + plan.tap_bytes() + plan.coefficient_bytes() +
-                       2 * static_cast<size_t>(plan.band_bytes());
-  launch<conv2d_stem<T, kColumns>>("conv2d stem", target.device, grid, 32 * plan.warps, bytes, target.stream, problem,
-                                   plan);
+  const dim3 grid(static_cast<unsigned>(std::min(plan.tiles, plan.most_blocks)),
+                  static_cast<unsigned>(ceil_divide(problem.shape.filters, kColumns)));
+  launch<conv2d_stem<T, kColumns>>("conv2d stem", target.device, grid, 32 * plan.warps, plan.shared_bytes(),
+                                   target.stream, problem, plan);
 }
 
 template <typename T>
 void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target) {
   StemPlan plan;
-  if (!make_stem_plan(plan, problem, device_facts(target.device)))
+  if (!make_stem_plan(plan, problem, device_facts(target.device), false))
     throw std::logic_error("fastcnn CUDA conv2d: not a case for the stem kernel");
   if (plan.columns == 32) return launch_stem<T, 32>(plan, problem, target);
   if (plan.columns == 64) return launch_stem<T, 64>(plan, problem, target);

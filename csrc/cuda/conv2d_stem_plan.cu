@@ -33,25 +33,30 @@ constexpr PixelOrder kPixelOrder;
 
 constexpr int64_t kReservedBytes = 1024;  // of shared memory, by the system, for each block
 constexpr int64_t kMostPixels = 512;      // of a tile
-constexpr int kLeastWarps = 4;
+
+// What multiplies: warps, or with wgmma warpgroups of four.
+struct Workers {
+  int warps, chunk;  // of one; the pixels it takes at a time
+  int least, most;   // in a block
+};
 
 // Time of a tile, in pixels multiplied: those of idle warps count, 256 bytes of band cost about as much as one, a
 // barrier as 32. Sets the number of warps, such that few of them idle in the last round.
-int64_t tile_cost(int64_t pixels, int64_t band_bytes, int most_warps, int32_t& warps) {
-  const int64_t chunks = ceil_divide(pixels, kStemChunk);
+int64_t tile_cost(const Workers& workers, int64_t pixels, int64_t band_bytes, int32_t& warps) {
+  const int64_t chunks = ceil_divide(pixels, workers.chunk);
   int64_t least = 0;
-  for (int w = kLeastWarps; w <= most_warps; ++w) {
-    const int64_t slots = ceil_divide(chunks, w) * w;
-    if (w == kLeastWarps || slots <= least) least = slots, warps = w;
+  for (int n = workers.least; n <= workers.most; ++n) {
+    const int64_t slots = ceil_divide(chunks, n) * n;
+    if (n == workers.least || slots <= least) least = slots, warps = n * workers.warps;
   }
-  return least * kStemChunk + band_bytes / 256 + 32;
+  return least * workers.chunk + band_bytes / 256 + 32;
 }
 
 // Cuts the output into tiles for blocks that may use `room` bytes of shared memory, `resident` at a time. False: not
 // even one pixel fits.
-bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t room, int most_warps,
+bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t room, const Workers& workers,
                  int64_t resident) {
-  room -= plan.weight_bytes() + plan.tap_bytes() + plan.coefficient_bytes();
+  room -= plan.alignment + plan.weight_bytes + plan.tap_bytes() + plan.coefficient_bytes();
   int64_t best = -1;
   for (int64_t parts = ceil_divide(plan.out_w, kMostPixels);; parts *= 2) {
     const int64_t tile_w = ceil_divide(plan.out_w, parts), tiles_w = ceil_divide(plan.out_w, tile_w);
@@ -66,7 +71,7 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
         const int64_t band_rows = (tile_h - 1) * shape.stride_h + plan.filter_h;
         const int64_t rounds = ceil_divide(images * tiles_h * tiles_w, resident);
         int32_t warps = 0;
-        const int64_t cost = rounds * tile_cost(tile_h * tile_w, 2 * band_rows * band_row, most_warps, warps);
+        const int64_t cost = rounds * tile_cost(workers, tile_h * tile_w, 2 * band_rows * band_row, warps);
         if (best >= 0 && cost >= best) continue;
         best = cost;
         plan.tile_h = static_cast<int32_t>(tile_h);
@@ -80,13 +85,13 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
         plan.by_tiles_h = FastDivisor(tiles_h);
       }
     }
-    if (tile_w == 1 || (tile_w <= kStemChunk && best >= 0)) return best >= 0;
+    if (tile_w == 1 || (tile_w <= workers.chunk && best >= 0)) return best >= 0;
   }
 }
 
 }  // namespace
 
-bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device) {
+bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma) {
   const ConvShape& shape = problem.shape;
   plan.out_w = static_cast<int32_t>(shape.by_row.divisor);
   plan.out_h = static_cast<int32_t>(shape.by_image.divisor) / plan.out_w;
@@ -96,7 +101,7 @@ bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFact
   plan.pixel = shape.channels + static_cast<int64_t>(shape.stride_w) * shape.channels % 2;
   plan.odd = static_cast<int64_t>(shape.pad_left) * plan.pixel % 2;
   const int64_t pairs = (static_cast<int64_t>(plan.filter_w) * plan.pixel + plan.odd + 1) / 2;
-  const int64_t steps = ceil_divide(pairs * plan.filter_h, 8);
+  const int64_t steps = wgmma ? ceil_divide(pairs * plan.filter_h, 16) * 2 : ceil_divide(pairs * plan.filter_h, 8);
   if (steps * 32 * 32 > device.shared_bytes) return false;  // also keeps what follows within 32 bits
   plan.pairs = static_cast<int32_t>(pairs);
   plan.steps = static_cast<int32_t>(steps);
@@ -111,12 +116,19 @@ bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFact
     return std::max<int64_t>(blocks * device.multiprocessors / column_blocks, 1);
   };
 
-  // Two blocks on a multiprocessor where their bands fit, else one.
-  const int most_warps = stem_most_warps(plan.columns);
-  const int64_t all = device.shared_bytes, half = (all + kReservedBytes) / kStemBlocks - kReservedBytes;
-  if (!choose_tile(plan, shape, images, half, most_warps, resident(kStemBlocks)) &&
-      !choose_tile(plan, shape, images, all, most_warps, resident(1))) {
-    return false;
+  // Several blocks on a multiprocessor where their bands fit, else fewer.
+  const Workers workers = wgmma ? Workers{4, kStemWgmmaChunk, 1, kStemWgmmaWarps / 4}
+                                : Workers{1, kStemChunk, 4, stem_most_warps(plan.columns)};
+  plan.alignment = wgmma ? 1024 : 0;
+  plan.weight_bytes =
+      static_cast<int32_t>(wgmma ? ceil_divide(steps, 4) * 128 * plan.columns : steps * 32 * plan.columns);
+  int64_t blocks = kStemBlocks;
+  const auto fits = [&] {
+    const int64_t room = (device.shared_bytes + kReservedBytes) / blocks - kReservedBytes;
+    return choose_tile(plan, shape, images, room, workers, resident(blocks));
+  };
+  while (!fits()) {
+    if (--blocks == 0) return false;
   }
 
   const int64_t row_elements = static_cast<int64_t>(shape.width) * shape.channels;
@@ -130,13 +142,14 @@ bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFact
   return true;
 }
 
-bool stem_fits(const ConvProblem& problem, const DeviceFacts& device) {
+bool stem_fits(const ConvProblem& problem, const DeviceFacts& device, bool wgmma) {
   const ConvShape& shape = problem.shape;
   const bool dense =
       problem.groups == 1 && shape.rows > 0 && shape.channels <= 4 && shape.pixel_stride == shape.channels;
   if (!dense || problem.has_prologue() || shape.dilation_h != 1 || shape.dilation_w != 1) return false;
+  if (wgmma && (!device.wgmma || shape.filters <= 32)) return false;
   StemPlan plan;
-  return make_stem_plan(plan, problem, device);
+  return make_stem_plan(plan, problem, device, wgmma);
 }
 
 }  // namespace fastcnn::cuda

@@ -14,7 +14,11 @@ constexpr int stem_most_warps(int columns) {
   return columns == 96 ? 4 : 8;
 }
 
+// With wgmma: warpgroups of four warps, two in a block, take 64 pixels at a time.
+constexpr int kStemWgmmaChunk = 64;
+constexpr int kStemWgmmaWarps = 8;
+
 // False: not a case for the stem kernels.
-bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device);
+bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma);
 
 }  // namespace fastcnn::cuda

@@ -126,7 +126,7 @@ def test_stem_is_exact(case: Case, emulated, pixels) -> None:
         out, pixels.of(x, start=case.x_start), weight, stride=case.stride, padding=(top, left), scale=scale, bias=bias,
         residual=residual, relu=case.epilogue, device=case.device,
     )  # fmt: skip
-    assert name == "stem"
+    assert name == ("stem wgmma" if case.device >= SM90 and case.k > 32 else "stem")
     torch.testing.assert_close(out.nchw.double(), expected.to(case.dtype).double(), rtol=0, atol=0)
     assert out.untouched_around()
 
@@ -136,16 +136,22 @@ def test_stem_is_exact(case: Case, emulated, pixels) -> None:
     [(3, 2, 3, 7), (3, 2, 2, 7), (3, 4, 2, 11), (3, 1, 1, 3), (1, 2, 1, 3), (1, 1, 2, 5), (2, 1, 0, 2), (4, 3, 1, 3)],
 )
 @pytest.mark.parametrize("width", [24, 25])
-def test_nan_stays_within_its_windows(c: int, stride: int, padding: int, size: int, width: int, emulated, pixels):
+@pytest.mark.parametrize(("kernel", "device", "k"), [("stem", SM80, 8), ("stem wgmma", SM90, 40)])
+def test_nan_stays_within_its_windows(
+    kernel: str, device: int, k: int, c: int, stride: int, padding: int, size: int, width: int, emulated, pixels
+) -> None:
     """A pair at a window's edge reaches into the neighbouring pixel; its value must not."""
     x = torch.ones(1, c, 13, width, dtype=BF16)
-    weight = torch.ones(8, c, size, size, dtype=BF16)
+    weight = torch.ones(k, c, size, size, dtype=BF16)
     for channel, column in itertools.product(range(c), (0, 9, width - 1)):
         dirty = x.clone()
         dirty[0, channel, 6, column] = float("nan")
         expected = F.conv2d(dirty.float(), weight.float(), None, stride, padding)
-        out = pixels.empty(1, *expected.shape[2:], 8, BF16)
-        assert emulated.conv2d(out, pixels.of(dirty), weight, stride=(stride,) * 2, padding=(padding,) * 2) == "stem"
+        out = pixels.empty(1, *expected.shape[2:], k, BF16)
+        name = emulated.conv2d(
+            out, pixels.of(dirty), weight, stride=(stride,) * 2, padding=(padding,) * 2, device=device
+        )
+        assert name == kernel
         torch.testing.assert_close(out.nchw.float(), expected.to(BF16).float(), rtol=0, atol=0, equal_nan=True)
 
 

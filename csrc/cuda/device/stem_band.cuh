@@ -134,12 +134,12 @@ __device__ __forceinline__ void pack_weights(const ConvProblem& problem, const S
   }
 }
 
-// The taps of every step, then scale and bias of the block's filters.
+// The taps of every step, and two steps more for readers ahead, then scale and bias of the block's filters.
 template <int kColumns>
 __device__ __forceinline__ void fill_tables(const ConvProblem& problem, const StemPlan& plan, int first_filter,
                                             StemTap* taps, float* scales, int thread, int threads) {
   float* biases = scales + kColumns;
-  for (int i = thread; i < (plan.steps + 1) * 4; i += threads) taps[i] = stem_tap(plan, i / 4, i % 4);
+  for (int i = thread; i < (plan.steps + 2) * 4; i += threads) taps[i] = stem_tap(plan, i / 4, i % 4);
   for (int i = thread; i < kColumns; i += threads) {
     const bool real = first_filter + i < problem.shape.filters;
     scales[i] = real && problem.scale != nullptr ? __ldg(problem.scale + first_filter + i) : 1.0f;

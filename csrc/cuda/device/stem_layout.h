@@ -18,6 +18,7 @@
 #include "conv_index.h"
 #include "fast_divide.h"
 #include "portable.h"
+#include "tile_layout.h"
 
 namespace fastcnn::cuda {
 
@@ -36,13 +37,17 @@ struct StemPlan {
   FastDivisor by_tile_w, by_tiles_w, by_tiles_h, by_pairs, by_depth;
   FastDivisor by_band_row;  // vectors or words of a band row, whatever the loads are
   int32_t warps = 1;
+  int32_t weight_bytes = 0;  // of a block
   // Host only.
+  int32_t alignment = 0;    // bytes that may be lost before the weights
   int32_t columns = 0;      // filters of a block
   int32_t most_blocks = 1;  // along the tiles
 
-  FASTCNN_HD int weight_bytes() const { return steps * columns * 32; }
-  FASTCNN_HD int tap_bytes() const { return (steps + 1) * 64; }
+  FASTCNN_HD int tap_bytes() const { return (steps + 2) * 64; }
   FASTCNN_HD int coefficient_bytes() const { return columns * 8; }
+  FASTCNN_HD int shared_bytes() const {
+    return alignment + weight_bytes + tap_bytes() + coefficient_bytes() + 2 * band_bytes();
+  }
   FASTCNN_HD int band_bytes() const { return band_rows * band_row * 2; }
 };
 
@@ -75,6 +80,13 @@ FASTCNN_HD int stem_weight_word(int columns, int filter, int pair) {
   const int product = filter / 32 * 4 + filter % 8 / 2;
   const int lane = (filter % 32 / 8 * 2 + filter % 2) * 4 + slot % 4;
   return ((step * (columns / 16) + product / 2) * 32 + lane) * 4 + product % 2 * 2 + slot / 4;
+}
+
+// For wgmma, weights are tiles of 64 values of k (tile_layout.h), filters in the same order.
+FASTCNN_HD int stem_wgmma_word(int columns, int filter, int pair) {
+  const int row = (filter / 32 * 4 + filter % 8 / 2) * 8 + filter % 32 / 8 * 2 + filter % 2;
+  const int offset = pair / 32 * columns * 128 + static_cast<int>(tile_offset<128>(row, pair % 32 / 4));
+  return offset / 4 + pair % 4;
 }
 
 struct StemTile {
