@@ -33,6 +33,7 @@ constexpr PixelOrder kPixelOrder;
 
 constexpr int64_t kReservedBytes = 1024;  // of shared memory, by the system, for each block
 constexpr int64_t kMostPixels = 512;      // of a tile
+constexpr int64_t kNarrowTile = 32;       // columns; a tile need not be narrower
 
 // What multiplies: warps, or with wgmma warpgroups of four.
 struct Workers {
@@ -85,7 +86,7 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
         plan.by_tiles_h = FastDivisor(tiles_h);
       }
     }
-    if (tile_w == 1 || (tile_w <= workers.chunk && best >= 0)) return best >= 0;
+    if (tile_w == 1 || (tile_w <= kNarrowTile && best >= 0)) return best >= 0;
   }
 }
 
@@ -117,7 +118,7 @@ bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFact
   };
 
   // Several blocks on a multiprocessor where their bands fit, else fewer.
-  const Workers workers = wgmma ? Workers{4, kStemWgmmaChunk, 1, kStemWgmmaWarps / 4}
+  const Workers workers = wgmma ? Workers{4, kStemWgmmaChunk, kStemWgmmaWarps / 4, kStemWgmmaWarps / 4}
                                 : Workers{1, kStemChunk, 4, stem_most_warps(plan.columns)};
   plan.alignment = wgmma ? 1024 : 0;
   plan.weight_bytes =

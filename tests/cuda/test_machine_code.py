@@ -186,6 +186,18 @@ def test_wgmma_kernels_use_hopper_tensor_cores(machine_code) -> None:
     assert not any(k.count("HGMMA") for k in named(machine_code[0], "", architecture="sm_80"))
 
 
+def test_stem_on_wgmma_takes_pairs_from_registers(machine_code) -> None:
+    kernels = named(machine_code[0], "conv2d_stem_wgmma", architecture="sm_90a")
+    assert len(kernels) == 4
+    for kernel in kernels:
+        columns = int(kernel.name.rstrip(">").split(", ")[1])
+        assert kernel.count(f"HGMMA.64x{columns}x16") == 2, kernel.name  # two steps, each with its own pairs
+        assert kernel.opcodes["LDS"] >= 8, kernel.name
+        assert kernel.count("HMMA") == 0, kernel.name
+        assert kernel.count("FENCE.VIEW.ASYNC") > 0, kernel.name
+        assert kernel.registers <= 128, kernel.name  # two blocks of 256 threads
+
+
 def test_wgmma_is_not_serialized(machine_code) -> None:
     """ptxas warns when it must wait for each product in turn."""
     assert "serialized" not in machine_code[1]
