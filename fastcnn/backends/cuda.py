@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,34 @@ def _krsc(weight: Tensor) -> Tensor:
     return weight.detach().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def variants(operator: str, *args: Any) -> list[str]:
+    """The kernels that could serve a call, besides the one that csrc/cuda chooses by its rule."""
+    if operator != "conv2d":
+        return []
+    out, input, weight, _, _, residual, input_scale, input_shift, input_relu, _, stride, padding, dilation, groups = args
+    prologue = input_scale is not None or input_shift is not None or input_relu
+    return _native.cuda_conv2d_kernels(
+        out, input, derived(weight, "krsc", _krsc), residual, prologue, stride, padding, dilation, groups,
+        convolutions_use_tf32(),
+    )[1:]  # fmt: skip
+
+
+def variant(kernel: str) -> ModuleType:
+    """This backend with one of :func:`variants` forced on conv2d."""
+    return _OneKernel(kernel)  # type: ignore[return-value]
+
+
+class _OneKernel:
+    def __init__(self, kernel: str) -> None:
+        self._kernel = kernel
+
+    def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
+        return unsupported(operator, device, dtype, **facts) if operator == "conv2d" else f"no variant of {operator}"
+
+    def conv2d(self, *args: Any) -> None:
+        conv2d(*args, kernel=self._kernel)
+
+
 def conv2d(
     out: Tensor,
     input: Tensor,
@@ -68,10 +98,11 @@ def conv2d(
     padding: Pair,
     dilation: Pair,
     groups: int,
+    kernel: str = "",
 ) -> None:
     _native.cuda_conv2d(
         out, input, derived(weight, "krsc", _krsc), scale, bias, residual, input_scale, input_shift, input_relu,
-        activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(),
+        activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(), kernel,
     )  # fmt: skip
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SM80, SM80_LARGE, SM90, SM90_LARGE = 0, 7, 16, 23
+SM80, SM80_LARGE, SM90, SM90_TWO, SM90_LARGE = 0, 7, 16, 17, 23
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+ONE, NONE = (1, 1), (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Case:
-    kernel: str  # the name conv2d must report
+    kernel: str  # the kernel to run, and unless `asked` the one that conv2d must choose by itself
     dtype: torch.dtype
     device: int
     c: int
@@ -38,6 +39,7 @@ class Case:
     out_extra: int = 0
     out_start: int = 0
     residual_extra: int = 0
+    asked: bool = False
 
     def __str__(self) -> str:
         name = f"{self.kernel}-{str(self.dtype)[6:]}-c{self.c}-k{self.k}-{self.filter[0]}x{self.filter[1]}"
@@ -74,15 +76,29 @@ CASES = [
     Case("mma 128x32 staged", F16, SM80, 64, 32, groups=2, prologue=True),
     Case("mma 64x64 elements", BF16, SM80, 34, 36, groups=2, prologue=True),
     # Hopper.
-    Case("wgmma 128x64", BF16, SM90, 64, 64, image=(2, 9, 11)),
+    Case("wgmma 128x64", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
     Case("wgmma 128x64", F16, SM90, 72, 190, stride=(2, 1), padding=(1, 2, 1, 2), out_extra=2, residual_extra=8),
-    Case("wgmma 128x128", BF16, SM90, 136, 128, filter=(1, 1), padding=(0, 0, 0, 0), x_extra=8, residual_extra=8),
+    Case("wgmma 128x128", BF16, SM90, 136, 128, ONE, padding=NONE, x_extra=8, residual_extra=8, asked=True),
     Case("wgmma 128x128", F16, SM90, 24, 123, dilation=(2, 2), padding=(2, 2, 2, 2)),
-    Case("wgmma 128x256", BF16, SM90, 8, 256, image=(2, 12, 11), out_extra=16),
-    Case("wgmma 128x256", F16, SM90, 320, 256, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 13, 15), stride=(1, 1)),
+    Case("wgmma 128x256", BF16, SM90, 8, 256, image=(2, 12, 11), out_extra=16, asked=True),
+    Case("wgmma 128x256", F16, SM90, 320, 256, ONE, padding=NONE, image=(1, 13, 15), asked=True),
     Case("wgmma 128x64 staged", BF16, SM90, 40, 190, prologue=True, stride=(2, 1), x_extra=8),
     Case("wgmma 128x128 staged", F16, SM90, 136, 123, prologue=True, dilation=(1, 2), padding=(1, 2, 1, 2)),
-    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, filter=(1, 1), padding=(0, 0, 0, 0), prologue=True),
+    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, ONE, padding=NONE, prologue=True),
+    # Hopper's bulk copies: each tile with padding, strides, a channel tail, slices, several tiles a block.
+    Case("tma 256x128", BF16, SM90, 64, 128, image=(3, 11, 13)),
+    Case("tma 256x128", F16, SM90_TWO, 72, 136, stride=(2, 1), padding=(2, 1, 0, 1), x_extra=8, asked=True),
+    Case("tma 256x64", BF16, SM90, 104, 56, image=(5, 9, 13), out_start=8, out_extra=16, asked=True),
+    Case("tma 256x64", F16, SM90_TWO, 8, 192, (5, 3), dilation=(1, 2), padding=(2, 2, 2, 2), asked=True),
+    Case("tma 128x128", BF16, SM90, 200, 248, ONE, padding=NONE, residual_extra=8, asked=True),
+    Case("tma 128x128", F16, SM90_TWO, 64, 128, image=(7, 8, 8), stride=(2, 2), asked=True),
+    Case("tma 128x64", BF16, SM90, 48, 64, image=(4, 9, 10), stride=(3, 3), asked=True),
+    Case("tma 128x64", F16, SM90_TWO, 128, 72, ONE, padding=NONE, stride=(2, 2), image=(3, 13, 15), asked=True),
+    Case("tma 128x128 in turns", BF16, SM90, 64, 256, ONE, padding=NONE, image=(3, 11, 12), asked=True),
+    Case("tma 128x128 in turns", F16, SM90_TWO, 96, 128, image=(9, 9, 11), x_start=8, x_extra=16, asked=True),
+    Case("tma 128x64 in turns", BF16, SM90, 64, 64, image=(3, 14, 15), asked=True),
+    Case("tma 128x64 in turns", F16, SM90_TWO, 136, 120, stride=(1, 2), padding=(1, 0, 1, 3), asked=True),
+    Case("tma 128x64 in turns", BF16, SM90_TWO, 64, 40, image=(1, 3, 3), asked=True),
     # Exact fp32.
     Case("simt", F32, SM80, 20, 70, x_extra=4, residual_extra=1),
     Case("simt", F32, SM90, 16, 64, prologue=True, stride=(2, 2), dilation=(1, 2), padding=(1, 2, 1, 2)),
@@ -97,7 +113,9 @@ CASES = [
     Case("depthwise", F16, SM90, 8, 8, groups=8, dilation=(2, 2), padding=(2, 2, 2, 2), epilogue=False),
 ]  # fmt: skip
 # Each tensor-core kernel once more with nothing in the epilogue.
-CASES += [replace(c, epilogue=False, prologue=c.prologue) for c in CASES if c.kernel in ("mma 128x32", "wgmma 128x64")]
+CASES += [
+    replace(c, epilogue=False) for c in CASES if c.kernel in ("mma 128x32", "wgmma 128x64") or c.kernel.startswith("tma")
+]
 
 
 def integers(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, most: int = 2) -> torch.Tensor:
@@ -135,9 +153,10 @@ def test_conv2d_is_exact(case: Case, emulated, pixels) -> None:
         out, pixels.of(x, case.x_extra, case.x_start), weight, stride=case.stride, padding=(top, left),
         dilation=case.dilation, groups=case.groups, scale=scale, bias=bias, residual=residual,
         input_scale=input_scale, input_shift=input_shift, input_relu=case.prologue, relu=case.epilogue,
-        allow_tf32=case.tf32, device=case.device,
+        allow_tf32=case.tf32, device=case.device, kernel=case.kernel,
     )  # fmt: skip
-    assert name == case.kernel
+    assert case.asked or name == case.kernel
+    assert len(set(emulated.kernels)) == len(emulated.kernels), "names must tell the kernels of a case apart"
     torch.testing.assert_close(out.nchw.double(), expected.to(case.dtype).double(), rtol=0, atol=0)
     assert out.untouched_around()
 
@@ -165,6 +184,12 @@ def test_rounding_of_fp32(tf32: bool, emulated, pixels) -> None:
     assert error < (1e-3 if tf32 else 3e-6)
     if tf32:  # rounded to nearest: half the error of the hardware's truncation
         assert error > 3e-6
+
+
+def test_a_kernel_that_does_not_serve_is_refused(emulated, pixels) -> None:
+    x, out = torch.ones(1, 3, 4, 4, dtype=BF16), pixels.empty(1, 4, 4, 64, BF16)
+    with pytest.raises(RuntimeError, match="kernel 'tma 256x128' does not serve this convolution"):
+        emulated.conv2d(out, pixels.of(x), torch.ones(64, 3, 1, 1, dtype=BF16), device=SM90, kernel="tma 256x128")
 
 
 def test_many_tiles_share_rows(emulated, pixels) -> None:

@@ -34,11 +34,15 @@ class Case:
     out_start: int = 0
     x_start: int = 0
 
+    def kernels(self) -> list[str]:
+        return ["stem wgmma", "stem"] if self.device >= SM90 and self.k > 32 else ["stem"]
+
     def __str__(self) -> str:
         shape = "x".join(map(str, self.image))
         return (
             f"c{self.c}-k{self.k}-{self.filter[0]}x{self.filter[1]}-{shape}-s{self.stride[0]}{self.stride[1]}"
-            f"-p{''.join(map(str, self.padding))}-{str(self.dtype)[6:]}-d{self.device}-x{self.x_start}-o{self.out_extra}"
+            f"-p{''.join(map(str, self.padding))}-{str(self.dtype)[6:]}-d{self.device}-x{self.x_start}"
+            f"-o{self.out_extra}"
         )
 
 
@@ -105,8 +109,13 @@ def integers(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dt
     return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("case", [*CASES, *random_cases(60)], ids=str)
-def test_stem_is_exact(case: Case, emulated, pixels) -> None:
+def with_kernels(cases: list[Case]) -> list[tuple[str, Case]]:
+    """Each case with every stem kernel that serves it, the rule's choice first."""
+    return [(kernel, case) for case in cases for kernel in case.kernels()]
+
+
+@pytest.mark.parametrize(("kernel", "case"), with_kernels([*CASES, *random_cases(60)]), ids=str)
+def test_stem_is_exact(kernel: str, case: Case, emulated, pixels) -> None:
     g = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
     n, h, w = case.image
     top, left, bottom, right = case.padding
@@ -124,9 +133,9 @@ def test_stem_is_exact(case: Case, emulated, pixels) -> None:
     out = pixels.empty(n, *expected.shape[2:], case.k, case.dtype, case.out_extra, case.out_start)
     name = emulated.conv2d(
         out, pixels.of(x, start=case.x_start), weight, stride=case.stride, padding=(top, left), scale=scale, bias=bias,
-        residual=residual, relu=case.epilogue, device=case.device,
+        residual=residual, relu=case.epilogue, device=case.device, kernel=kernel,
     )  # fmt: skip
-    assert name == ("stem wgmma" if case.device >= SM90 and case.k > 32 else "stem")
+    assert name == case.kernels()[0]
     torch.testing.assert_close(out.nchw.double(), expected.to(case.dtype).double(), rtol=0, atol=0)
     assert out.untouched_around()
 

@@ -1,0 +1,184 @@
+// Which convolution kernel serves a case. The first line that fits wins.
+//
+//   kernel      types        serves                                                            where
+//   depthwise   all          C/g = K/g = 1, channels aligned                                   CUDA cores
+//   grouped     all          groups with C/g < 16 or K/g < 8                                   CUDA cores
+//   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
+//   stem wgmma  bf16, fp16   as stem, K > 32                                                   tensor cores, sm_90a
+//   stem        bf16, fp16   groups = 1, C <= 4 and nothing between pixels, no dilation, no     tensor cores, sm_80+
+//                            prologue, filters that fit in shared memory
+//   tma         bf16, fp16   groups = 1, no prologue, aligned output too, enough tiles         tensor cores, sm_90a
+//   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
+//   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
+//                            vectors through registers; anything else element by element
+//
+// "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+
+#include "conv2d_choice.h"
+
+namespace fastcnn::cuda {
+namespace {
+
+int64_t tiles(const ConvProblem& problem, int rows, int columns) {
+  return ceil_divide(problem.shape.rows, rows) * ceil_divide(problem.shape.filters, columns) * problem.groups;
+}
+
+int64_t padded(int64_t filters, int64_t columns) {
+  return ceil_divide(filters, columns) * columns;
+}
+
+// A wide tile reuses its operands more, as long as it adds no idle columns and the device stays busy.
+int mma_columns(const ConvProblem& problem, int64_t multiprocessors) {
+  const int64_t filters = problem.shape.filters;
+  if (filters <= 32) return 32;
+  return padded(filters, 128) <= padded(filters, 64) && tiles(problem, 128, 128) >= multiprocessors ? 128 : 64;
+}
+
+LoadPath path_of(const ConvProblem& problem, DType dtype) {
+  const ConvShape& shape = problem.shape;
+  const int64_t size = size_in_bytes(dtype);
+  const bool aligned = aligned_16(problem.input) && aligned_16(problem.weight) && shape.pixel_stride * size % 16 == 0 &&
+                       shape.channels * size % 16 == 0 && problem.weight_row_stride * size % 16 == 0;
+  return !aligned                 ? LoadPath::staged_elements
+         : problem.has_prologue() ? LoadPath::staged_vectors
+                                  : LoadPath::async_vectors;
+}
+
+bool depthwise_serves(const ConvProblem& problem, DType dtype) {
+  const ConvShape& shape = problem.shape;
+  const bool vectors =
+      problem.vector_output && aligned_16(problem.input) && shape.pixel_stride * size_in_bytes(dtype) % 16 == 0;
+  return shape.channels == 1 && shape.filters == 1 && vectors &&
+         (dtype == DType::f32    ? depthwise_fits<float>(problem)
+          : dtype == DType::bf16 ? depthwise_fits<__nv_bfloat16>(problem)
+                                 : depthwise_fits<__half>(problem));
+}
+
+bool stem_serves(const ConvProblem& problem, DType dtype, const DeviceFacts& device, bool wgmma) {
+  return dtype != DType::f32 && stem_fits(problem, device, wgmma);
+}
+
+constexpr std::array<Choice, 6> kTmaChoices = {{
+    {Kernel::tma, LoadPath::async_vectors, 256, 128, false},
+    {Kernel::tma, LoadPath::async_vectors, 128, 128, true},
+    {Kernel::tma, LoadPath::async_vectors, 128, 128, false},
+    {Kernel::tma, LoadPath::async_vectors, 256, 64, false},
+    {Kernel::tma, LoadPath::async_vectors, 128, 64, true},
+    {Kernel::tma, LoadPath::async_vectors, 128, 64, false},
+}};
+
+// Cycles that a multiprocessor needs for its tiles: each product of 16 channels takes the longer of multiplying (2048
+// multiply-adds a cycle) and fetching its operands from L2 (about 28 bytes a cycle), and a tile that is not computed in
+// turns with another one also its store.
+double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
+  const double rows = choice.tile_rows, columns = choice.tile_columns;
+  const double waves =
+      static_cast<double>(ceil_divide(tiles(problem, choice.tile_rows, choice.tile_columns), multiprocessors));
+  const double steps = static_cast<double>(ceil_divide(problem.shape.reduction, 16));
+  const double step = std::max(rows * columns * 16 / 2048, (rows + columns) * 32 / 28);
+  const double store = rows * columns * 2 / 13;
+  return waves * (choice.in_turns ? std::max(steps * step, store) : steps * step + store);
+}
+
+Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
+  return *std::min_element(kTmaChoices.begin(), kTmaChoices.end(), [&](const Choice& a, const Choice& b) {
+    return tma_cycles(problem, a, multiprocessors) < tma_cycles(problem, b, multiprocessors);
+  });
+}
+
+}  // namespace
+
+std::string name_of(const Choice& choice) {
+  const std::string tile = " " + std::to_string(choice.tile_rows) + "x" + std::to_string(choice.tile_columns);
+  const char* path = choice.path == LoadPath::async_vectors    ? ""
+                     : choice.path == LoadPath::staged_vectors ? " staged"
+                                                               : " elements";
+  switch (choice.kernel) {
+    case Kernel::depthwise:
+      return "depthwise";
+    case Kernel::grouped:
+      return "grouped";
+    case Kernel::simt:
+      return std::string("simt") + (choice.path == LoadPath::staged_elements ? " elements" : "");
+    case Kernel::stem:
+      return "stem";
+    case Kernel::stem_wgmma:
+      return "stem wgmma";
+    case Kernel::tma:
+      return "tma" + tile + (choice.in_turns ? " in turns" : "");
+    case Kernel::wgmma:
+      return "wgmma" + tile + path;
+    case Kernel::mma:
+      return "mma" + tile + path;
+  }
+  return "unknown";
+}
+
+Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const DeviceFacts& device) {
+  const ConvShape& shape = problem.shape;
+  const LoadPath path = path_of(problem, dtype);
+  if (problem.groups > 1) {
+    if (depthwise_serves(problem, dtype)) return {Kernel::depthwise, path};
+    if (shape.channels < 16 || shape.filters < 8 || problem.groups > 65535) return {Kernel::grouped, path};
+  }
+  if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
+
+  if (stem_serves(problem, dtype, device, true)) return {Kernel::stem_wgmma, path};
+  if (stem_serves(problem, dtype, device, false)) return {Kernel::stem, path};
+
+  const int64_t multiprocessors = device.multiprocessors;
+  if (device.wgmma && shape.filters > 32 && 2 * tiles(problem, 128, 64) >= multiprocessors) {
+    if (tma_fits(problem, dtype)) return best_tma(problem, multiprocessors);
+    if (dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
+      int columns = mma_columns(problem, multiprocessors);
+      if (path == LoadPath::async_vectors && shape.filters % 256 == 0 &&
+          tiles(problem, 128, 256) >= 2 * multiprocessors)
+        columns = 256;
+      return {Kernel::wgmma, path, 128, columns};
+    }
+  }
+  if (path == LoadPath::staged_elements) return {Kernel::mma, path, 64, 64};
+  int columns = mma_columns(problem, multiprocessors);
+  if (path == LoadPath::staged_vectors) columns = std::min(columns, 64);
+  const bool few = columns == 64 && tiles(problem, 128, 64) < multiprocessors;
+  return {Kernel::mma, path, few ? 64 : 128, columns};
+}
+
+std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_tf32, const DeviceFacts& device) {
+  std::vector<Choice> found = {choose(problem, dtype, allow_tf32, device)};
+  const auto add = [&](const Choice& choice) {
+    const std::string name = name_of(choice);
+    for (const Choice& known : found) {
+      if (name_of(known) == name) return;
+    }
+    found.push_back(choice);
+  };
+  const LoadPath path = path_of(problem, dtype);
+  if (found[0].kernel == Kernel::depthwise || problem.groups > 65535) return found;
+  if (problem.groups > 1) add({Kernel::grouped, path});
+  if (dtype == DType::f32 && !allow_tf32) {
+    add({Kernel::simt, path});
+    return found;
+  }
+  if (stem_serves(problem, dtype, device, false)) add({Kernel::stem, path});
+  if (device.wgmma && tma_fits(problem, dtype)) {
+    for (const Choice& choice : kTmaChoices) add(choice);
+  }
+  if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
+    for (const int columns : {64, 128}) add({Kernel::wgmma, path, 128, columns});
+    if (path == LoadPath::async_vectors) add({Kernel::wgmma, path, 128, 256});
+  }
+  add({Kernel::mma, path, 64, 64});
+  if (path != LoadPath::staged_elements) {
+    for (const int columns : {32, 64}) add({Kernel::mma, path, 128, columns});
+    if (path == LoadPath::async_vectors) add({Kernel::mma, path, 128, 128});
+  }
+  return found;
+}
+
+}  // namespace fastcnn::cuda
