@@ -35,6 +35,38 @@ constexpr int64_t kReservedBytes = 1024;  // of shared memory, by the system, fo
 constexpr int64_t kMostPixels = 512;      // of a tile
 constexpr int64_t kNarrowTile = 32;       // columns; a tile need not be narrower
 
+// Elements of a band's row. The first window starts up to 6 elements behind a multiple of 8.
+int64_t band_row(const StemPlan& plan, const ConvShape& shape, int64_t tile_w) {
+  return ceil_divide(6 + (tile_w - 1) * shape.stride_w * plan.pixel + 2 * plan.pairs, 8) * 8;
+}
+
+// What is left for the bands of `room` bytes of shared memory.
+int64_t room_for_bands(const StemPlan& plan, int64_t room) {
+  return room - plan.alignment - plan.weight_bytes - plan.tap_bytes() - plan.coefficient_bytes();
+}
+
+// All but the tiles. False: not even one pixel's bands fit in shared memory.
+bool describe(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma) {
+  const ConvShape& shape = problem.shape;
+  plan.out_w = static_cast<int32_t>(shape.by_row.divisor);
+  plan.out_h = static_cast<int32_t>(shape.by_image.divisor) / plan.out_w;
+  plan.filter_w = static_cast<int32_t>(shape.by_filter_w.divisor);
+  plan.filter_h = shape.reduction / (plan.filter_w * shape.channels);
+  plan.pixel = shape.channels + static_cast<int64_t>(shape.stride_w) * shape.channels % 2;
+  plan.odd = static_cast<int64_t>(shape.pad_left) * plan.pixel % 2;
+  const int64_t pairs = (static_cast<int64_t>(plan.filter_w) * plan.pixel + plan.odd + 1) / 2;
+  const int64_t steps = wgmma ? ceil_divide(pairs * plan.filter_h, 16) * 2 : ceil_divide(pairs * plan.filter_h, 8);
+  if (steps * 32 * 32 > device.shared_bytes) return false;  // also keeps what follows within 32 bits
+  plan.pairs = static_cast<int32_t>(pairs);
+  plan.steps = static_cast<int32_t>(steps);
+  const auto padded = [&](int64_t columns) { return ceil_divide(shape.filters, columns) * columns; };
+  plan.columns = shape.filters <= 32 ? 32 : padded(96) < padded(64) ? 96 : 64;
+  plan.alignment = wgmma ? 1024 : 0;
+  plan.weight_bytes = static_cast<int32_t>(plan.columns * (wgmma ? ceil_divide(steps, 4) * 128 : steps * 32));
+  return ceil_divide(shape.filters, plan.columns) <= 65535 &&
+         4 * plan.filter_h * band_row(plan, shape, 1) <= room_for_bands(plan, device.shared_bytes);
+}
+
 // What multiplies: warps, or with wgmma warpgroups of four.
 struct Workers {
   int warps, chunk;  // of one; the pixels it takes at a time
@@ -57,13 +89,12 @@ int64_t tile_cost(const Workers& workers, int64_t pixels, int64_t band_bytes, in
 // even one pixel fits.
 bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t room, const Workers& workers,
                  int64_t resident) {
-  room -= plan.alignment + plan.weight_bytes + plan.tap_bytes() + plan.coefficient_bytes();
+  room = room_for_bands(plan, room);
   int64_t best = -1;
   for (int64_t parts = ceil_divide(plan.out_w, kMostPixels);; parts *= 2) {
     const int64_t tile_w = ceil_divide(plan.out_w, parts), tiles_w = ceil_divide(plan.out_w, tile_w);
-    // A row starts up to 6 elements behind a multiple of 8.
-    const int64_t band_row = ceil_divide(6 + (tile_w - 1) * shape.stride_w * plan.pixel + 2 * plan.pairs, 8) * 8;
-    const int64_t fit = room / (4 * band_row) - plan.filter_h;  // rows beside the first output row's
+    const int64_t row = band_row(plan, shape, tile_w);
+    const int64_t fit = room / (4 * row) - plan.filter_h;  // rows beside the first output row's
     if (fit >= 0) {
       const int64_t most = std::min(fit / shape.stride_h + 1, std::max<int64_t>(kMostPixels / tile_w, 1));
       for (const int64_t wanted : {most, most / 2, most / 4, most / 8}) {
@@ -72,13 +103,13 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
         const int64_t band_rows = (tile_h - 1) * shape.stride_h + plan.filter_h;
         const int64_t rounds = ceil_divide(images * tiles_h * tiles_w, resident);
         int32_t warps = 0;
-        const int64_t cost = rounds * tile_cost(workers, tile_h * tile_w, 2 * band_rows * band_row, warps);
+        const int64_t cost = rounds * tile_cost(workers, tile_h * tile_w, 2 * band_rows * row, warps);
         if (best >= 0 && cost >= best) continue;
         best = cost;
         plan.tile_h = static_cast<int32_t>(tile_h);
         plan.tile_w = static_cast<int32_t>(tile_w);
         plan.band_rows = static_cast<int32_t>(band_rows);
-        plan.band_row = static_cast<int32_t>(band_row);
+        plan.band_row = static_cast<int32_t>(row);
         plan.warps = warps;
         plan.tiles = static_cast<int32_t>(images * tiles_h * tiles_w);
         plan.most_blocks = static_cast<int32_t>(resident);
@@ -94,23 +125,9 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
 
 bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma) {
   const ConvShape& shape = problem.shape;
-  plan.out_w = static_cast<int32_t>(shape.by_row.divisor);
-  plan.out_h = static_cast<int32_t>(shape.by_image.divisor) / plan.out_w;
-  plan.filter_w = static_cast<int32_t>(shape.by_filter_w.divisor);
-  plan.filter_h = shape.reduction / (plan.filter_w * shape.channels);
+  if (!describe(plan, problem, device, wgmma)) return false;
   const int64_t images = shape.rows / static_cast<int64_t>(shape.by_image.divisor);
-  plan.pixel = shape.channels + static_cast<int64_t>(shape.stride_w) * shape.channels % 2;
-  plan.odd = static_cast<int64_t>(shape.pad_left) * plan.pixel % 2;
-  const int64_t pairs = (static_cast<int64_t>(plan.filter_w) * plan.pixel + plan.odd + 1) / 2;
-  const int64_t steps = wgmma ? ceil_divide(pairs * plan.filter_h, 16) * 2 : ceil_divide(pairs * plan.filter_h, 8);
-  if (steps * 32 * 32 > device.shared_bytes) return false;  // also keeps what follows within 32 bits
-  plan.pairs = static_cast<int32_t>(pairs);
-  plan.steps = static_cast<int32_t>(steps);
-  const int64_t filters = shape.filters;
-  const auto padded = [&](int64_t columns) { return ceil_divide(filters, columns) * columns; };
-  plan.columns = filters <= 32 ? 32 : padded(96) < padded(64) ? 96 : 64;
-  const int64_t column_blocks = ceil_divide(filters, plan.columns);
-  if (column_blocks > 65535) return false;
+  const int64_t column_blocks = ceil_divide(shape.filters, plan.columns);
 
   // Blocks that run at a time, for each block's worth of filters.
   const auto resident = [&](int64_t blocks) {
@@ -120,9 +137,6 @@ bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFact
   // Several blocks on a multiprocessor where their bands fit, else fewer.
   const Workers workers = wgmma ? Workers{4, kStemWgmmaChunk, kStemWgmmaWarps / 4, kStemWgmmaWarps / 4}
                                 : Workers{1, kStemChunk, 4, stem_most_warps(plan.columns)};
-  plan.alignment = wgmma ? 1024 : 0;
-  plan.weight_bytes =
-      static_cast<int32_t>(wgmma ? ceil_divide(steps, 4) * 128 * plan.columns : steps * 32 * plan.columns);
   int64_t blocks = kStemBlocks;
   const auto fits = [&] {
     const int64_t room = (device.shared_bytes + kReservedBytes) / blocks - kReservedBytes;
@@ -150,7 +164,7 @@ bool stem_fits(const ConvProblem& problem, const DeviceFacts& device, bool wgmma
   if (!dense || problem.has_prologue() || shape.dilation_h != 1 || shape.dilation_w != 1) return false;
   if (wgmma && (!device.wgmma || shape.filters <= 32)) return false;
   StemPlan plan;
-  return make_stem_plan(plan, problem, device, wgmma);
+  return describe(plan, problem, device, wgmma);
 }
 
 }  // namespace fastcnn::cuda

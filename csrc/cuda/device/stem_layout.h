@@ -6,9 +6,8 @@
 // Pairs: a window's part of one filter row is S * pixel neighbouring elements, read as 32-bit words. Where windows
 //   start at odd elements, the words start one element earlier. So a row has ceil((odd + S * pixel) / 2) pairs, and
 //   k runs over the pairs of all R rows without a gap: 7x7x3 takes 77 pairs, 154 of 160 values of k.
-// Masks: the first pair's low half and the last pair's high half may belong to a neighbouring pixel. Its weight is
-// zero,
-//   but zero times NaN is not, so the half is masked; so are whole pairs past the last.
+// Masks: the first pair's low half and the last pair's high half may belong to a neighbouring pixel. Its weight is 0,
+//   but 0 * NaN is not, so the half is masked; so are whole pairs past the last.
 // Filters: the accumulators of four products of 8 columns give a lane columns 2t, 2t+1 of each (t = lane % 4). The
 //   filters are dealt to the columns so that these are eight neighbouring filters: one 16-byte store, no exchange.
 #pragma once
