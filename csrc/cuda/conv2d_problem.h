@@ -62,6 +62,14 @@ template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns,
                        const LaunchTarget& target);
 
+// Few input channels, mma.sync or wgmma (bf16, fp16).
+struct DeviceFacts;
+bool stem_fits(const ConvProblem& problem, const DeviceFacts& device, bool wgmma);
+template <typename T>
+void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target);
+template <typename T>
+void launch_conv2d_stem_wgmma(const ConvProblem& problem, const LaunchTarget& target);
+
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);
 
