@@ -26,6 +26,7 @@
 #include "device/ptx.cuh"
 #include "device/tile_layout.h"
 #include "device/tma.cuh"
+#include "device/tma_epilogue.cuh"
 #include "device/wgmma.cuh"
 #include "host.h"
 #include "tensor_map.h"
@@ -223,35 +224,6 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
   if (lane == 0) barrier_arrive(barriers.empty(before));
 }
 
-__device__ __forceinline__ float2 unpack(uint32_t bits, __nv_bfloat16) {
-  __nv_bfloat16 pair[2];
-  memcpy(pair, &bits, 4);
-  return make_float2(to_float(pair[0]), to_float(pair[1]));
-}
-__device__ __forceinline__ float2 unpack(uint32_t bits, __half) {
-  __half pair[2];
-  memcpy(pair, &bits, 4);
-  return make_float2(to_float(pair[0]), to_float(pair[1]));
-}
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float x, float y) {
-  const T pair[2] = {from_float<T>(x), from_float<T>(y)};
-  uint32_t bits;
-  memcpy(&bits, pair, 4);
-  return bits;
-}
-
-// A tile's scale and bias for each of its columns, from where the epilogue reads them for two columns at a time.
-template <typename Tile>
-__device__ __forceinline__ void stage_coefficients(const TmaConvolution& problem, float2* coefficients,
-                                                   int first_column, int thread) {
-  if (thread >= Tile::kColumns) return;
-  const int column = first_column + thread;
-  const bool real = column < problem.filters;
-  coefficients[thread] = make_float2(real && problem.scale != nullptr ? __ldg(problem.scale + column) : 1.0f,
-                                     real && problem.bias != nullptr ? __ldg(problem.bias + column) : 0.0f);
-}
-
 // The epilogue, in the accumulators' own layout: a lane holds pairs of columns, its quad 16 bytes of a row. In the
 // swizzled rows of shared memory the eight rows of an access fall into different banks. The loads of several pairs are
 // in flight together.
@@ -325,7 +297,7 @@ __device__ __forceinline__ void compute_tiles(const TmaConvolution& problem, uin
         }
       }
     }
-    stage_coefficients<Tile>(problem, coefficients, first_column, thread);
+    stage_coefficients<Tile::kColumns>(problem, coefficients, first_column, thread);
     if (Tile::kInTurns) {
       barrier_wait(barriers.turn(group), turn_parity);
       turn_parity ^= 1;
