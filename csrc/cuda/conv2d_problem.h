@@ -54,8 +54,9 @@ void launch_conv2d_mma(const ConvProblem& problem, LoadPath path, int tile_rows,
 template <typename T>
 void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_columns, const LaunchTarget& target);
 
-// wgmma fed by bulk copies (sm_90a; bf16, fp16). Tiles served: 256 or 128 rows by 128 or 64 columns together, 128 rows
-// by 128 or 64 columns in turns. Every problem that tma_fits.
+// wgmma fed by bulk copies (sm_90a; bf16, fp16), for every problem that tma_fits. Tiles served, as rows x columns:
+// together 256x128, 256x64, 128x128, 128x64, 128x32; in turns 128x128, 128x64, 128x32; with a prologue 128x128, 128x64.
+// With groups, a group's filters must be whole columns.
 bool tma_fits(const ConvProblem& problem, DType dtype);
 template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns,

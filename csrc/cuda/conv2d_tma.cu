@@ -13,6 +13,8 @@
 // Copies: the reduction runs over filter taps and blocks of 64 channels; a stage holds A (pixels x 64) and B (filters x
 //   64) as rows of 128 bytes in the 128B swizzle. The copy engine computes every address, fills padding with zeros and
 //   reports to the stage's `full` barrier; warps report to `empty` when a stage has been multiplied.
+// With a prologue (1x1 filters without padding): the warpgroup applies it in place to its rows of A when a stage has
+//   landed, while the tensor cores still work on the stage before.
 // Shared memory: the stages, and for each warpgroup its part of the output, into which the copy engine brings the
 //   residual during the multiplication and from which it stores the result: no thread computes an output address.
 // Registers: accumulators only; operands go from shared memory to the tensor cores.
@@ -37,22 +39,26 @@ struct TmaConvolution {
   int32_t filter_h, filter_w, channel_blocks;
   int32_t last_steps;  // products of 16 channels in a tap's last block
   int32_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
-  int32_t filters;
+  int32_t filters;               // of all groups
+  FastDivisor by_group_filters;  // column -> group
+  int32_t channels;              // of a group
   const float* scale;
   const float* bias;
-  bool has_residual, relu;
+  const float* input_scale;
+  const float* input_shift;
+  bool has_residual, relu, input_relu;
 };
 
-template <typename T, int kGroupRows_, int kColumns_, bool kInTurns_, int kStages_>
+template <typename T, int kGroupRows_, int kColumns_, bool kInTurns_, int kStages_, bool kPrologue_ = false>
 struct TmaTile {
   using Type = T;
   static constexpr int kGroupRows = kGroupRows_, kColumns = kColumns_, kStages = kStages_;
-  static constexpr bool kInTurns = kInTurns_;
+  static constexpr bool kInTurns = kInTurns_, kPrologue = kPrologue_;
   static constexpr int kRows = kInTurns ? kGroupRows : 2 * kGroupRows;
   static constexpr int kThreads = 3 * 128;
   static constexpr int kAtoms = kColumns / 8;  // of 8 columns in an accumulator
   static constexpr int kBytesA = kRows * 128, kBytesB = kColumns * 128, kStageBytes = kBytesA + kBytesB;
-  static constexpr int kOutputBytes = kGroupRows * kColumns * 2;  // of a warpgroup
+  static constexpr int kOutputBytes = kGroupRows * (kColumns < 64 ? 64 : kColumns) * 2;  // of a warpgroup
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutputBytes + 2 * kColumns * 8 + 1024 + 256;
   static_assert(kSharedBytes <= 227 * 1024, "one block must fit a multiprocessor");
 };
@@ -98,6 +104,7 @@ __device__ __forceinline__ void copy_tiles(const TmaConvolution& problem, uint32
     const int32_t n = problem.by_image.divide(row_tile * Tile::kRows, pixel);
     const int32_t p = problem.by_row.divide(pixel, q);
     const int h = p * problem.stride_h - problem.pad_top, w = q * problem.stride_w - problem.pad_left;
+    const int first_channel = problem.by_group_filters.quotient(column_tile * Tile::kColumns) * problem.channels;
     int tap = 0;
     for (int r = 0; r < problem.filter_h; ++r) {
       for (int s = 0; s < problem.filter_w; ++s, ++tap) {
@@ -105,7 +112,7 @@ __device__ __forceinline__ void copy_tiles(const TmaConvolution& problem, uint32
           const uint32_t to = stages + ring.stage * Tile::kStageBytes, full = barriers.full(ring.stage);
           barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
           barrier_arrive_expecting(full, Tile::kStageBytes);
-          copy_pixels(to, problem.input, full, block * kTensorMapRow, w, h, n, s * problem.dilation_w,
+          copy_pixels(to, problem.input, full, first_channel + block * kTensorMapRow, w, h, n, s * problem.dilation_w,
                       r * problem.dilation_h);
           copy_box_3d(to + Tile::kBytesA, problem.weight, full, block * kTensorMapRow, tap,
                       column_tile * Tile::kColumns);
@@ -128,11 +135,45 @@ __device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_
   }
 }
 
+// Applies the prologue to this warpgroup's rows of a stage: a thread to one 16-byte chunk of every 16th row.
+template <typename Tile>
+__device__ __forceinline__ void apply_prologue_in_place(const TmaConvolution& problem, uint32_t tile_a, int block,
+                                                        int group, int thread) {
+  using T = typename Tile::Type;
+  constexpr int kWidth = kVector<T>;
+  const int chunk = thread % 8, channel = block * kTensorMapRow + chunk * kWidth;
+  float scale[kWidth], shift[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const bool real = channel + i < problem.channels;  // beyond, the filters are zero and 0 * (0 + 0) must stay 0
+    scale[i] = problem.input_scale != nullptr && real ? __ldg(problem.input_scale + channel + i) : 1.0f;
+    shift[i] = problem.input_shift != nullptr && real ? __ldg(problem.input_shift + channel + i) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kGroupRows / 16; ++i) {
+    const uint32_t at = tile_a + tile_offset<128>(thread / 8 + i * 16, chunk);
+    const uint4 raw = load_shared_16(at);
+    T values[kWidth];
+    memcpy(values, &raw, 16);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float x = to_float(values[j]) * scale[j] + shift[j];
+      values[j] = from_float<T>(problem.input_relu ? relu(x) : x);
+    }
+    uint4 changed;
+    memcpy(&changed, values, 16);
+    store_shared_16(at, changed);
+  }
+  fence_async_proxy();
+  warpgroup_barrier(group);
+}
+
 // acc = the product of one tile. Leaves `ring` behind the tile's last stage.
 template <typename Tile>
 __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uint32_t stages,
                                               const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
-                                              int group, int lane, TmaAccumulator<Tile>& acc) {
+                                              int group, int thread, TmaAccumulator<Tile>& acc) {
+  const int lane = thread % 32;
   const int rows_of_group = Tile::kInTurns ? 0 : group * Tile::kGroupRows;
 #pragma unroll
   for (int half = 0; half < Tile::kGroupRows / 64; ++half) {
@@ -146,6 +187,7 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
       const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes + rows_of_group * 128;
       const uint32_t tile_b = stages + ring.stage * Tile::kStageBytes + Tile::kBytesA;
       barrier_wait(barriers.full(ring.stage), ring.parity);
+      if constexpr (Tile::kPrologue) apply_prologue_in_place<Tile>(problem, tile_a, block, group, thread);
       wgmma_fence();
       if (block + 1 < problem.channel_blocks || problem.last_steps == 4) {
 #pragma unroll
@@ -276,7 +318,7 @@ __device__ __forceinline__ void compute_tiles(const TmaConvolution& problem, uin
       turn_parity ^= 1;
     }
     TmaAccumulator<Tile> acc;
-    multiply_tile<Tile>(problem, stages, barriers, ring, group, lane, acc);
+    multiply_tile<Tile>(problem, stages, barriers, ring, group, thread, acc);
     if (Tile::kInTurns) ring.advance(stages_of_tile);  // those of the other warpgroup's tile
     warpgroup_barrier(group);  // thread 0 has seen `output` free, and the coefficients are there
     if (problem.has_residual) {
@@ -355,7 +397,7 @@ TensorView input_of(const ConvProblem& problem, DType dtype) {
   view.n = shape.rows / shape.by_image.divisor;
   view.h = shape.height;
   view.w = shape.width;
-  view.c = shape.channels;
+  view.c = static_cast<int64_t>(shape.channels) * problem.groups;
   view.pixel_stride = shape.pixel_stride;
   return view;
 }
@@ -367,7 +409,7 @@ TensorView rows_of(const ConvProblem& problem, DType dtype, const void* data, in
   view.dtype = dtype;
   view.n = problem.shape.rows;
   view.h = view.w = 1;
-  view.c = problem.shape.filters;
+  view.c = static_cast<int64_t>(problem.shape.filters) * problem.groups;
   view.pixel_stride = pixel_stride;
   return view;
 }
@@ -393,11 +435,12 @@ template <typename Tile>
 void launch_tma_tile(const char* name, const ConvProblem& problem, const LaunchTarget& target) {
   constexpr DType kDType = kType<typename Tile::Type>;
   const ConvShape& shape = problem.shape;
-  const int64_t taps = taps_of(shape), column_tiles = ceil_divide(shape.filters, Tile::kColumns);
+  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  const int64_t taps = taps_of(shape), column_tiles = ceil_divide(filters, Tile::kColumns);
   TmaConvolution convolution = {};
   convolution.input = pixel_map(input_of(problem, kDType), pixels_of(problem, Tile::kRows));
-  convolution.weight = filter_map(problem.weight, kDType, shape.filters, taps, shape.channels,
-                                  problem.weight_row_stride, Tile::kColumns);
+  convolution.weight =
+      filter_map(problem.weight, kDType, filters, taps, shape.channels, problem.weight_row_stride, Tile::kColumns);
   convolution.out = matrix_map(rows_of(problem, kDType, problem.out, problem.out_stride), Tile::kGroupRows);
   convolution.has_residual = problem.residual != nullptr;
   if (convolution.has_residual) {
@@ -419,10 +462,15 @@ void launch_tma_tile(const char* name, const ConvProblem& problem, const LaunchT
   convolution.pad_left = shape.pad_left;
   convolution.dilation_h = shape.dilation_h;
   convolution.dilation_w = shape.dilation_w;
-  convolution.filters = shape.filters;
+  convolution.filters = static_cast<int32_t>(filters);
+  convolution.by_group_filters = FastDivisor(shape.filters);
+  convolution.channels = shape.channels;
   convolution.scale = problem.scale;
   convolution.bias = problem.bias;
   convolution.relu = problem.relu;
+  convolution.input_scale = problem.input_scale;
+  convolution.input_shift = problem.input_shift;
+  convolution.input_relu = problem.input_relu;
   const int64_t blocks = std::min<int64_t>(convolution.tiles, device_facts(target.device).multiprocessors);
   launch<conv2d_tma<Tile>>(name, target.device, dim3(static_cast<unsigned>(blocks)), Tile::kThreads, Tile::kSharedBytes,
                            target.stream, convolution);
@@ -434,7 +482,10 @@ bool tma_fits(const ConvProblem& problem, DType dtype) {
   const ConvShape& shape = problem.shape;
   const int64_t taps = taps_of(shape), filter_w = shape.by_filter_w.divisor, filter_h = taps / filter_w;
   const auto aligned = [](const void* data, int64_t stride) { return aligned_16(data) && stride % 8 == 0; };
-  return dtype != DType::f32 && problem.groups == 1 && !problem.has_prologue() && problem.vector_output &&
+  const bool whole_blocks = shape.channels % kTensorMapRow == 0 && shape.filters % kTensorMapRow == 0;
+  const bool plain_1x1 = taps == 1 && shape.pad_top == 0 && shape.pad_left == 0;  // no padded pixel: see pixel_map_fits
+  return dtype != DType::f32 && (problem.groups == 1 || (whole_blocks && !problem.has_prologue())) &&
+         (!problem.has_prologue() || plain_1x1) && problem.vector_output &&
          aligned(problem.input, shape.pixel_stride) && aligned(problem.weight, shape.channels) &&
          problem.weight_row_stride % 8 == 0 && (filter_h - 1) * shape.dilation_h < 256 &&
          (filter_w - 1) * shape.dilation_w < 256 && pixel_map_fits(input_of(problem, dtype), pixels_of(problem, 1));
@@ -443,18 +494,28 @@ bool tma_fits(const ConvProblem& problem, DType dtype) {
 template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns,
                        const LaunchTarget& target) {
-  if (in_turns && tile_columns == 128) {
+  if (problem.has_prologue()) {
+    if (tile_columns == 128) {
+      launch_tma_tile<TmaTile<T, 64, 128, false, 5, true>>("conv2d tma 128x128 staged", problem, target);
+    } else {
+      launch_tma_tile<TmaTile<T, 64, 64, false, 8, true>>("conv2d tma 128x64 staged", problem, target);
+    }
+  } else if (in_turns && tile_columns == 128) {
     launch_tma_tile<TmaTile<T, 128, 128, true, 4>>("conv2d tma 128x128 in turns", problem, target);
-  } else if (in_turns) {
+  } else if (in_turns && tile_columns == 64) {
     launch_tma_tile<TmaTile<T, 128, 64, true, 6>>("conv2d tma 128x64 in turns", problem, target);
+  } else if (in_turns) {
+    launch_tma_tile<TmaTile<T, 128, 32, true, 7>>("conv2d tma 128x32 in turns", problem, target);
   } else if (tile_rows == 256 && tile_columns == 128) {
     launch_tma_tile<TmaTile<T, 128, 128, false, 3>>("conv2d tma 256x128", problem, target);
   } else if (tile_rows == 256) {
     launch_tma_tile<TmaTile<T, 128, 64, false, 4>>("conv2d tma 256x64", problem, target);
   } else if (tile_columns == 128) {
     launch_tma_tile<TmaTile<T, 64, 128, false, 5>>("conv2d tma 128x128", problem, target);
-  } else {
+  } else if (tile_columns == 64) {
     launch_tma_tile<TmaTile<T, 64, 64, false, 8>>("conv2d tma 128x64", problem, target);
+  } else {
+    launch_tma_tile<TmaTile<T, 64, 32, false, 9>>("conv2d tma 128x32", problem, target);
   }
 }
 

@@ -60,6 +60,11 @@ cuuint64_t bytes(int64_t values) {
   return static_cast<cuuint64_t>(values) * 2;
 }
 
+// Lines that L2 fetches at once: whole ones only where pixels begin on them.
+CUtensorMapL2promotion promotion(int64_t pixel_stride) {
+  return bytes(pixel_stride) % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_64B;
+}
+
 template <int kRank>
 TensorMap tiled_map(void* data, DType dtype, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
                     const cuuint32_t (&box)[kRank]) {
@@ -93,7 +98,7 @@ TensorMap pixel_map(const TensorView& image, const PixelMap& pixels) {
   check_encoded(
       encode(reinterpret_cast<CUtensorMap*>(&map), type_of(image.dtype), 4, image.data, sizes, strides, lower, upper,
              kTensorMapRow, static_cast<cuuint32_t>(pixels.tile_pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+             CU_TENSOR_MAP_SWIZZLE_128B, promotion(image.pixel_stride), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
       "cuTensorMapEncodeIm2col");
   return map;
 }

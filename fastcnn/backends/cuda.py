@@ -55,16 +55,53 @@ def _krsc(weight: Tensor) -> Tensor:
     return weight.detach().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+_BLOCK = 64  # channels and filters of a group that the Hopper kernel multiplies
+
+
+def _packs_groups(weight: Tensor, groups: int) -> bool:
+    """Whether groups of few channels are better multiplied as groups of 64, whose weights between groups are zero."""
+    channels = weight.shape[1]
+    return (
+        groups > 1
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and 4 <= channels < _BLOCK  # from a sixteenth of the products on they are useful
+        and weight.shape[0] == channels * groups
+        and _BLOCK % channels == 0
+        and weight.shape[0] % _BLOCK == 0
+        and torch.cuda.get_device_capability(weight.device) == (9, 0)
+        and "90a" in _native.cuda_architectures()
+    )
+
+
+def _pack_groups(weight: Tensor) -> Tensor:
+    """(K, C/g, R, S) as (K, 64, R, S): a filter's own channels in their place among the block's 64, zeros elsewhere."""
+    filters, channels, height, width = weight.shape
+    per_block = _BLOCK // channels
+    packed = weight.new_zeros(filters // _BLOCK, per_block, channels, height, width, per_block, channels)
+    groups = weight.detach().reshape(-1, per_block, channels, channels, height, width)
+    for group in range(per_block):
+        packed[:, group, :, :, :, group] = groups[:, group].permute(0, 1, 3, 4, 2)
+    return packed.reshape(filters, height, width, _BLOCK).permute(0, 3, 1, 2)
+
+
+def _prepared(weight: Tensor, groups: int, kernel: str = "") -> tuple[Tensor, int]:
+    """The weight as a kernel reads it, and its number of groups."""
+    if kernel != "grouped" and _packs_groups(weight, groups):
+        return derived(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
+    return derived(weight, "krsc", _krsc), groups
+
+
 def variants(operator: str, *args: Any) -> list[str]:
     """The kernels that could serve a call, besides the one that csrc/cuda chooses by its rule."""
     if operator != "conv2d":
         return []
-    out, input, weight, _, _, residual, input_scale, input_shift, input_relu, _, stride, padding, dilation, groups = args
+    out, input, weight, _, _, residual, input_scale, input_shift, input_relu = args[:9]
+    stride, padding, dilation, groups = args[10:]
     prologue = input_scale is not None or input_shift is not None or input_relu
+    weight, groups = _prepared(weight, groups)
     return _native.cuda_conv2d_kernels(
-        out, input, derived(weight, "krsc", _krsc), residual, prologue, stride, padding, dilation, groups,
-        convolutions_use_tf32(),
-    )[1:]  # fmt: skip
+        out, input, weight, residual, prologue, stride, padding, dilation, groups, convolutions_use_tf32()
+    )[1:]
 
 
 def variant(kernel: str) -> ModuleType:
@@ -74,13 +111,10 @@ def variant(kernel: str) -> ModuleType:
 
 class _OneKernel:
     def __init__(self, kernel: str) -> None:
-        self._kernel = kernel
+        self.conv2d = functools.partial(conv2d, kernel=kernel)
 
     def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
         return unsupported(operator, device, dtype, **facts) if operator == "conv2d" else f"no variant of {operator}"
-
-    def conv2d(self, *args: Any) -> None:
-        conv2d(*args, kernel=self._kernel)
 
 
 def conv2d(
@@ -100,8 +134,9 @@ def conv2d(
     groups: int,
     kernel: str = "",
 ) -> None:
+    weight, groups = _prepared(weight, groups, kernel)
     _native.cuda_conv2d(
-        out, input, derived(weight, "krsc", _krsc), scale, bias, residual, input_scale, input_shift, input_relu,
+        out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu,
         activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(), kernel,
     )  # fmt: skip
 

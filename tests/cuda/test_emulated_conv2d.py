@@ -52,11 +52,11 @@ CASES = [
     Case("mma 128x128", F16, SM80, 40, 125, filter=(1, 1), padding=(0, 0, 0, 0), x_extra=24),
     Case("mma 128x128", F32, SM80, 20, 128, filter=(2, 3), padding=(1, 0, 0, 2), tf32=True),
     Case("mma 128x64", BF16, SM80, 8, 64, filter=(5, 5), padding=(2, 2, 2, 2), stride=(2, 1), x_extra=8),
-    Case("wgmma 128x64 staged", F16, SM90, 72, 64, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 1, 3), prologue=True),
+    Case("wgmma 128x64 staged", F16, SM90, 72, 64, ONE, padding=NONE, image=(1, 1, 3), prologue=True, asked=True),
     Case("mma 128x32", BF16, SM80, 24, 24, dilation=(2, 3), padding=(2, 3, 2, 3)),
     Case("mma 128x32", F32, SM80, 4, 7, tf32=True, out_extra=1),
     Case("mma 64x64", BF16, SM80_LARGE, 16, 70, filter=(3, 1), padding=(1, 0, 1, 0), out_start=8, out_extra=10),
-    Case("mma 64x64", F16, SM90_LARGE, 256, 64, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 3, 3)),
+    Case("mma 64x64", F16, SM90_LARGE, 256, 64, ONE, padding=NONE, image=(1, 3, 3), asked=True),
     Case("mma 64x64", F32, SM80_LARGE, 12, 96, stride=(2, 2), tf32=True),
     # With a prologue: 16-byte vectors through registers.
     Case("mma 128x64 staged", BF16, SM80, 40, 64, prologue=True, x_extra=8),
@@ -84,9 +84,10 @@ CASES = [
     Case("wgmma 128x256", F16, SM90, 320, 256, ONE, padding=NONE, image=(1, 13, 15), asked=True),
     Case("wgmma 128x64 staged", BF16, SM90, 40, 190, prologue=True, stride=(2, 1), x_extra=8),
     Case("wgmma 128x128 staged", F16, SM90, 136, 123, prologue=True, dilation=(1, 2), padding=(1, 2, 1, 2)),
-    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, ONE, padding=NONE, prologue=True),
+    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, ONE, padding=NONE, prologue=True, asked=True),
     # Hopper's bulk copies: each tile with padding, strides, a channel tail, slices, several tiles a block.
-    Case("tma 256x128", BF16, SM90, 64, 128, image=(3, 11, 13)),
+    Case("tma 256x128", BF16, SM90, 64, 128, image=(3, 11, 13), asked=True),
+    Case("tma 128x128 in turns", BF16, SM90, 64, 128, ONE, padding=NONE, epilogue=False),
     Case("tma 256x128", F16, SM90_TWO, 72, 136, stride=(2, 1), padding=(2, 1, 0, 1), x_extra=8, asked=True),
     Case("tma 256x64", BF16, SM90, 104, 56, image=(5, 9, 13), out_start=8, out_extra=16, asked=True),
     Case("tma 256x64", F16, SM90_TWO, 8, 192, (5, 3), dilation=(1, 2), padding=(2, 2, 2, 2), asked=True),
@@ -99,6 +100,13 @@ CASES = [
     Case("tma 128x64 in turns", BF16, SM90, 64, 64, image=(3, 14, 15), asked=True),
     Case("tma 128x64 in turns", F16, SM90_TWO, 136, 120, stride=(1, 2), padding=(1, 0, 1, 3), asked=True),
     Case("tma 128x64 in turns", BF16, SM90_TWO, 64, 40, image=(1, 3, 3), asked=True),
+    Case("tma 128x32", BF16, SM90_TWO, 128, 32, image=(3, 7, 9), out_start=32, out_extra=64, asked=True),
+    Case("tma 128x32 in turns", F16, SM90, 40, 56, ONE, padding=NONE, image=(3, 9, 11), asked=True),
+    Case("tma 128x64", BF16, SM90, 192, 192, groups=3, image=(2, 9, 10), asked=True),
+    Case("tma 256x128", F16, SM90_TWO, 256, 512, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
+    Case("tma 128x64 in turns", F16, SM90_TWO, 128, 128, groups=2, image=(3, 9, 10), asked=True),
+    Case("tma 128x128 staged", BF16, SM90, 136, 128, ONE, padding=NONE, prologue=True, x_extra=8),
+    Case("tma 128x64 staged", F16, SM90_TWO, 96, 72, ONE, padding=NONE, prologue=True, stride=(2, 2), asked=True),
     # Exact fp32.
     Case("simt", F32, SM80, 20, 70, x_extra=4, residual_extra=1),
     Case("simt", F32, SM90, 16, 64, prologue=True, stride=(2, 2), dilation=(1, 2), padding=(1, 2, 1, 2)),
@@ -114,7 +122,7 @@ CASES = [
 ]  # fmt: skip
 # Each tensor-core kernel once more with nothing in the epilogue.
 CASES += [
-    replace(c, epilogue=False) for c in CASES if c.kernel in ("mma 128x32", "wgmma 128x64") or c.kernel.startswith("tma")
+    replace(c, epilogue=False) for c in CASES if c.kernel.startswith(("mma 128x32", "wgmma 128x64", "tma"))
 ]
 
 

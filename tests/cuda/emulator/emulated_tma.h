@@ -84,6 +84,11 @@ void release_registers() {}
 template <int kRegisters>
 void claim_registers() {}
 
+inline uint4 load_shared_16(uint32_t address) {
+  uint4 value;
+  std::memcpy(&value, emulator::shared_pointer(address, 16), 16);
+  return value;
+}
 inline uint32_t load_shared_4(uint32_t address) {
   uint32_t value;
   std::memcpy(&value, emulator::shared_pointer(address, 4), 4);
