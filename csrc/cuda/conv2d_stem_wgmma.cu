@@ -1,10 +1,10 @@
 // The stem convolution of conv2d_stem.cu on Hopper's warpgroup products (sm_90a), for more than 32 filters.
 //
-// The same bands, pairs, masks and order of filters (device/stem_layout.h). A warpgroup takes 64 pixels by the block's
-// 64
-//   or 96 filters. A comes from registers, read from the band as in conv2d_stem.cu; the filters stay in shared memory
-//   as swizzled tiles that wgmma reads itself. So a warp keeps a quarter of the registers for accumulators per product,
-//   reads no weights, and the tensor cores run at their full rate.
+// The same bands, pairs, masks and order of filters (device/stem_layout.h). Work: a warpgroup takes 64 pixels by the
+//   block's 64 or 96 filters; two warpgroups a block, two blocks a multiprocessor.
+// Registers: A, read from the band as in conv2d_stem.cu, and accumulators (32 for 64 filters). Shared memory: as there,
+//   but the filters are swizzled tiles that wgmma reads itself: no warp loads weights, and the tensor cores can run at
+//   their full rate, of which mma.sync reaches about 60 %.
 // Order: the pairs of step s + 1 are read while step s is multiplied, into the other of two sets of registers; before
 //   they are overwritten, the product that reads them has been waited for.
 // Floor: as in conv2d_stem.cu.

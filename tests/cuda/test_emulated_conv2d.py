@@ -67,6 +67,7 @@ CASES = [
     Case("mma 64x64 elements", BF16, SM80, 3, 64, filter=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3), prologue=True),
     Case("mma 64x64 elements", F16, SM90, 3, 96, filter=(11, 11), stride=(4, 4), padding=(2, 2, 2, 2), x_extra=1),
     Case("mma 64x64 elements", F16, SM90, 3, 20, dilation=(1, 2)),
+    Case("mma 64x64 elements", F32, SM90, 3, 40, (5, 5), tf32=True),
     Case("mma 64x64 elements", BF16, SM80, 5, 13, prologue=True, x_extra=2, out_extra=3, residual_extra=1),
     Case("mma 64x64 elements", BF16, SM80, 16, 16, x_start=4, x_extra=8, prologue=True),
     Case("mma 64x64 elements", F32, SM80, 3, 5, tf32=True, x_extra=1),
