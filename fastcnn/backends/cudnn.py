@@ -4,13 +4,13 @@
     relu(conv(x, w * scale) + bias + residual)    torch.cudnn_convolution_add_relu
     conv(x, w * scale) + bias                     cuDNN's convolution, the bias added in place
 
-The scale is multiplied into a copy of the weight, which is kept while both live unchanged, and rounded to its dtype: one
-rounding, where the reference rounds the sums before it scales them. The fused calls return a tensor of their own. Where
-the operator has just made `out` (`fresh`, docs/internals.md), `out` takes over that memory; otherwise it is copied.
+The scale is multiplied into a copy of the weight, which is kept while both live unchanged, and rounded to its dtype:
+one rounding, where the reference rounds the sums before it scales them. The fused calls return a tensor of their own.
+Where the operator has just made `out` (`fresh`, docs/internals.md), `out` takes over that memory, else it is copied.
 
 `torch.backends.cudnn.benchmark`, `.deterministic` and TF32 hold as for PyTorch's own convolutions. PyTorch runs the
-fused calls without regard to `deterministic`, so under it, and where cuDNN has no engine for the fused form, the same is
-computed by the convolution and in-place operations behind it.
+fused calls without regard to `deterministic`, so under it, and where cuDNN has no engine for the fused form, the same
+is computed by the convolution and in-place operations behind it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def conv2d(
         out.copy_(result)
 
 
-# ---- the folded weight ------------------------------------------------------------------------------------------------
+# ---- the folded weight ---------------------------------------------------------------------------------------------
 
 
 def _folded(
@@ -173,7 +173,7 @@ def _kept(tensor: Tensor, key: Hashable, make: Callable[..., Tensor], *others: T
     return kept.value
 
 
-# ---- the convolution --------------------------------------------------------------------------------------------------
+# ---- the convolution -----------------------------------------------------------------------------------------------
 
 # Forms for which cuDNN has no fused engine, as it said when asked.
 _without_engine: set[tuple[object, ...]] = set()

@@ -1,4 +1,4 @@
-"""The cuDNN backend's logic, with cuDNN's calls replaced by their equals on the CPU. The rest: tests/gpu/test_cudnn.py."""
+"""The cuDNN backend's logic, with equals on the CPU in place of cuDNN's calls. tests/gpu/test_cudnn.py has those."""
 
 from __future__ import annotations
 
