@@ -177,7 +177,7 @@ def _kept(tensor: Tensor, key: Hashable, make: Callable[..., Tensor], *others: T
 
 # Forms for which cuDNN has no fused engine, as it said when asked.
 _without_engine: set[tuple[object, ...]] = set()
-_NO_ENGINE = ("unable to find an engine", "not_supported", "valid cudnn algorithm")
+_NO_ENGINE = ("unable to find an engine", "valid cudnn algorithm", "status_not_supported", "status_bad_param")
 
 
 def _is_deterministic() -> bool:
