@@ -12,6 +12,7 @@ replay of a CUDA graph that holds them: a small layer takes 3 microseconds on th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -168,14 +169,14 @@ def captured(
     turn: itertools.cycle[Callable[[], object]], runs: int, device: torch.device
 ) -> Callable[[], object] | None:  # fmt: skip
     """The replay of a CUDA graph of so many runs, or None where they cannot be captured. They must have run before."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
         with torch.cuda.device(device), torch.cuda.stream(_capturing_stream(device)):
             torch.cuda.synchronize()
             next(turn)()  # what is made once for a stream (workspaces) is made outside the graph
             torch.cuda.synchronize()
             # Not torch.cuda.graph(), which collects garbage and empties the allocator's cache each time.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 for _ in range(runs):
                     next(turn)()
@@ -184,6 +185,11 @@ def captured(
             graph.replay()
             torch.cuda.synchronize()
     except RuntimeError as error:
+        # After a failed capture the allocator goes on waiting for its end.
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with contextlib.suppress(RuntimeError):
+                end(torch.cuda.current_device() if device.index is None else device.index, pool)
         logger.info("a candidate cannot be captured in a CUDA graph, its launches are timed: %s", error)
         return None
     return graph.replay

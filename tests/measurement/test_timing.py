@@ -111,7 +111,7 @@ class FakeGPU:
                 return end.time - self.time
 
         class Graph:
-            def capture_begin(self, capture_error_mode):
+            def capture_begin(self, pool, capture_error_mode):
                 pass
 
             def capture_end(self):
@@ -126,9 +126,10 @@ class FakeGPU:
         for name, fake in {
             "Event": Event, "CUDAGraph": Graph, "synchronize": lambda *args: None, "_sleep": self.sleeps.append,
             "device": lambda device: contextlib.nullcontext(), "stream": lambda stream: contextlib.nullcontext(),
-            "Stream": lambda device: object(),
+            "Stream": lambda device: object(), "graph_pool_handle": lambda: (0, 1), "current_device": lambda: 0,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
 
     def now(self):
         return next(self._ticks) * 0.1  # every sample takes 0.1 ms
