@@ -49,6 +49,37 @@ class Launch:
         with torch.cuda.device_of(anchor):  # no-op for CPU tensors (interpreter mode)
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
+    def compilation(self, device: torch.device) -> Callable[[], object]:
+        """What compiles the kernel for this launch on `device` without running it; it keeps none of the tensors alive.
+
+        It may be called in any thread. What is compiled already is not compiled again.
+        """
+        arguments = {name: _as_pointer(value) for name, value in self.arguments.items()}
+        options = dict(grid=self.grid, num_warps=self.num_warps, num_stages=self.num_stages)
+        index = -1 if device.index is None else device.index  # -1: stay where we are
+
+        def compile() -> None:
+            with torch.cuda.device(index):  # a thread starts on device 0
+                self.kernel.warmup(**arguments, **options)
+
+        return compile
+
+
+def _as_pointer(value: Any) -> Any:
+    """A tensor as the compiler sees it: its dtype and whether it starts on a 16-byte boundary."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return _Pointer(value.dtype, value.data_ptr() % 16)
+
+
+class _Pointer(triton.runtime.jit.MockTensor):
+    def __init__(self, dtype: torch.dtype, remainder: int) -> None:
+        super().__init__(dtype)
+        self._remainder = remainder
+
+    def data_ptr(self) -> int:
+        return self._remainder
+
 
 # ---------------------------------------------------------------------------------------------------- host side
 

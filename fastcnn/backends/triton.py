@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +110,16 @@ def local_response_norm(out: Tensor, input: Tensor, size: int, alpha: float, bet
 
 def residual_add(out: Tensor, input: Tensor, residual: Tensor, scale: float, activation: str) -> None:
     _kernels("residual_add").residual_add(out, input, residual, scale, activation)
+
+
+def compilation(operator: str, *args: Any, config: object = None) -> Callable[[], object] | None:
+    """What compiles a convolution's kernel without running it, in any thread; None for other operators."""
+    if operator != "conv2d" or _kernels("_common").is_interpreted():
+        return None
+    out, input, weight, *rest = args
+    plan = _kernels("conv2d").plan_conv2d(out, input, prepared_weight(weight, rest[-1]), *rest, config=config)
+    compile: Callable[[], object] = plan.compilation(out.device)
+    return compile
 
 
 class _CapturingError(Exception):
