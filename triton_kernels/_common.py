@@ -122,6 +122,16 @@ def _precision(dtype: torch.dtype, allows_tf32: Callable[[], bool]) -> str:
     return "tf32" if allows_tf32() else "ieee"
 
 
+def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """fp32 values rounded to TF32's 10 mantissa bits, to nearest.
+
+    Tensor cores cut the other 13 bits off. Cutting both operands has about 2.6 times the error of rounding both and
+    shrinks every product; rounding the weights, which costs nothing per call, brings that to 1.6 times.
+    """
+    nearest = (values.view(torch.int32) + 0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
+    return torch.where(values.isfinite(), nearest, values)
+
+
 # -------------------------------------------------------------------------------------------------- device side
 
 

@@ -31,6 +31,7 @@ from ._common import (
     next_power_of_two,
     pixel_count,
     pixel_stride,
+    round_to_tf32,
     unroll_factor,
 )  # fmt: skip
 from .configs import Problem, Tile, candidates, device_facts, pick_tile
@@ -105,16 +106,6 @@ def is_prepared(weight: torch.Tensor, groups: int = 1) -> bool:
     """Whether the weight lies in memory as the kernels read it already: channels-last or 1x1, and nothing to round."""
     depthwise = _is_depthwise(weight.shape[1], weight.shape[0] // groups)
     return not depthwise and not _rounds(weight) and weight.permute(0, 2, 3, 1).is_contiguous()
-
-
-def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
-    """fp32 values rounded to TF32's 10 mantissa bits, to nearest.
-
-    Tensor cores cut the other 13 bits off. Cutting both operands has about 2.6 times the error of rounding both and
-    shrinks every product; rounding the weights, which costs nothing per call, brings that to 1.6 times.
-    """
-    nearest = (values.view(torch.int32) + 0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
-    return torch.where(values.isfinite(), nearest, values)
 
 
 def _rounds(weight: torch.Tensor) -> bool:

@@ -73,7 +73,9 @@ def conv2d(
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    _kernels("linear").linear(out, input, weight, bias, activation)
+    _kernels("linear").linear(
+        out, input, weight, bias, activation, prepared_weight=prepared_weight(weight, 1, "linear")
+    )
 
 
 def channel_affine(
@@ -114,23 +116,25 @@ class _CapturingError(Exception):
     """A weight would have to be prepared while a CUDA graph is being captured."""
 
 
-def prepared_weight(weight: Tensor, groups: int) -> Tensor:
+def prepared_weight(weight: Tensor, groups: int, operator: str = "conv2d") -> Tensor:
     """The weight as the kernels read it; made once for each state of a weight, or viewed where it lies so already."""
-    conv2d = _kernels("conv2d")
-    if conv2d.is_prepared(weight, groups):
-        return conv2d.prepare_weight(weight, groups)
-    key = ("triton_conv2d", groups, conv2d.conv_precision(weight.dtype))
+    kernels = _kernels(operator)
+    geometry = (groups,) if operator == "conv2d" else ()
+    if kernels.is_prepared(weight, *geometry):
+        return kernels.prepare_weight(weight, *geometry)
+    precision = _kernels("_common").conv_precision if operator == "conv2d" else _kernels("_common").matmul_precision
+    key = (f"triton_{operator}", groups, precision(weight.dtype))
     try:
-        return derived(weight, key, lambda tensor: _prepare_for_all_streams(tensor, groups))
+        return derived(weight, key, lambda tensor: _prepare_for_all_streams(kernels, tensor, geometry))
     except _CapturingError:
         # Memory made during capture belongs to the graph; keep the copy inside it, where every replay makes it anew.
-        return conv2d.prepare_weight(weight, groups)
+        return kernels.prepare_weight(weight, *geometry)
 
 
-def _prepare_for_all_streams(weight: Tensor, groups: int) -> Tensor:
+def _prepare_for_all_streams(kernels: ModuleType, weight: Tensor, geometry: tuple[int, ...]) -> Tensor:
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         raise _CapturingError
-    prepared = _kernels("conv2d").prepare_weight(weight, groups)
+    prepared = kernels.prepare_weight(weight, *geometry)
     if weight.is_cuda:
         # The next reader may be on another stream; wait once, here, rather than order streams at every launch.
         torch.cuda.current_stream(weight.device).synchronize()
