@@ -151,6 +151,14 @@ def conv2d_configs(
     return tuple(dict.fromkeys((chosen, *others)))
 
 
+def kernel_name(
+    out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], groups: int,
+) -> str:  # fmt: skip
+    """Which of the kernels in the table above serves the convolution."""
+    return _geometry(out, input, tuple(weight.shape[2:]), stride, padding, dilation, groups).kernel_name
+
+
 def plan_conv2d(
     out: torch.Tensor, input: torch.Tensor, prepared: torch.Tensor,
     scale: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,19 @@ def conv2d(
         out, input, derived(weight, "krsc", _krsc), scale, bias, residual, input_scale, input_shift, input_relu,
         activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(),
     )  # fmt: skip
+
+
+def kernel_name(operator: str, *args: Any) -> str:
+    """Which kernel serves a call of the contract."""
+    if operator != "conv2d":
+        return operator
+    out, input, weight = args[:3]
+    input_scale, input_shift, input_relu, _, stride, padding, dilation, groups = args[6:]
+    prologue = input_scale is not None or input_shift is not None or input_relu
+    name = _native.cuda_conv2d_kernel(
+        out, input, derived(weight, "krsc", _krsc), prologue, stride, padding, dilation, groups, convolutions_use_tf32()
+    )
+    return f"conv2d {name}"
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

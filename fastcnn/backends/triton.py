@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,14 @@ def conv2d(
         out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, activation,
         stride, padding, dilation, groups, prepared_weight=prepared_weight(weight, groups),
     )  # fmt: skip
+
+
+def kernel_name(operator: str, *args: Any) -> str:
+    """Which kernel serves a call of the contract."""
+    if operator != "conv2d":
+        return operator
+    out, input, weight = args[:3]
+    return f"conv2d {_kernels('conv2d').kernel_name(out, input, weight, *args[10:14])}"
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
