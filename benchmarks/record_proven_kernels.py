@@ -2,8 +2,8 @@
 
     python benchmarks/record_proven_kernels.py gpu-results/gpu-kernels.json [...]
 
-Each argument is a file that tests/gpu wrote into $OUT. A kernel counts in a precision when at least one test that used it
-so passed and none failed, in all the files together; the last file says where and with what they ran.
+Each argument is a file that tests/gpu wrote into $OUT. A kernel counts in a precision when at least one test that used
+it so passed and none failed, in all the files together; the last file says where and with what they ran.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     record = record_of([json.loads(path.read_text()) for path in options.runs])
     options.to.write_text(json.dumps(record, indent=2) + "\n")
-    unknown = {f"{b}: {n}" for b, names in record["kernels"].items() for n in names if n not in proven.KERNELS.get(b, ())}
+    ran = [(backend, name) for backend, names in record["kernels"].items() for name in names]
+    unknown = sorted(f"{backend}: {name}" for backend, name in ran if name not in proven.KERNELS.get(backend, ()))
     print(f"{options.to}: " + ", ".join(f"{len(names)} {backend}" for backend, names in record["kernels"].items()))
     for backend, names in proven.unproven(record).items():
         print(f"not proven, {backend}: {', '.join(names) or 'none'}")
     if unknown:
-        sys.exit(f"kernels that fastcnn.backends.proven does not list: {', '.join(sorted(unknown))}")
+        sys.exit(f"kernels that fastcnn.backends.proven does not list: {', '.join(unknown)}")
 
 
 if __name__ == "__main__":

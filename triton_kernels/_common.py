@@ -165,9 +165,16 @@ def relu(x):
 
 @triton.jit
 def dot(x, w, acc, PRECISION: tl.constexpr):
-    """acc + x @ w. "emulated": the interpreter's dot multiplies bf16 values as integers; widen them first (exact)."""
+    """acc + x @ w. "emulated": the interpreter's dot multiplies bf16 values as integers; widen them first (exact).
+
+    In full precision each block's products are summed from zero and the blocks' sums are added: the rounding errors of one
+    chain through thousands of products would exceed cuBLAS's, which splits long sums. The addition is written as an fma,
+    because the compiler turns a plain one back into the chain.
+    """
     if PRECISION == "emulated":
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "ieee" and x.dtype == tl.float32:
+        return tl.fma(tl.dot(x, w, input_precision="ieee"), 1.0, acc)
     else:
         return tl.dot(x, w, acc, input_precision=PRECISION)
 

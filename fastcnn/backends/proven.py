@@ -1,7 +1,7 @@
 """Which GPU kernels have been proven: run on a GPU by tests/gpu, with right results. Read from ``proven.json``.
 
-The tests write what ran (``gpu-kernels.json``); ``benchmarks/record_proven_kernels.py`` makes the committed record of it.
-Names are those of the backends' ``kernel_name``: the operator, and for conv2d which of its kernels.
+The tests write what ran (``gpu-kernels.json``); ``benchmarks/record_proven_kernels.py`` makes the committed record of
+it. Names are those of the backends' ``kernel_name``: the operator, and for conv2d which of its kernels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def summary() -> dict[str, str]:
         return {"proven on a GPU": "no kernel yet"}
     counts = ", ".join(f"{len(ran)} {backend}" for backend, ran in sorted(found["kernels"].items()))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    where = f"{found['device']}, {found['date']}, commit {found['commit']}, {versions}"
     return {
-        "proven on a GPU": f"{counts} kernels ({found['device']}, {found['date']}, commit {found['commit']}, {versions})",
+        "proven on a GPU": f"{counts} kernels ({where})",
         "not yet proven": rest or "none",
     }

@@ -41,8 +41,8 @@ def verify(
 
         err(ours, float64) <= 2 * err(reference in the same dtype, float64) + tiny
 
-    (:mod:`fastcnn.verification.accuracy` has ``tiny`` and the rule for single elements, :mod:`fastcnn.verification.tf32`
-    what the reference is where TF32 is allowed on a GPU). So must every operator call,
+    (:mod:`fastcnn.verification.accuracy` has ``tiny`` and the rule for single elements,
+    :mod:`fastcnn.verification.tf32` what the reference is where TF32 is allowed on a GPU). So must every operator call,
     judged on its own inputs; its output is filled with NaN first, so that an element left unwritten shows.
 
     Args:
@@ -153,7 +153,7 @@ class _Watcher:
         if self.calls == 0:
             notes.append("no operator of fastcnn was called: nothing of fastcnn was verified")
         if self.saw_tf32:
-            notes.append("TF32 is allowed: the reference is the less precise of PyTorch's result and an emulated TF32 one")
+            notes.append("TF32 is allowed: the reference is the worse of PyTorch's result and one emulated in TF32")
         if self.saw_fast_algorithm:
             notes.append(f"fast algorithms were granted a relative error of {FAST_ALGORITHM_ALLOWANCE:.0e}")
         return notes

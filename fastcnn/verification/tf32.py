@@ -1,10 +1,10 @@
 """The reference for fp32 where PyTorch's settings allow TF32: what multiplying in TF32 costs, whoever does it.
 
-``torch.backends.cudnn.allow_tf32`` permits rounding operands to TF32; it does not demand it. cuDNN and cuBLAS choose for
-each shape, and for odd channel counts often keep to exact fp32, three digits more precise. Held to such a result, every
-kernel that does what the setting allows would be wrong, and one that did it badly would pass wherever cuDNN uses TF32
-too. So the reference is the less precise of PyTorch's result and of this emulation: operands rounded to TF32 (10 bits
-after the point, to nearest, half away from zero), products and sums in float64, one rounding to fp32.
+``torch.backends.cudnn.allow_tf32`` permits rounding operands to TF32; it does not demand it. cuDNN and cuBLAS choose
+for each shape, and for odd channel counts often keep to exact fp32, three digits more precise. Held to such a result,
+every kernel that does what the setting allows would be wrong. So the reference is the less precise of PyTorch's result
+and of this emulation: operands rounded to TF32 (10 bits after the point, to nearest, half away from zero), products and
+sums in float64, one rounding to fp32.
 """
 
 from __future__ import annotations

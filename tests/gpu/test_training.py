@@ -54,7 +54,8 @@ def test_backward_of_conv_bn_relu_in_training(backend, device, stride: int):
 
 REGISTERED = {
     "conv2d": lambda x, v: (
-        x, v.view(1, -1, 1, 1).repeat(8, 1, 3, 3), None, [1, 1], [1, 1, 1, 1], [1, 1], 1, None, None, "relu", v, v, True,
+        x, v.view(1, -1, 1, 1).repeat(8, 1, 3, 3), None, [1, 1], [1, 1, 1, 1], [1, 1], 1, None, None, "relu", v, v,
+        True,
     ),
     "linear": lambda x, v: (x[:, :, 0, 0], v.view(1, -1).repeat(5, 1), None, "relu"),
     "channel_affine": lambda x, v: (x, v, v, x.clone(), "relu"),
@@ -71,7 +72,8 @@ def test_operators_are_registered(backend, device, name: str):
     random = Random(name, device)
     x, v = random(2, 16, 6, 6).contiguous(memory_format=torch.channels_last), random(16)
     operator = getattr(torch.ops.fastcnn, name).default
-    opcheck(operator, REGISTERED[name](x, v), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    opcheck(operator, REGISTERED[name](x, v), test_utils=checks)
 
 
 @torch.no_grad()

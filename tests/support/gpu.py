@@ -1,6 +1,7 @@
 """What the GPU tests share: precisions, reproducible data, and a reference that is right about TF32.
 
-Small tensors are drawn on the CPU, so that a rehearsal without a GPU sees the very values; large ones where they are used.
+Small tensors are drawn on the CPU, so that a rehearsal without a GPU sees the very values; large ones where they are
+used.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Random:
         return torch.randn(shape, generator=self._large, device=self.device).to(dtype)
 
 
-# compute(dtype, operand): a formula in plain PyTorch, its tensors converted to a dtype, and `operand` applied to the two
+# A formula in plain PyTorch, as a function of the dtype its tensors are converted to and of what is applied to the two
 # factors of its products.
 Formula = Callable[[torch.dtype, Callable[[Tensor], Tensor]], Tensor]
 

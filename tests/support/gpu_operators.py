@@ -80,7 +80,8 @@ def operands(device: torch.device, dtype: torch.dtype) -> Operands:
     return {
         "weight": random(24, CHANNELS, 3, 3, dtype=dtype), "grouped": random(CHANNELS, 4, 3, 3, dtype=dtype),
         "depthwise": random(CHANNELS, 1, 3, 3, dtype=dtype), "pointwise": random(40, CHANNELS, 1, 1, dtype=dtype),
-        "matrix": random(10, CHANNELS, dtype=dtype), "vector": random(CHANNELS), "residual": random(*SHAPE, dtype=dtype),
+        "matrix": random(10, CHANNELS, dtype=dtype), "vector": random(CHANNELS),
+        "residual": random(*SHAPE, dtype=dtype),
     }  # fmt: skip
 
 

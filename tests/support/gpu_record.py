@@ -1,7 +1,7 @@
 """What a run of the GPU tests leaves behind, written as it happens, so that a run that is cut short tells as much.
 
     $OUT/gpu-failures.txt   each failure with the end of its message, and how many tests had run
-    $OUT/gpu-kernels.json   the kernels that passing and failing tests used: benchmarks/record_proven_kernels.py reads it
+    $OUT/gpu-kernels.json   the kernels that passing and failing tests used, for benchmarks/record_proven_kernels.py
 """
 
 from __future__ import annotations
