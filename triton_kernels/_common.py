@@ -167,9 +167,9 @@ def relu(x):
 def dot(x, w, acc, PRECISION: tl.constexpr):
     """acc + x @ w. "emulated": the interpreter's dot multiplies bf16 values as integers; widen them first (exact).
 
-    In full precision each block's products are summed from zero and the blocks' sums are added: the rounding errors of one
-    chain through thousands of products would exceed cuBLAS's, which splits long sums. The addition is written as an fma,
-    because the compiler turns a plain one back into the chain.
+    In full precision each block's products are summed from zero and the blocks' sums are added: the rounding errors of
+    one chain through thousands of products would exceed cuBLAS's, which splits long sums. The addition is written as an
+    fma, because the compiler turns a plain one back into the chain.
     """
     if PRECISION == "emulated":
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
