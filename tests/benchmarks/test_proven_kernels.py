@@ -80,7 +80,8 @@ def test_committed_record_names_known_kernels():
 def report(outcome: str, entry: str, when: str = "call") -> SimpleNamespace:
     return SimpleNamespace(
         when=when, outcome=outcome, passed=outcome == "passed", failed=outcome == "failed", duration=1.0,
-        nodeid=f"tests/x.py::{entry}", longreprtext="def test():\n>   assert 1 == 2\nE   assert 1 == 2", worker_id="gw3",
+        nodeid=f"tests/x.py::{entry}",
+        longreprtext="def test():\n>   assert 1 == 2\nE   assert 1 == 2", worker_id="gw3",
         user_properties=[(gpu_record.PROPERTY, entry)],
     )  # fmt: skip
 
