@@ -36,8 +36,8 @@ AWKWARD = [
 ]
 # One for each of Triton's kernels: depthwise, packed groups, stem, pointwise, implicit_gemm.
 ONE_A_KERNEL = [AWKWARD[i] for i in (9, 8, 4, 15, 14)]
-# One rounded product says nothing of how well a kernel rounds; nor do four outputs.
-TOO_FEW_FOR_TF32 = (AWKWARD[0], AWKWARD[12])
+# One rounded product says nothing of how well a kernel rounds; nor do a few outputs.
+TOO_FEW_FOR_TF32 = (AWKWARD[0], AWKWARD[12], AWKWARD[13])
 
 # What the CUDA kernels make of larger problems: each tile, each way of loading operands.
 TILES = [
@@ -70,7 +70,8 @@ class Layer:
         self.case, self.geometry = case, (stride, padding, dilation, groups)
         self.x = random(n, c, h, w, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
         self.weight = random(k, c // groups, r, s, dtype=self.dtype)
-        self.scale, self.bias, self.input_scale, self.input_shift = (random(size) for size in (k, k, c, c))
+        self.bias, self.input_shift = random(k), random(c)
+        self.scale, self.input_scale = (random.factors(size) for size in (k, c))
         self.shape = tuple(F.conv2d(self.x[:1], self.weight, None, *self.geometry).shape)
         self.shape = (n, *self.shape[1:])
         self.residual = random(*self.shape, dtype=self.dtype).contiguous(memory_format=torch.channels_last)

@@ -57,12 +57,16 @@ class Random:
         self.device = device
         seed = zlib.crc32(repr(name).encode())
         self._small = torch.Generator().manual_seed(seed)
-        self._large = torch.Generator(device).manual_seed(seed)
+        self._large = torch.Generator(device).manual_seed(seed + 1)  # not the same values again on a CPU
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if math.prod(shape) <= SMALL:
             return torch.randn(shape, generator=self._small).to(self.device, dtype)
         return torch.randn(shape, generator=self._large, device=self.device).to(dtype)
+
+    def factors(self, size: int) -> Tensor:
+        """Of either sign, 0.5 to 1.5 in size: no channel outweighs all others, as with normal values one can."""
+        return self(size).sign() * (0.5 + torch.rand(size, generator=self._small).to(self.device))
 
 
 # A formula in plain PyTorch, as a function of the dtype its tensors are converted to and of what is applied to the two
