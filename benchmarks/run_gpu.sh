@@ -91,8 +91,8 @@ stage_sanitize() {
   local sanitizer status=0 job jobs=() small="1x17x13x11 and bf16"
   local awkward="awkward and fused and (1x24x9x9 or 1x3x33x29 or 2x64x6x6 or 1x24x6x6 or 1x520x4x4)"
   declare -A ours=(
-    [memcheck]="cuda and (($awkward) or ($small) or (each_tile and 8x40x28x28 and fused))"
-    [racecheck]="cuda and (($awkward and bf16) or (each_tile and 8x40x28x28 and (bf16 or tf32)))"
+    [memcheck]="cuda and (($awkward) or ($small) or (each_kernel and 3x72x19x17 and bf16))"
+    [racecheck]="cuda and (($awkward and bf16) or (each_kernel and 3x72x19x17 and (bf16 or tf32)))"
     [memcheck-triton]="triton and (($awkward and bf16) or ($small))"
   )
   if [ "$FASTCNN_REHEARSE" = 1 ]; then

@@ -38,7 +38,7 @@ void require_same_shape(const TensorView& input, const TensorView& out) {
 
 void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias, py::handle residual,
             py::handle input_scale, py::handle input_shift, bool input_relu, bool relu, Pair stride, Pair padding,
-            Pair dilation, int64_t groups, bool allow_tf32) {
+            Pair dilation, int64_t groups, bool allow_tf32, const std::string& kernel) {
   const Launch launch(out);
   const TensorView x = activation(input, "input", launch.place);
   const TensorView y = activation(out, "out", launch.place, x.dtype);
@@ -59,7 +59,7 @@ void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scal
   const Conv2dGeometry geometry = conv2d_geometry(r, s, groups, stride, padding, dilation);
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
-  cuda::conv2d(y, x, w.data(), prologue, epilogue, geometry, allow_tf32, launch.device, launch.stream);
+  cuda::conv2d(y, x, w.data(), prologue, epilogue, geometry, allow_tf32, launch.device, launch.stream, kernel);
 }
 
 void linear(py::handle out, py::handle input, py::handle weight, py::handle bias, bool relu, bool allow_tf32) {
@@ -162,18 +162,22 @@ void local_response_norm(py::handle out, py::handle input, int64_t size, float a
   cuda::local_response_norm(p.y, p.x, size, alpha, beta, k, p.launch.device, p.launch.stream);
 }
 
-// Which kernel conv2d would launch, for reports and tests.
-std::string conv2d_kernel(py::handle out, py::handle input, py::handle weight, bool has_prologue, Pair stride,
-                          Pair padding, Pair dilation, int64_t groups, bool allow_tf32) {
+// Which kernels can serve conv2d, the one that it would launch first: for the tuner, reports and tests.
+std::vector<std::string> conv2d_kernels(py::handle out, py::handle input, py::handle weight, py::handle residual,
+                                        bool has_prologue, Pair stride, Pair padding, Pair dilation, int64_t groups,
+                                        bool allow_tf32) {
   const Launch launch(out);
   const TensorView x = activation(input, "input", launch.place), y = activation(out, "out", launch.place, x.dtype);
   const Imported w(weight, "weight", launch.place);
   w.require_dimensions(4);
+  if (y.pixels() == 0 || x.pixels() == 0) return {};
   Prologue prologue;
   prologue.relu = has_prologue;
-  return cuda::conv2d_kernel_name(y, x, w.data(), prologue, Epilogue{},
-                                  conv2d_geometry(w.size(2), w.size(3), groups, stride, padding, dilation), allow_tf32,
-                                  launch.device);
+  Epilogue epilogue;
+  epilogue.residual = residual_of(residual, y, launch.place);
+  return cuda::conv2d_kernel_names(y, x, w.data(), prologue, epilogue,
+                                   conv2d_geometry(w.size(2), w.size(3), groups, stride, padding, dilation), allow_tf32,
+                                   launch.device);
 }
 
 py::dict device_info(int device) {
@@ -196,8 +200,11 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_architectures", &cuda::compiled_architectures);
   m.def("cuda_runtime_version", &cuda::runtime_version);
   m.def("cuda_driver_version", &cuda::driver_version);
-  m.def("cuda_conv2d", &conv2d);
-  m.def("cuda_conv2d_kernel", &conv2d_kernel);
+  m.def("cuda_conv2d", &conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"), py::arg("bias"),
+        py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"), py::arg("relu"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("allow_tf32"),
+        py::arg("kernel") = "");
+  m.def("cuda_conv2d_kernels", &conv2d_kernels);
   m.def("cuda_linear", &linear);
   m.def("cuda_channel_affine", &channel_affine);
   m.def("cuda_residual_add", &residual_add);

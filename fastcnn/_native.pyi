@@ -136,12 +136,12 @@ def cuda_driver_version() -> int: ...
 def cuda_conv2d(
     out: Tensor, input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, relu: bool, stride: Pair, padding: Pair,
-    dilation: Pair, groups: int, allow_tf32: bool,
+    dilation: Pair, groups: int, allow_tf32: bool, kernel: str = "",
 ) -> None: ...
-def cuda_conv2d_kernel(
-    out: Tensor, input: Tensor, weight: Tensor, has_prologue: bool, stride: Pair, padding: Pair, dilation: Pair,
-    groups: int, allow_tf32: bool,
-) -> str: ...
+def cuda_conv2d_kernels(
+    out: Tensor, input: Tensor, weight: Tensor, residual: Tensor | None, has_prologue: bool, stride: Pair,
+    padding: Pair, dilation: Pair, groups: int, allow_tf32: bool,
+) -> list[str]: ...
 def cuda_linear(
     out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, allow_tf32: bool
 ) -> None: ...

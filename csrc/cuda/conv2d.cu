@@ -1,82 +1,17 @@
-// Which convolution kernel serves a case. The first line that fits wins.
-//
-//   kernel      types        serves                                                            where
-//   depthwise   all          C/g = K/g = 1, channels aligned                                   CUDA cores
-//   grouped     all          groups with C/g < 16 or K/g < 8                                   CUDA cores
-//   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
-//   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
-//   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
-//                            vectors through registers; anything else element by element
-//
-// "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
+// Convolution: from the caller's views to the problem that kernels receive, and the launch of the chosen kernel
+// (conv2d_choice.h).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
+#include "conv2d_choice.h"
 #include "conv2d_problem.h"
 #include "host.h"
 #include "kernels.h"
 
 namespace fastcnn::cuda {
 namespace {
-
-enum class Kernel { depthwise, grouped, simt, wgmma, mma };
-
-struct Choice {
-  Kernel kernel;
-  LoadPath path;
-  int tile_rows = 0, tile_columns = 0;
-};
-
-int64_t tiles(const ConvProblem& problem, int rows, int columns) {
-  return ceil_divide(problem.shape.rows, rows) * ceil_divide(problem.shape.filters, columns) * problem.groups;
-}
-
-int64_t padded(int64_t filters, int64_t columns) {
-  return ceil_divide(filters, columns) * columns;
-}
-
-// A wide tile reuses its operands more, as long as it adds no idle columns and the device stays busy.
-int mma_columns(const ConvProblem& problem, int64_t multiprocessors) {
-  const int64_t filters = problem.shape.filters;
-  if (filters <= 32) return 32;
-  return padded(filters, 128) <= padded(filters, 64) && tiles(problem, 128, 128) >= multiprocessors ? 128 : 64;
-}
-
-Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const DeviceFacts& device) {
-  const ConvShape& shape = problem.shape;
-  const int64_t size = size_in_bytes(dtype);
-  const bool aligned = aligned_16(problem.input) && aligned_16(problem.weight) && shape.pixel_stride * size % 16 == 0 &&
-                       shape.channels * size % 16 == 0 && problem.weight_row_stride * size % 16 == 0;
-  const LoadPath path = !aligned                 ? LoadPath::staged_elements
-                        : problem.has_prologue() ? LoadPath::staged_vectors
-                                                 : LoadPath::async_vectors;
-
-  if (problem.groups > 1) {
-    const bool vectors = problem.vector_output && aligned_16(problem.input) && shape.pixel_stride * size % 16 == 0;
-    const bool fits = dtype == DType::f32    ? depthwise_fits<float>(problem)
-                      : dtype == DType::bf16 ? depthwise_fits<__nv_bfloat16>(problem)
-                                             : depthwise_fits<__half>(problem);
-    if (shape.channels == 1 && shape.filters == 1 && vectors && fits) return {Kernel::depthwise, path};
-    if (shape.channels < 16 || shape.filters < 8 || problem.groups > 65535) return {Kernel::grouped, path};
-  }
-  if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
-
-  const int64_t multiprocessors = device.multiprocessors;
-  if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements &&
-      shape.filters > 32 && 2 * tiles(problem, 128, 64) >= multiprocessors) {
-    int columns = mma_columns(problem, multiprocessors);
-    if (path == LoadPath::async_vectors && shape.filters % 256 == 0 && tiles(problem, 128, 256) >= 2 * multiprocessors)
-      columns = 256;
-    return {Kernel::wgmma, path, 128, columns};
-  }
-  if (path == LoadPath::staged_elements) return {Kernel::mma, path, 64, 64};
-  int columns = mma_columns(problem, multiprocessors);
-  if (path == LoadPath::staged_vectors) columns = std::min(columns, 64);
-  const bool few = columns == 64 && tiles(problem, 128, 64) < multiprocessors;
-  return {Kernel::mma, path, few ? 64 : 128, columns};
-}
 
 template <typename T>
 void launch_choice(const ConvProblem& problem, const Choice& choice, const LaunchTarget& target) {
@@ -89,6 +24,10 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
       return launch_conv2d_mma<T>(problem, choice.path, choice.tile_rows, choice.tile_columns, target);
     case Kernel::simt:
       if constexpr (sizeof(T) == 4) launch_conv2d_simt(problem, choice.path, target);
+      return;
+    case Kernel::tma:
+      if constexpr (sizeof(T) == 2)
+        launch_conv2d_tma<T>(problem, choice.tile_rows, choice.tile_columns, choice.in_turns, target);
       return;
     case Kernel::wgmma:
       if constexpr (sizeof(T) == 2) launch_conv2d_wgmma<T>(problem, choice.path, choice.tile_columns, target);
@@ -167,10 +106,16 @@ int64_t images_per_launch(const TensorView& out, const TensorView& input, const 
   return std::min(input.n, (kRowLimit - 1) / pixels);
 }
 
-}  // namespace
+Choice named(const std::string& kernel, const ConvProblem& problem, DType dtype, bool allow_tf32,
+             const DeviceFacts& device) {
+  if (kernel.empty()) return choose(problem, dtype, allow_tf32, device);
+  for (const Choice& choice : choices(problem, dtype, allow_tf32, device)) {
+    if (name_of(choice) == kernel) return choice;
+  }
+  throw std::invalid_argument("kernel '" + kernel + "' does not serve this convolution");
+}
 
-void launch_conv2d(const ConvProblem& problem, DType dtype, bool allow_tf32, const LaunchTarget& target) {
-  const Choice choice = choose(problem, dtype, allow_tf32, device_facts(target.device));
+void launch_as(const Choice& choice, const ConvProblem& problem, DType dtype, const LaunchTarget& target) {
   switch (dtype) {
     case DType::f32:
       return launch_choice<float>(problem, choice, target);
@@ -181,40 +126,35 @@ void launch_conv2d(const ConvProblem& problem, DType dtype, bool allow_tf32, con
   }
 }
 
+}  // namespace
+
+void launch_conv2d(const ConvProblem& problem, DType dtype, bool allow_tf32, const LaunchTarget& target) {
+  launch_as(choose(problem, dtype, allow_tf32, device_facts(target.device)), problem, dtype, target);
+}
+
 void conv2d(const TensorView& out, const TensorView& input, const void* weight_krsc, const Prologue& prologue,
-            const Epilogue& epilogue, const Conv2dGeometry& geometry, bool allow_tf32, int device, void* stream) {
+            const Epilogue& epilogue, const Conv2dGeometry& geometry, bool allow_tf32, int device, void* stream,
+            const std::string& kernel) {
   const DeviceGuard guard(device);
   const int64_t images = images_per_launch(out, input, geometry);
   for (int64_t first = 0; first < input.n; first += images) {
     const ConvProblem problem =
         make_problem(out, input, weight_krsc, prologue, epilogue, geometry, first, std::min(images, input.n - first));
-    launch_conv2d(problem, input.dtype, allow_tf32, {device, stream});
+    const Choice choice = named(kernel, problem, input.dtype, allow_tf32, device_facts(device));
+    launch_as(choice, problem, input.dtype, {device, stream});
   }
 }
 
-std::string conv2d_kernel_name(const TensorView& out, const TensorView& input, const void* weight_krsc,
-                               const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                               bool allow_tf32, int device) {
+std::vector<std::string> conv2d_kernel_names(const TensorView& out, const TensorView& input, const void* weight_krsc,
+                                             const Prologue& prologue, const Epilogue& epilogue,
+                                             const Conv2dGeometry& geometry, bool allow_tf32, int device) {
   const int64_t images = images_per_launch(out, input, geometry);
   const ConvProblem problem = make_problem(out, input, weight_krsc, prologue, epilogue, geometry, 0, images);
-  const Choice choice = choose(problem, input.dtype, allow_tf32, device_facts(device));
-  const std::string tile = " " + std::to_string(choice.tile_rows) + "x" + std::to_string(choice.tile_columns);
-  const char* path = choice.path == LoadPath::async_vectors    ? ""
-                     : choice.path == LoadPath::staged_vectors ? " staged"
-                                                               : " elements";
-  switch (choice.kernel) {
-    case Kernel::depthwise:
-      return "depthwise";
-    case Kernel::grouped:
-      return "grouped";
-    case Kernel::simt:
-      return std::string("simt") + (choice.path == LoadPath::staged_elements ? " elements" : "");
-    case Kernel::wgmma:
-      return "wgmma" + tile + path;
-    case Kernel::mma:
-      return "mma" + tile + path;
+  std::vector<std::string> names;
+  for (const Choice& choice : choices(problem, input.dtype, allow_tf32, device_facts(device))) {
+    names.push_back(name_of(choice));
   }
-  return "unknown";
+  return names;
 }
 
 }  // namespace fastcnn::cuda

@@ -44,9 +44,6 @@ struct LaunchTarget {
   void* stream;
 };
 
-// Chooses a kernel for the problem and launches it. Rows must be below kRowLimit.
-void launch_conv2d(const ConvProblem& problem, DType dtype, bool allow_tf32, const LaunchTarget& target);
-
 // mma.sync tensor-core kernels (bf16, fp16, and fp32 as tf32). Tile sizes served: see conv2d_mma.cuh.
 template <typename T>
 void launch_conv2d_mma(const ConvProblem& problem, LoadPath path, int tile_rows, int tile_columns,
@@ -56,6 +53,14 @@ void launch_conv2d_mma(const ConvProblem& problem, LoadPath path, int tile_rows,
 // prologue 256.
 template <typename T>
 void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_columns, const LaunchTarget& target);
+
+// wgmma fed by bulk copies (sm_90a; bf16, fp16), for every problem that tma_fits. Tiles served, as rows x columns:
+// together 256x128, 256x64, 128x128, 128x64, 128x32; in turns 128x128, 128x64, 128x32; with a prologue 128x128, 128x64.
+// With groups, a group's filters must be whole columns.
+bool tma_fits(const ConvProblem& problem, DType dtype);
+template <typename T>
+void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns,
+                       const LaunchTarget& target);
 
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);

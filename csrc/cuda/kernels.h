@@ -18,14 +18,15 @@ namespace fastcnn::cuda {
 
 // out = act(conv(pro(input), weight) * scale[k] + bias[k] + residual).
 // weight is (K, R, S, C/groups), contiguous, in the input's dtype. fp32 inputs are multiplied exactly unless
-// allow_tf32.
+// allow_tf32. `kernel` is one of conv2d_kernel_names for the same arguments; empty: the first of them.
 void conv2d(const TensorView& out, const TensorView& input, const void* weight_krsc, const Prologue& prologue,
-            const Epilogue& epilogue, const Conv2dGeometry& geometry, bool allow_tf32, int device, void* stream);
+            const Epilogue& epilogue, const Conv2dGeometry& geometry, bool allow_tf32, int device, void* stream,
+            const std::string& kernel = "");
 
-// The kernel that conv2d would launch, e.g. "wgmma 128x128": for reports and tests. Launches nothing.
-std::string conv2d_kernel_name(const TensorView& out, const TensorView& input, const void* weight_krsc,
-                               const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                               bool allow_tf32, int device);
+// The kernels that can serve conv2d, e.g. "wgmma 128x128", the one that it launches by itself first. Launches nothing.
+std::vector<std::string> conv2d_kernel_names(const TensorView& out, const TensorView& input, const void* weight_krsc,
+                                             const Prologue& prologue, const Epilogue& epilogue,
+                                             const Conv2dGeometry& geometry, bool allow_tf32, int device);
 
 // out = act(input @ weight.T + bias). A matrix is a view with n rows, h = w = 1, c columns and pixel_stride as its row
 // stride: out (M, K), input (M, C), weight (K, C). bias (K,) fp32 or null.

@@ -5,6 +5,7 @@
 //   matter. linear_few: a warp streams one or two rows of the weight, 16 bytes a lane, against all M inputs, which stay
 //   in L1; partial sums are added by shuffles in a fixed order.
 //   Registers: M x rows accumulators. Floor: weight once through DRAM.
+#include "conv2d_choice.h"
 #include "conv2d_problem.h"
 #include "device/numeric.cuh"
 #include "host.h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,6 +55,75 @@ def _krsc(weight: Tensor) -> Tensor:
     return weight.detach().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+_BLOCK = 64  # channels and filters of a group that the Hopper kernel multiplies
+
+
+def _packs_groups(weight: Tensor, groups: int) -> bool:
+    """Whether groups of few channels are better multiplied as groups of 64, whose weights between groups are zero."""
+    channels = weight.shape[1]
+    return (
+        groups > 1
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and 4 <= channels < _BLOCK  # from a sixteenth of the products on they are useful
+        and weight.shape[0] == channels * groups
+        and _BLOCK % channels == 0
+        and weight.shape[0] % _BLOCK == 0
+        and torch.cuda.get_device_capability(weight.device) == (9, 0)
+        and "90a" in _native.cuda_architectures()
+    )
+
+
+def _pack_groups(weight: Tensor) -> Tensor:
+    """(K, C/g, R, S) as (K, 64, R, S): a filter's own channels in their place among the block's 64, zeros elsewhere."""
+    filters, channels, height, width = weight.shape
+    per_block = _BLOCK // channels
+    packed = weight.new_zeros(filters // _BLOCK, per_block, channels, height, width, per_block, channels)
+    groups = weight.detach().reshape(-1, per_block, channels, channels, height, width)
+    for group in range(per_block):
+        packed[:, group, :, :, :, group] = groups[:, group].permute(0, 1, 3, 4, 2)
+    return packed.reshape(filters, height, width, _BLOCK).permute(0, 3, 1, 2)
+
+
+def _prepared(weight: Tensor, groups: int, kernel: str = "") -> tuple[Tensor, int]:
+    """The weight as a kernel reads it, and its number of groups."""
+    if kernel != "grouped" and _packs_groups(weight, groups):
+        return derived(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
+    return derived(weight, "krsc", _krsc), groups
+
+
+def _kernels(*args: Any) -> list[str]:
+    """The kernels that could serve a conv2d call, the one that csrc/cuda chooses by its rule first."""
+    out, input, weight, _, _, residual, input_scale, input_shift, input_relu = args[:9]
+    stride, padding, dilation, groups = args[10:]
+    prologue = input_scale is not None or input_shift is not None or input_relu
+    weight, groups = _prepared(weight, groups)
+    return _native.cuda_conv2d_kernels(
+        out, input, weight, residual, prologue, stride, padding, dilation, groups, convolutions_use_tf32()
+    )
+
+
+def variants(operator: str, *args: Any) -> list[str]:
+    """The kernels that could serve a call, besides the one that csrc/cuda chooses by its rule."""
+    return _kernels(*args)[1:] if operator == "conv2d" else []
+
+
+def variant(kernel: str) -> ModuleType:
+    """This backend with one of :func:`variants` forced on conv2d."""
+    return _OneKernel(kernel)  # type: ignore[return-value]
+
+
+class _OneKernel:
+    def __init__(self, kernel: str) -> None:
+        self.conv2d = functools.partial(conv2d, kernel=kernel)
+        self._kernel = kernel
+
+    def kernel_name(self, operator: str, *args: Any) -> str:
+        return f"{operator} {self._kernel}"
+
+    def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
+        return unsupported(operator, device, dtype, **facts) if operator == "conv2d" else f"no variant of {operator}"
+
+
 def conv2d(
     out: Tensor,
     input: Tensor,
@@ -69,24 +139,18 @@ def conv2d(
     padding: Pair,
     dilation: Pair,
     groups: int,
+    kernel: str = "",
 ) -> None:
+    weight, groups = _prepared(weight, groups, kernel)
     _native.cuda_conv2d(
-        out, input, derived(weight, "krsc", _krsc), scale, bias, residual, input_scale, input_shift, input_relu,
-        activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(),
+        out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu,
+        activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(), kernel,
     )  # fmt: skip
 
 
 def kernel_name(operator: str, *args: Any) -> str:
     """Which kernel serves a call of the contract."""
-    if operator != "conv2d":
-        return operator
-    out, input, weight = args[:3]
-    input_scale, input_shift, input_relu, _, stride, padding, dilation, groups = args[6:]
-    prologue = input_scale is not None or input_shift is not None or input_relu
-    name = _native.cuda_conv2d_kernel(
-        out, input, derived(weight, "krsc", _krsc), prologue, stride, padding, dilation, groups, convolutions_use_tf32()
-    )
-    return f"conv2d {name}"
+    return f"conv2d {_kernels(*args)[0]}" if operator == "conv2d" else operator
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

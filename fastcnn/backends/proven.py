@@ -19,6 +19,8 @@ _OPERATORS = (
 )  # fmt: skip
 _CUDA_CONV2D = (
     "depthwise", "grouped", "simt", "simt elements",
+    "tma 256x128", "tma 256x64", "tma 128x128", "tma 128x64", "tma 128x32", "tma 128x128 staged", "tma 128x64 staged",
+    "tma 128x128 in turns", "tma 128x64 in turns", "tma 128x32 in turns",
     "wgmma 128x64", "wgmma 128x128", "wgmma 128x256", "wgmma 128x64 staged", "wgmma 128x128 staged",
     "mma 64x64", "mma 128x32", "mma 128x64", "mma 128x128",
     "mma 64x64 staged", "mma 128x32 staged", "mma 128x64 staged", "mma 64x64 elements",

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 
 from fastcnn.backends import proven
 
-SM80, SM80_LARGE, SM90, SM90_LARGE = 0, 7, 16, 23
+SM80, SM80_LARGE, SM90, SM90_TWO, SM90_LARGE = 0, 7, 16, 17, 23
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+ONE, NONE = (1, 1), (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Case:
-    kernel: str  # the name conv2d must report
+    kernel: str  # the kernel to run, and unless `asked` the one that conv2d must choose by itself
     dtype: torch.dtype
     device: int
     c: int
@@ -40,6 +41,7 @@ class Case:
     out_extra: int = 0
     out_start: int = 0
     residual_extra: int = 0
+    asked: bool = False
 
     def __str__(self) -> str:
         name = f"{self.kernel}-{str(self.dtype)[6:]}-c{self.c}-k{self.k}-{self.filter[0]}x{self.filter[1]}"
@@ -52,11 +54,11 @@ CASES = [
     Case("mma 128x128", F16, SM80, 40, 125, filter=(1, 1), padding=(0, 0, 0, 0), x_extra=24),
     Case("mma 128x128", F32, SM80, 20, 128, filter=(2, 3), padding=(1, 0, 0, 2), tf32=True),
     Case("mma 128x64", BF16, SM80, 8, 64, filter=(5, 5), padding=(2, 2, 2, 2), stride=(2, 1), x_extra=8),
-    Case("wgmma 128x64 staged", F16, SM90, 72, 64, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 1, 3), prologue=True),
+    Case("wgmma 128x64 staged", F16, SM90, 72, 64, ONE, padding=NONE, image=(1, 1, 3), prologue=True, asked=True),
     Case("mma 128x32", BF16, SM80, 24, 24, dilation=(2, 3), padding=(2, 3, 2, 3)),
     Case("mma 128x32", F32, SM80, 4, 7, tf32=True, out_extra=1),
     Case("mma 64x64", BF16, SM80_LARGE, 16, 70, filter=(3, 1), padding=(1, 0, 1, 0), out_start=8, out_extra=10),
-    Case("mma 64x64", F16, SM90_LARGE, 256, 64, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 3, 3)),
+    Case("mma 64x64", F16, SM90_LARGE, 256, 64, ONE, padding=NONE, image=(1, 3, 3), asked=True),
     Case("mma 64x64", F32, SM80_LARGE, 12, 96, stride=(2, 2), tf32=True),
     # With a prologue: 16-byte vectors through registers.
     Case("mma 128x64 staged", BF16, SM80, 40, 64, prologue=True, x_extra=8),
@@ -75,15 +77,37 @@ CASES = [
     Case("mma 128x32 staged", F16, SM80, 64, 32, groups=2, prologue=True),
     Case("mma 64x64 elements", BF16, SM80, 34, 36, groups=2, prologue=True),
     # Hopper.
-    Case("wgmma 128x64", BF16, SM90, 64, 64, image=(2, 9, 11)),
+    Case("wgmma 128x64", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
     Case("wgmma 128x64", F16, SM90, 72, 190, stride=(2, 1), padding=(1, 2, 1, 2), out_extra=2, residual_extra=8),
-    Case("wgmma 128x128", BF16, SM90, 136, 128, filter=(1, 1), padding=(0, 0, 0, 0), x_extra=8, residual_extra=8),
+    Case("wgmma 128x128", BF16, SM90, 136, 128, ONE, padding=NONE, x_extra=8, residual_extra=8, asked=True),
     Case("wgmma 128x128", F16, SM90, 24, 123, dilation=(2, 2), padding=(2, 2, 2, 2)),
-    Case("wgmma 128x256", BF16, SM90, 8, 256, image=(2, 12, 11), out_extra=16),
-    Case("wgmma 128x256", F16, SM90, 320, 256, filter=(1, 1), padding=(0, 0, 0, 0), image=(1, 13, 15), stride=(1, 1)),
+    Case("wgmma 128x256", BF16, SM90, 8, 256, image=(2, 12, 11), out_extra=16, asked=True),
+    Case("wgmma 128x256", F16, SM90, 320, 256, ONE, padding=NONE, image=(1, 13, 15), asked=True),
     Case("wgmma 128x64 staged", BF16, SM90, 40, 190, prologue=True, stride=(2, 1), x_extra=8),
     Case("wgmma 128x128 staged", F16, SM90, 136, 123, prologue=True, dilation=(1, 2), padding=(1, 2, 1, 2)),
-    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, filter=(1, 1), padding=(0, 0, 0, 0), prologue=True),
+    Case("wgmma 128x128 staged", BF16, SM90, 320, 256, ONE, padding=NONE, prologue=True, asked=True),
+    # Hopper's bulk copies: each tile with padding, strides, a channel tail, slices, several tiles a block.
+    Case("tma 256x128", BF16, SM90, 64, 128, image=(3, 11, 13), asked=True),
+    Case("tma 128x128 in turns", BF16, SM90, 64, 128, ONE, padding=NONE, epilogue=False),
+    Case("tma 256x128", F16, SM90_TWO, 72, 136, stride=(2, 1), padding=(2, 1, 0, 1), x_extra=8, asked=True),
+    Case("tma 256x64", BF16, SM90, 104, 56, image=(5, 9, 13), out_start=8, out_extra=16, asked=True),
+    Case("tma 256x64", F16, SM90_TWO, 8, 192, (5, 3), dilation=(1, 2), padding=(2, 2, 2, 2), asked=True),
+    Case("tma 128x128", BF16, SM90, 200, 248, ONE, padding=NONE, residual_extra=8, asked=True),
+    Case("tma 128x128", F16, SM90_TWO, 64, 128, image=(7, 8, 8), stride=(2, 2), asked=True),
+    Case("tma 128x64", BF16, SM90, 48, 64, image=(4, 9, 10), stride=(3, 3), asked=True),
+    Case("tma 128x64", F16, SM90_TWO, 128, 72, ONE, padding=NONE, stride=(2, 2), image=(3, 13, 15), asked=True),
+    Case("tma 128x128 in turns", BF16, SM90, 64, 256, ONE, padding=NONE, image=(3, 11, 12), asked=True),
+    Case("tma 128x128 in turns", F16, SM90_TWO, 96, 128, image=(9, 9, 11), x_start=8, x_extra=16, asked=True),
+    Case("tma 128x64 in turns", BF16, SM90, 64, 64, image=(3, 14, 15), asked=True),
+    Case("tma 128x64 in turns", F16, SM90_TWO, 136, 120, stride=(1, 2), padding=(1, 0, 1, 3), asked=True),
+    Case("tma 128x64 in turns", BF16, SM90_TWO, 64, 40, image=(1, 3, 3), asked=True),
+    Case("tma 128x32", BF16, SM90_TWO, 128, 32, image=(3, 7, 9), out_start=32, out_extra=64, asked=True),
+    Case("tma 128x32 in turns", F16, SM90, 40, 56, ONE, padding=NONE, image=(3, 9, 11), asked=True),
+    Case("tma 128x64", BF16, SM90, 192, 192, groups=3, image=(2, 9, 10), asked=True),
+    Case("tma 256x128", F16, SM90_TWO, 256, 512, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
+    Case("tma 128x64 in turns", F16, SM90_TWO, 128, 128, groups=2, image=(3, 9, 10), asked=True),
+    Case("tma 128x128 staged", BF16, SM90, 136, 128, ONE, padding=NONE, prologue=True, x_extra=8),
+    Case("tma 128x64 staged", F16, SM90_TWO, 96, 72, ONE, padding=NONE, prologue=True, stride=(2, 2), asked=True),
     # Exact fp32.
     Case("simt", F32, SM80, 20, 70, x_extra=4, residual_extra=1),
     Case("simt", F32, SM90, 16, 64, prologue=True, stride=(2, 2), dilation=(1, 2), padding=(1, 2, 1, 2)),
@@ -98,7 +122,9 @@ CASES = [
     Case("depthwise", F16, SM90, 8, 8, groups=8, dilation=(2, 2), padding=(2, 2, 2, 2), epilogue=False),
 ]  # fmt: skip
 # Each tensor-core kernel once more with nothing in the epilogue.
-CASES += [replace(c, epilogue=False, prologue=c.prologue) for c in CASES if c.kernel in ("mma 128x32", "wgmma 128x64")]
+CASES += [
+    replace(c, epilogue=False) for c in CASES if c.kernel.startswith(("mma 128x32", "wgmma 128x64", "tma"))
+]
 
 
 def test_every_kernel_is_among_the_cases() -> None:
@@ -142,9 +168,10 @@ def test_conv2d_is_exact(case: Case, emulated, pixels) -> None:
         out, pixels.of(x, case.x_extra, case.x_start), weight, stride=case.stride, padding=(top, left),
         dilation=case.dilation, groups=case.groups, scale=scale, bias=bias, residual=residual,
         input_scale=input_scale, input_shift=input_shift, input_relu=case.prologue, relu=case.epilogue,
-        allow_tf32=case.tf32, device=case.device,
+        allow_tf32=case.tf32, device=case.device, kernel=case.kernel,
     )  # fmt: skip
-    assert name == case.kernel
+    assert case.asked or name == case.kernel
+    assert len(set(emulated.kernels)) == len(emulated.kernels), "names must tell the kernels of a case apart"
     torch.testing.assert_close(out.nchw.double(), expected.to(case.dtype).double(), rtol=0, atol=0)
     assert out.untouched_around()
 
@@ -184,6 +211,12 @@ def test_long_sums_in_exact_fp32_are_split(channels: int, emulated, pixels) -> N
     assert name == ("simt elements" if channels % 4 else "simt")
     exact = F.conv2d(x.double(), weight.double())
     assert (out.nchw - exact).norm() <= 4.5e-7 * exact.norm()
+
+
+def test_a_kernel_that_does_not_serve_is_refused(emulated, pixels) -> None:
+    x, out = torch.ones(1, 3, 4, 4, dtype=BF16), pixels.empty(1, 4, 4, 64, BF16)
+    with pytest.raises(RuntimeError, match="kernel 'tma 256x128' does not serve this convolution"):
+        emulated.conv2d(out, pixels.of(x), torch.ones(64, 3, 1, 1, dtype=BF16), device=SM90, kernel="tma 256x128")
 
 
 def test_many_tiles_share_rows(emulated, pixels) -> None:

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
 from support.gpu import BF16, FP16, FP32, PRECISIONS, TF32, Precision, Random, as_it_is, assert_follows, references
+from support.gpu_record import noting
 from support.layout import GuardedSlice, sliced
 from torch import Tensor
 
 from fastcnn import ops
+from fastcnn.backends import Call, intercept, variants
+from fastcnn.verification.calls import into
 
 # n, c, h, w, k, filter, stride, padding, dilation, groups
 AWKWARD = [
@@ -39,13 +42,15 @@ ONE_A_KERNEL = [AWKWARD[i] for i in (9, 8, 4, 15, 14)]
 # One rounded product says nothing of how well a kernel rounds; nor do a few outputs.
 TOO_FEW_FOR_TF32 = (AWKWARD[0], AWKWARD[12], AWKWARD[13])
 
-# What the CUDA kernels make of larger problems: each tile, each way of loading operands.
+# Where each of the CUDA kernels is tried, whichever the rule would choose: several tiles along rows and filters, with
+# remains; a group of few channels; one pixel to a row; nothing aligned.
 TILES = [
-    (8, 64, 28, 28, 64, (3, 3), 1, 1, 1, 1),
-    (33, 64, 28, 28, 128, (1, 1), 1, 0, 1, 1),
-    (8, 40, 28, 28, 24, (3, 3), 1, 1, 1, 1),
-    (9, 256, 28, 28, 256, (3, 3), 1, 1, 1, 2),
-    (40, 72, 28, 28, 256, (1, 1), 1, 0, 1, 1),
+    (3, 72, 19, 17, 200, (3, 3), 1, 1, 1, 1),
+    (2, 128, 15, 33, 264, (1, 1), 1, 0, 1, 1),
+    (3, 128, 20, 18, 128, (3, 3), 2, 1, 1, 2),
+    (2, 64, 17, 15, 64, (3, 3), 1, 1, 1, 16),
+    (2, 13, 17, 15, 70, (3, 3), 1, 1, 1, 1),
+    (700, 64, 1, 1, 72, (1, 1), 1, 0, 1, 1),
 ]
 
 
@@ -139,19 +144,36 @@ def test_awkward_shapes(backend, device, case: Case):
 
 
 def tile_cases(backend: str) -> list[Case]:
-    if backend == "triton":
+    if backend != "cuda":
         return []
     return [Case(p, precision, fused) for p in TILES for precision in PRECISIONS for fused in (False, True)]
 
 
 @pytest.mark.cases.with_args(tile_cases)
-def test_each_tile(backend, device, case: Case):
+def test_each_kernel(backend, device, request, case: Case):
+    """Every kernel that could serve the call, not only the one that the rule prefers on this GPU."""
     layer = Layer(case, device)
+    calls: list[Call] = []
+
+    def keep(call: Call) -> None:
+        calls.append(call)
+        call.run()
+
     with case.precision.applied(), torch.no_grad():
-        out = GuardedSlice(layer.shape, layer.dtype, device, before=8, after=8)
-        layer.run(layer.x, layer.residual, out.view)
-        assert_follows(out.view, layer.formula(), case.precision)
-        out.assert_guards_intact()
+        with intercept(keep):
+            layer.run(layer.x, layer.residual, layer.poisoned())
+        reference, exact = references(layer.formula(), case.precision)
+        note = noting(request.node.user_properties)
+        wrong = {}
+        for name in (backend, *variants.names(backend, "conv2d", calls[0].args)):
+            out = GuardedSlice(layer.shape, layer.dtype, device, before=8, after=8)
+            try:
+                note(into(calls[0], (out.view,), name))
+                assert_accurate(out.view, reference, exact)
+                out.assert_guards_intact()
+            except (AssertionError, RuntimeError, ValueError) as error:
+                wrong[name] = str(error)
+    assert not wrong, wrong
 
 
 # The batch size comes from BATCHES, or stands last where a picture is large.

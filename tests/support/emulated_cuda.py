@@ -50,21 +50,22 @@ def install() -> None:
         return tools.Pixels(tensor.as_strided((n, h, w, c), (h * w * stride, w * stride, stride, 1)), tensor, stride)
 
     def conv2d(out, x, weight, scale, bias, residual, input_scale, input_shift, input_relu, relu, stride, padding,
-               dilation, groups, tf32):  # fmt: skip
+               dilation, groups, tf32, kernel):  # fmt: skip
         kernels.conv2d(
             pixels(out), pixels(x), weight, stride=stride, padding=padding, dilation=dilation, groups=groups,
             scale=scale, bias=bias, residual=pixels(residual), input_scale=input_scale, input_shift=input_shift,
-            input_relu=input_relu, relu=relu, allow_tf32=tf32, device=H100,
+            input_relu=input_relu, relu=relu, allow_tf32=tf32, device=H100, kernel=kernel,
         )  # fmt: skip
 
-    def conv2d_kernel(out, x, weight, prologue, stride, padding, dilation, groups, tf32):
+    def conv2d_kernels(out, x, weight, residual, prologue, stride, padding, dilation, groups, tf32):
         geometry = tools.Conv2dGeometry(weight.shape[2], weight.shape[3], *stride, *padding, *dilation, groups)
         krsc = weight.permute(0, 2, 3, 1).contiguous()
-        return kernels._call(
-            "conv2d_name", pixels(out).view(), pixels(x).view(), tools.ctypes.c_void_p(krsc.data_ptr()),
-            tools.Prologue(None, None, prologue), tools.Epilogue(None, None, tools.TensorView(), 0), geometry,
-            int(tf32), H100,
+        added = tools.TensorView() if residual is None else pixels(residual).view()
+        names = kernels._call(
+            "conv2d_names", pixels(out).view(), pixels(x).view(), tools.ctypes.c_void_p(krsc.data_ptr()),
+            tools.Prologue(None, None, prologue), tools.Epilogue(None, None, added, 0), geometry, int(tf32), H100,
         )  # fmt: skip
+        return names.split(",")
 
     def statistics(mean, var, x, workspace):
         for target, value in zip((mean, var), kernels.batch_statistics(pixels(x)), strict=True):
@@ -72,7 +73,8 @@ def install() -> None:
 
     replaced = {
         "cuda_conv2d": conv2d,
-        "cuda_conv2d_kernel": conv2d_kernel,
+        "cuda_conv2d_kernels": conv2d_kernels,
+        "cuda_architectures": lambda: ["80", "90a"],
         "cuda_linear": lambda out, x, w, bias, relu, tf32: kernels.linear(
             pixels(out), pixels(x), pixels(w), bias, relu, tf32, H100
         ),
@@ -91,6 +93,7 @@ def install() -> None:
     }
     for name, function in replaced.items():
         setattr(_native, name, function)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.unavailable = lambda: None
     cuda.unsupported = lambda operator, device, dtype, **facts: (
         None if dtype in cuda.DTYPES and device == torch.device("cpu") else f"dtype {dtype}"

@@ -54,12 +54,6 @@ void enter(unsigned high, unsigned low) {
   swapcontext(&fiber->context, &scheduler);
 }
 
-void yield() {
-  Fiber* fiber = fibers[current->linear].get();
-  swapcontext(&fiber->context, &scheduler);
-  current = &fiber->thread;
-}
-
 unsigned alive(unsigned first, unsigned count) {
   unsigned n = 0;
   for (unsigned i = first; i < first + count && i < threads.size(); ++i) n += !threads[i]->done;
@@ -98,6 +92,16 @@ void run_block(size_t count) {
 }
 
 }  // namespace
+
+void yield() {
+  Fiber* fiber = fibers[current->linear].get();
+  swapcontext(&fiber->context, &scheduler);
+  current = &fiber->thread;
+}
+
+void note_progress() {
+  ++progress;
+}
 
 unsigned char* shared_base() {
   return shared;

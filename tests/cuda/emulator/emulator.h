@@ -73,6 +73,10 @@ enum class Scope { warp, warpgroup, block };
 using Act = void (*)(unsigned first_thread, const std::vector<void*>& arguments);
 void collective(Scope scope, void* argument, Act act);
 
+// Lets other threads run; a round in which no thread noted progress is a deadlock.
+void yield();
+void note_progress();
+
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 void land(const Copy& copy);

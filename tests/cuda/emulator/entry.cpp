@@ -33,15 +33,21 @@ void emulated_eager(int on) {
 
 const char* emulated_conv2d(const TensorView* out, const TensorView* input, const void* weight,
                             const Prologue* prologue, const Epilogue* epilogue, const Conv2dGeometry* geometry,
-                            int allow_tf32, int device) {
-  return guarded(
-      [&] { cuda::conv2d(*out, *input, weight, *prologue, *epilogue, *geometry, allow_tf32 != 0, device, nullptr); });
+                            int allow_tf32, int device, const char* kernel) {
+  return guarded([&] {
+    cuda::conv2d(*out, *input, weight, *prologue, *epilogue, *geometry, allow_tf32 != 0, device, nullptr, kernel);
+  });
 }
 
-const char* emulated_conv2d_name(const TensorView* out, const TensorView* input, const void* weight,
-                                 const Prologue* prologue, const Epilogue* epilogue, const Conv2dGeometry* geometry,
-                                 int allow_tf32, int device) {
-  message = cuda::conv2d_kernel_name(*out, *input, weight, *prologue, *epilogue, *geometry, allow_tf32 != 0, device);
+// The names of the kernels that can serve the case, separated by commas.
+const char* emulated_conv2d_names(const TensorView* out, const TensorView* input, const void* weight,
+                                  const Prologue* prologue, const Epilogue* epilogue, const Conv2dGeometry* geometry,
+                                  int allow_tf32, int device) {
+  message.clear();
+  for (const std::string& name :
+       cuda::conv2d_kernel_names(*out, *input, weight, *prologue, *epilogue, *geometry, allow_tf32 != 0, device)) {
+    message += (message.empty() ? "" : ",") + name;
+  }
   return message.c_str();
 }
 

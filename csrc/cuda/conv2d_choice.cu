@@ -1,0 +1,198 @@
+// Which convolution kernel serves a case. The first line that fits wins.
+//
+//   kernel      types        serves                                                            where
+//   depthwise   all          C/g = K/g = 1, channels aligned                                   CUDA cores
+//   grouped     all          groups with C/g < 16 or K/g < 8                                   CUDA cores
+//   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
+//   tma         bf16, fp16   aligned output too; groups of 64s of channels; prologue of 1x1    tensor cores, sm_90a
+//                            only; not few channels under large filters
+//   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
+//   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
+//                            vectors through registers; anything else element by element
+//
+// "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "conv2d_choice.h"
+#include "tensor_map.h"
+
+namespace fastcnn::cuda {
+namespace {
+
+int64_t tiles(const ConvProblem& problem, int rows, int columns) {
+  return ceil_divide(problem.shape.rows, rows) * ceil_divide(problem.shape.filters, columns) * problem.groups;
+}
+
+int64_t padded(int64_t filters, int64_t columns) {
+  return ceil_divide(filters, columns) * columns;
+}
+
+// A wide tile reuses its operands more, as long as it adds no idle columns and the device stays busy.
+int mma_columns(const ConvProblem& problem, int64_t multiprocessors) {
+  const int64_t filters = problem.shape.filters;
+  if (filters <= 32) return 32;
+  return padded(filters, 128) <= padded(filters, 64) && tiles(problem, 128, 128) >= multiprocessors ? 128 : 64;
+}
+
+LoadPath path_of(const ConvProblem& problem, DType dtype) {
+  const ConvShape& shape = problem.shape;
+  const int64_t size = size_in_bytes(dtype);
+  const bool aligned = aligned_16(problem.input) && aligned_16(problem.weight) && shape.pixel_stride * size % 16 == 0 &&
+                       shape.channels * size % 16 == 0 && problem.weight_row_stride * size % 16 == 0;
+  return !aligned                 ? LoadPath::staged_elements
+         : problem.has_prologue() ? LoadPath::staged_vectors
+                                  : LoadPath::async_vectors;
+}
+
+bool depthwise_serves(const ConvProblem& problem, DType dtype) {
+  const ConvShape& shape = problem.shape;
+  const bool vectors =
+      problem.vector_output && aligned_16(problem.input) && shape.pixel_stride * size_in_bytes(dtype) % 16 == 0;
+  return shape.channels == 1 && shape.filters == 1 && vectors &&
+         (dtype == DType::f32    ? depthwise_fits<float>(problem)
+          : dtype == DType::bf16 ? depthwise_fits<__nv_bfloat16>(problem)
+                                 : depthwise_fits<__half>(problem));
+}
+
+// The tiles of conv2d_tma.cu that serve a problem that tma_fits.
+std::vector<Choice> tma_choices(const ConvProblem& problem) {
+  const auto together = [](LoadPath path, int rows, int columns) {
+    return Choice{Kernel::tma, path, rows, columns, false};
+  };
+  const auto in_turns = [](int columns) { return Choice{Kernel::tma, LoadPath::async_vectors, 128, columns, true}; };
+  constexpr LoadPath kStaged = LoadPath::staged_vectors, kAsync = LoadPath::async_vectors;
+  std::vector<Choice> found;
+  if (problem.has_prologue()) {
+    found = {together(kStaged, 128, 128), together(kStaged, 128, 64)};
+  } else {
+    found = {together(kAsync, 256, 128),
+             together(kAsync, 256, 64),
+             together(kAsync, 128, 128),
+             together(kAsync, 128, 64),
+             together(kAsync, 128, 32),
+             in_turns(128),
+             in_turns(64),
+             in_turns(32)};
+  }
+  if (problem.groups > 1) {
+    found.erase(std::remove_if(found.begin(), found.end(),
+                               [&](const Choice& choice) { return problem.shape.filters % choice.tile_columns != 0; }),
+                found.end());
+  }
+  return found;
+}
+
+// Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
+// cycle) and of bringing its rows of A and B; storing a tile overlaps with multiplying the next only when warpgroups
+// take turns and no residual has to come first. The constants were fitted to times of 20 layers at batch 1, 32 and 256
+// on an H100 (benchmarks/results), where the tile chosen by them is 1.3 % slower than the best one, on average.
+double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
+  const ConvShape& shape = problem.shape;
+  const double rows = choice.tile_rows, columns = choice.tile_columns;
+  const int64_t taps = shape.reduction / shape.channels;
+  const double waves =
+      static_cast<double>(ceil_divide(tiles(problem, choice.tile_rows, choice.tile_columns), multiprocessors));
+  const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
+  const double stages = static_cast<double>(taps * ceil_divide(shape.channels, kTensorMapRow));
+  const double multiplying = std::max(products / 2048, stages * (1.6 * rows + 3.5 * columns + 70));
+  const double storing = 0.25 * rows * columns, starting = 660;
+  const bool overlapped = choice.in_turns && problem.residual == nullptr;
+  return waves * (starting + (overlapped ? std::max(multiplying, storing) : multiplying + storing));
+}
+
+Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
+  const std::vector<Choice> found = tma_choices(problem);
+  return *std::min_element(found.begin(), found.end(), [&](const Choice& a, const Choice& b) {
+    return tma_cycles(problem, a, multiprocessors) < tma_cycles(problem, b, multiprocessors);
+  });
+}
+
+}  // namespace
+
+std::string name_of(const Choice& choice) {
+  const std::string tile = " " + std::to_string(choice.tile_rows) + "x" + std::to_string(choice.tile_columns);
+  const char* path = choice.path == LoadPath::async_vectors    ? ""
+                     : choice.path == LoadPath::staged_vectors ? " staged"
+                                                               : " elements";
+  switch (choice.kernel) {
+    case Kernel::depthwise:
+      return "depthwise";
+    case Kernel::grouped:
+      return "grouped";
+    case Kernel::simt:
+      return std::string("simt") + (choice.path == LoadPath::staged_elements ? " elements" : "");
+    case Kernel::tma:
+      return "tma" + tile + (choice.in_turns ? " in turns" : path);
+    case Kernel::wgmma:
+      return "wgmma" + tile + path;
+    case Kernel::mma:
+      return "mma" + tile + path;
+  }
+  return "unknown";
+}
+
+Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const DeviceFacts& device) {
+  const ConvShape& shape = problem.shape;
+  const LoadPath path = path_of(problem, dtype);
+  if (device.wgmma && problem.groups > 1 && tma_fits(problem, dtype)) return best_tma(problem, device.multiprocessors);
+  if (problem.groups > 1) {
+    if (depthwise_serves(problem, dtype)) return {Kernel::depthwise, path};
+    if (shape.channels < 16 || shape.filters < 8 || problem.groups > 65535) return {Kernel::grouped, path};
+  }
+  if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
+
+  const int64_t multiprocessors = device.multiprocessors;
+  // Few channels leave most of a stage's 64 empty, which counts where a stage is one of many taps.
+  const bool fills_stages = shape.channels >= 48 || shape.reduction == shape.channels;
+  if (device.wgmma && fills_stages && tma_fits(problem, dtype)) return best_tma(problem, multiprocessors);
+  if (device.wgmma && shape.filters > 32 && 2 * tiles(problem, 128, 64) >= multiprocessors) {
+    if (dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
+      int columns = mma_columns(problem, multiprocessors);
+      if (path == LoadPath::async_vectors && shape.filters % 256 == 0 &&
+          tiles(problem, 128, 256) >= 2 * multiprocessors)
+        columns = 256;
+      return {Kernel::wgmma, path, 128, columns};
+    }
+  }
+  if (path == LoadPath::staged_elements) return {Kernel::mma, path, 64, 64};
+  int columns = mma_columns(problem, multiprocessors);
+  if (path == LoadPath::staged_vectors) columns = std::min(columns, 64);
+  const bool few = columns == 64 && tiles(problem, 128, 64) < multiprocessors;
+  return {Kernel::mma, path, few ? 64 : 128, columns};
+}
+
+std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_tf32, const DeviceFacts& device) {
+  std::vector<Choice> found = {choose(problem, dtype, allow_tf32, device)};
+  const auto add = [&](const Choice& choice) {
+    const std::string name = name_of(choice);
+    for (const Choice& known : found) {
+      if (name_of(known) == name) return;
+    }
+    found.push_back(choice);
+  };
+  const LoadPath path = path_of(problem, dtype);
+  if (found[0].kernel == Kernel::depthwise || problem.groups > 65535) return found;
+  if (problem.groups > 1) add({Kernel::grouped, path});
+  if (dtype == DType::f32 && !allow_tf32) {
+    add({Kernel::simt, path});
+    return found;
+  }
+  if (device.wgmma && tma_fits(problem, dtype)) {
+    for (const Choice& choice : tma_choices(problem)) add(choice);
+  }
+  if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
+    for (const int columns : {64, 128}) add({Kernel::wgmma, path, 128, columns});
+    if (path == LoadPath::async_vectors) add({Kernel::wgmma, path, 128, 256});
+  }
+  add({Kernel::mma, path, 64, 64});
+  if (path != LoadPath::staged_elements) {
+    for (const int columns : {32, 64}) add({Kernel::mma, path, 128, columns});
+    if (path == LoadPath::async_vectors) add({Kernel::mma, path, 128, 128});
+  }
+  return found;
+}
+
+}  // namespace fastcnn::cuda

@@ -1,0 +1,39 @@
+// Descriptors that tell the bulk copy engine (TMA) how a tensor lies in memory. Made on the host for each launch and
+// passed to the kernel by value, so a CUDA graph keeps its own copy.
+//
+// All copies bring rows of up to 64 values of 2 bytes into 128 bytes of shared memory, in the 128B swizzle of
+// device/tile_layout.h. Values outside the tensor arrive as zero.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/types.h"
+
+namespace fastcnn::cuda {
+
+constexpr int kTensorMapRow = 64;  // values in a row of shared memory
+
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// The pixels that a convolution reads for its output pixels, before a filter tap shifts them.
+struct PixelMap {
+  int64_t first_w, first_h;    // where the first output pixel's window starts: minus the padding
+  int64_t columns, rows;       // Q, P
+  int64_t stride_w, stride_h;  // 1 .. 8
+  int tile_pixels;             // pixels of a copy, at most 256
+};
+
+// Whether the copy engine can walk these pixels (its corners are 8-bit, its strides at most 8).
+bool pixel_map_fits(const TensorView& image, const PixelMap& pixels);
+TensorMap pixel_map(const TensorView& image, const PixelMap& pixels);
+
+// (K, R * S, C) filters, `row_stride` values apart; a copy brings 64 channels of one tap of `tile_filters` filters.
+TensorMap filter_map(const void* weight, DType dtype, int64_t filters, int64_t taps, int64_t channels,
+                     int64_t row_stride, int tile_filters);
+
+// The view's pixels as rows of its channels; a copy moves 64 channels of `tile_pixels` pixels.
+TensorMap matrix_map(const TensorView& view, int tile_pixels);
+
+}  // namespace fastcnn::cuda

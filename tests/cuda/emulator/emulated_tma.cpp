@@ -1,0 +1,247 @@
+// Bulk copies, their barriers and their maps. See emulated_tma.h.
+#include "emulated_tma.h"
+
+#include <map>
+#include <memory>
+
+#include "tensor_map.h"
+
+namespace fastcnn::cuda {
+
+namespace emulated {
+
+namespace {
+
+struct Barrier {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0;                                          // announced and not yet landed
+  uint32_t parity = 0;                                        // of the running phase
+  std::vector<std::pair<int, std::function<void()>>> copies;  // in flight: bytes, and what lands them
+};
+
+std::map<uint32_t, Barrier> barriers;
+std::vector<std::unique_ptr<Map>> maps;
+
+struct Store {
+  unsigned thread;
+  std::function<void()> run;
+};
+std::vector<Store> stores;
+
+Barrier& barrier_at(uint32_t address) {
+  emulator::shared_pointer(address, 8);
+  const auto found = barriers.find(address);
+  if (found == barriers.end()) emulator::fail("a barrier that was never initialised");
+  return found->second;
+}
+
+void complete_if_due(Barrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  barrier.pending = barrier.arrivals;
+  barrier.parity ^= 1;
+  emulator::note_progress();
+}
+
+void land(Barrier& barrier, int bytes, const std::function<void()>& copy) {
+  copy();
+  barrier.bytes -= bytes;
+  complete_if_due(barrier);
+}
+
+void issue(uint32_t address, int bytes, std::function<void()> copy) {
+  Barrier& barrier = barrier_at(address);
+  if (emulator::eager) {
+    land(barrier, bytes, copy);
+  } else {
+    barrier.copies.emplace_back(bytes, std::move(copy));
+  }
+  emulator::note_progress();
+}
+
+// Row `row` of a copy's 128-byte rows, `from` null for zeros; `values` of it are real.
+void place_row(uint32_t destination, int row, const unsigned char* from, int values) {
+  if (destination % 1024 != 0) emulator::fail("the 128B swizzle starts on a 1024-byte boundary");
+  for (int chunk = 0; chunk < 8; ++chunk) {
+    unsigned char line[16] = {};
+    for (int i = 0; i < 8; ++i) {
+      const int value = chunk * 8 + i;
+      if (from != nullptr && value < values) std::memcpy(line + 2 * i, from + 2 * value, 2);
+    }
+    uint32_t address = destination + row * 128 + chunk * 16;
+    address ^= (address >> 7 & 7) << 4;
+    std::memcpy(emulator::shared_pointer(address, 16), line, 16);
+  }
+}
+
+int values_from(const Map& map, int x) {
+  const int64_t left = map.sizes[0] - x;
+  return left < 0 ? 0 : left > 64 ? 64 : static_cast<int>(left);
+}
+
+const unsigned char* element(const Map& map, int64_t x, int64_t y, int64_t z, int64_t u) {
+  const int64_t index = x + y * map.strides[1] + z * map.strides[2] + u * map.strides[3];
+  return static_cast<const unsigned char*>(map.data) + 2 * index;
+}
+
+}  // namespace
+
+const Map& map_of(const TensorMap& map) {
+  const Map* found;
+  std::memcpy(&found, map.opaque, sizeof(found));
+  return *found;
+}
+
+TensorMap remember(const Map& map) {
+  if (reinterpret_cast<uintptr_t>(map.data) % 16 != 0) emulator::fail("a tensor map's address is misaligned");
+  for (int i = 1; i < map.rank; ++i) {
+    if (map.strides[i] * 2 % 16 != 0) emulator::fail("a tensor map's stride is no multiple of 16 bytes");
+  }
+  maps.push_back(std::make_unique<Map>(map));
+  const Map* pointer = maps.back().get();
+  TensorMap result = {};
+  std::memcpy(result.opaque, &pointer, sizeof(pointer));
+  return result;
+}
+
+void barrier_init(uint32_t address, int arrivals) {
+  emulator::shared_pointer(address, 8);
+  Barrier fresh;
+  fresh.arrivals = fresh.pending = arrivals;
+  barriers[address] = std::move(fresh);
+}
+
+void barrier_arrive(uint32_t address, int expected_bytes) {
+  Barrier& barrier = barrier_at(address);
+  if (barrier.pending == 0) emulator::fail("more arrivals than a barrier expects");
+  barrier.bytes += expected_bytes;
+  --barrier.pending;
+  emulator::note_progress();
+  complete_if_due(barrier);
+}
+
+void barrier_wait(uint32_t address, uint32_t parity) {
+  while (barrier_at(address).parity == parity) {
+    Barrier& barrier = barrier_at(address);
+    if (barrier.pending == 0 && !barrier.copies.empty()) {
+      auto copies = std::move(barrier.copies);
+      barrier.copies.clear();
+      for (const auto& [bytes, copy] : copies) land(barrier, bytes, copy);
+    } else {
+      emulator::yield();
+    }
+  }
+}
+
+void copy_pixels(uint32_t destination, const Map& map, uint32_t barrier, int c, int w, int h, int n, int shift_w,
+                 int shift_h) {
+  if (map.rank != 4) emulator::fail("copy_pixels wants a map of pixels");
+  issue(barrier, map.tile_pixels * 128, [=, &map] {
+    int64_t at_w = w, at_h = h, at_n = n;
+    const int64_t end_w = map.first_w + static_cast<int64_t>(map.columns) * map.stride_w;
+    const int64_t end_h = map.first_h + static_cast<int64_t>(map.rows) * map.stride_h;
+    for (int pixel = 0; pixel < map.tile_pixels; ++pixel) {
+      const int64_t x = at_w + shift_w, y = at_h + shift_h;
+      const bool real = x >= 0 && x < map.sizes[1] && y >= 0 && y < map.sizes[2] && at_n < map.sizes[3];
+      place_row(destination, pixel, real ? element(map, c, x, y, at_n) : nullptr, values_from(map, c));
+      at_w += map.stride_w;
+      if (at_w < end_w) continue;
+      at_w = map.first_w;
+      at_h += map.stride_h;
+      if (at_h < end_h) continue;
+      at_h = map.first_h;
+      ++at_n;
+    }
+  });
+}
+
+void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z) {
+  const int outer = map.rank - 1;  // the axis along which the box has rows
+  issue(barrier, map.box[outer] * 128, [=, &map] {
+    for (int row = 0; row < map.box[outer]; ++row) {
+      const int64_t at_y = map.rank == 2 ? y + row : y, at_z = map.rank == 2 ? 0 : z + row;
+      const bool real = at_y < map.sizes[1] && (map.rank == 2 || at_z < map.sizes[2]);
+      place_row(destination, row, real ? element(map, x, at_y, at_z, 0) : nullptr, values_from(map, x));
+    }
+  });
+}
+
+void store_box(const Map& map, uint32_t source, int x, int y) {
+  if (source % 1024 != 0) emulator::fail("the 128B swizzle starts on a 1024-byte boundary");
+  const auto run = [=, &map] {
+    for (int row = 0; row < map.box[1] && y + row < map.sizes[1]; ++row) {
+      for (int value = 0; value < values_from(map, x); ++value) {
+        uint32_t address = source + row * 128 + value * 2;
+        address ^= (address >> 7 & 7) << 4;
+        std::memcpy(const_cast<unsigned char*>(element(map, x + value, y + row, 0, 0)),
+                    emulator::shared_pointer(address, 2), 2);
+      }
+    }
+  };
+  if (emulator::eager) {
+    run();
+  } else {
+    stores.push_back({emulator::current->linear, run});
+  }
+}
+
+void store_wait() {
+  for (const Store& store : stores) {
+    if (store.thread == emulator::current->linear) store.run();
+  }
+  std::vector<Store> left;
+  for (Store& store : stores) {
+    if (store.thread != emulator::current->linear) left.push_back(std::move(store));
+  }
+  stores = std::move(left);
+}
+
+}  // namespace emulated
+
+TensorMap pixel_map(const TensorView& image, const PixelMap& pixels) {
+  emulated::Map map = {};
+  map.data = image.data;
+  map.rank = 4;
+  const int64_t sizes[4] = {image.c, image.w, image.h, image.n};
+  const int64_t strides[4] = {1, image.pixel_stride, image.pixel_stride * image.w,
+                              image.pixel_stride * image.w * image.h};
+  for (int i = 0; i < 4; ++i) {
+    map.sizes[i] = sizes[i];
+    map.strides[i] = strides[i];
+  }
+  map.first_w = static_cast<int32_t>(pixels.first_w);
+  map.first_h = static_cast<int32_t>(pixels.first_h);
+  map.columns = static_cast<int32_t>(pixels.columns);
+  map.rows = static_cast<int32_t>(pixels.rows);
+  map.stride_w = static_cast<int32_t>(pixels.stride_w);
+  map.stride_h = static_cast<int32_t>(pixels.stride_h);
+  map.tile_pixels = pixels.tile_pixels;
+  return emulated::remember(map);
+}
+
+TensorMap filter_map(const void* weight, DType, int64_t filters, int64_t taps, int64_t channels, int64_t row_stride,
+                     int tile_filters) {
+  emulated::Map map = {};
+  map.data = const_cast<void*>(weight);
+  map.rank = 3;
+  const int64_t sizes[3] = {channels, taps, filters}, strides[3] = {1, channels, row_stride};
+  for (int i = 0; i < 3; ++i) {
+    map.sizes[i] = sizes[i];
+    map.strides[i] = strides[i];
+  }
+  map.box[2] = tile_filters;
+  return emulated::remember(map);
+}
+
+TensorMap matrix_map(const TensorView& view, int tile_pixels) {
+  emulated::Map map = {};
+  map.data = view.data;
+  map.rank = 2;
+  map.sizes[0] = view.c;
+  map.sizes[1] = view.pixels();
+  map.strides[0] = 1;
+  map.strides[1] = view.pixel_stride;
+  map.box[1] = tile_pixels;
+  return emulated::remember(map);
+}
+
+}  // namespace fastcnn::cuda
