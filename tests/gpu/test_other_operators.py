@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
+from support.accuracy import TINY, assert_accurate, relative_error
 from support.gpu import BF16, FP16, FP32, PRECISIONS, Precision, Random, assert_follows
 from support.gpu_operators import MEMORY_BOUND
 from support.layout import GuardedSlice, sliced
@@ -93,7 +93,9 @@ def test_batch_statistics(backend, device, shape: tuple, precision: Precision, m
     (ours_mean, ours_var), again = ops.batch_statistics(dense), ops.batch_statistics(dense)
     # A mean near zero is as exact as the values allow: relative to their size, not to its own.
     assert ((ours_mean - exact_mean).abs() <= 5e-7 * (exact_mean.abs() + exact_var.sqrt())).all()
-    assert_accurate(ours_var, reference_var, exact_var)
+    # Means are kept in fp32: what half a unit in their last place costs a variance of 1 is granted.
+    bound = 2 * relative_error(reference_var, exact_var) + TINY[torch.float32] + 2**-24 * mean
+    assert relative_error(ours_var, exact_var) <= bound
     assert torch.equal(torch.stack([ours_mean, ours_var]), torch.stack(list(again)))
 
 
