@@ -25,6 +25,12 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
     case Kernel::simt:
       if constexpr (sizeof(T) == 4) launch_conv2d_simt(problem, choice.path, target);
       return;
+    case Kernel::stem:
+      if constexpr (sizeof(T) == 2) launch_conv2d_stem<T>(problem, target);
+      return;
+    case Kernel::stem_wgmma:
+      if constexpr (sizeof(T) == 2) launch_conv2d_stem_wgmma<T>(problem, target);
+      return;
     case Kernel::tma:
       if constexpr (sizeof(T) == 2)
         launch_conv2d_tma<T>(problem, choice.tile_rows, choice.tile_columns, choice.in_turns, target);

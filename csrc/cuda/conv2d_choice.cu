@@ -4,8 +4,15 @@
 //   depthwise   all          C/g = K/g = 1, channels aligned                                   CUDA cores
 //   grouped     all          groups with C/g < 16 or K/g < 8                                   CUDA cores
 //   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
+<<<<<<< HEAD
 //   tma         bf16, fp16   aligned output too; groups of 64s of channels; prologue of 1x1    tensor cores, sm_90a
 //                            only; not few channels under large filters
+=======
+//   stem wgmma  bf16, fp16   as stem, K > 32                                                   tensor cores, sm_90a
+//   stem        bf16, fp16   groups = 1, C <= 4 and nothing between pixels, no dilation, no     tensor cores, sm_80+
+//                            prologue, filters that fit in shared memory
+//   tma         bf16, fp16   groups = 1, no prologue, aligned output too, enough tiles         tensor cores, sm_90a
+>>>>>>> 87fc1eb83608a90721a22407ea12c0d8adfaac37
 //   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
 //   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
 //                            vectors through registers; anything else element by element
@@ -57,6 +64,7 @@ bool depthwise_serves(const ConvProblem& problem, DType dtype) {
                                  : depthwise_fits<__half>(problem));
 }
 
+<<<<<<< HEAD
 // The tiles of conv2d_tma.cu that serve a problem that tma_fits.
 std::vector<Choice> tma_choices(const ConvProblem& problem) {
   const auto together = [](LoadPath path, int rows, int columns) {
@@ -77,13 +85,31 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
              in_turns(64),
              in_turns(32)};
   }
-  if (problem.groups > 1) {
-    found.erase(std::remove_if(found.begin(), found.end(),
-                               [&](const Choice& choice) { return problem.shape.filters % choice.tile_columns != 0; }),
-                found.end());
-  }
+  const ConvShape& shape = problem.shape;
+  found.erase(std::remove_if(found.begin(), found.end(),
+                             [&](const Choice& choice) {
+                               // A store writes 64 columns, and only the tensor's end stops it.
+                               const bool stores_beyond =
+                                   choice.tile_columns == 32 && shape.filters * problem.groups > 32;
+                               return stores_beyond || (problem.groups > 1 && shape.filters % choice.tile_columns != 0);
+                             }),
+              found.end());
   return found;
 }
+=======
+bool stem_serves(const ConvProblem& problem, DType dtype, const DeviceFacts& device, bool wgmma) {
+  return dtype != DType::f32 && stem_fits(problem, device, wgmma);
+}
+
+constexpr std::array<Choice, 6> kTmaChoices = {{
+    {Kernel::tma, LoadPath::async_vectors, 256, 128, false},
+    {Kernel::tma, LoadPath::async_vectors, 128, 128, true},
+    {Kernel::tma, LoadPath::async_vectors, 128, 128, false},
+    {Kernel::tma, LoadPath::async_vectors, 256, 64, false},
+    {Kernel::tma, LoadPath::async_vectors, 128, 64, true},
+    {Kernel::tma, LoadPath::async_vectors, 128, 64, false},
+}};
+>>>>>>> 87fc1eb83608a90721a22407ea12c0d8adfaac37
 
 // Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
 // cycle) and of bringing its rows of A and B; storing a tile overlaps with multiplying the next only when warpgroups
@@ -98,7 +124,8 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
   const double stages = static_cast<double>(taps * ceil_divide(shape.channels, kTensorMapRow));
   const double multiplying = std::max(products / 2048, stages * (1.6 * rows + 3.5 * columns + 70));
-  const double storing = 0.25 * rows * columns, starting = 660;
+  // With a prologue every column tile changes its rows again.
+  const double storing = 0.25 * rows * columns, starting = problem.has_prologue() ? 2000 : 660;
   const bool overlapped = choice.in_turns && problem.residual == nullptr;
   return waves * (starting + (overlapped ? std::max(multiplying, storing) : multiplying + storing));
 }
@@ -124,6 +151,10 @@ std::string name_of(const Choice& choice) {
       return "grouped";
     case Kernel::simt:
       return std::string("simt") + (choice.path == LoadPath::staged_elements ? " elements" : "");
+    case Kernel::stem:
+      return "stem";
+    case Kernel::stem_wgmma:
+      return "stem wgmma";
     case Kernel::tma:
       return "tma" + tile + (choice.in_turns ? " in turns" : path);
     case Kernel::wgmma:
@@ -143,6 +174,9 @@ Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const De
     if (shape.channels < 16 || shape.filters < 8 || problem.groups > 65535) return {Kernel::grouped, path};
   }
   if (dtype == DType::f32 && !allow_tf32) return {Kernel::simt, path};
+
+  if (stem_serves(problem, dtype, device, true)) return {Kernel::stem_wgmma, path};
+  if (stem_serves(problem, dtype, device, false)) return {Kernel::stem, path};
 
   const int64_t multiprocessors = device.multiprocessors;
   // Few channels leave most of a stage's 64 empty, which counts where a stage is one of many taps.
@@ -180,6 +214,7 @@ std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_
     add({Kernel::simt, path});
     return found;
   }
+  if (stem_serves(problem, dtype, device, false)) add({Kernel::stem, path});
   if (device.wgmma && tma_fits(problem, dtype)) {
     for (const Choice& choice : tma_choices(problem)) add(choice);
   }

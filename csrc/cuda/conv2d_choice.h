@@ -9,7 +9,7 @@
 
 namespace fastcnn::cuda {
 
-enum class Kernel { depthwise, grouped, simt, tma, wgmma, mma };
+enum class Kernel { depthwise, grouped, simt, stem, stem_wgmma, tma, wgmma, mma };
 
 struct Choice {
   Kernel kernel;

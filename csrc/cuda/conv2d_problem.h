@@ -56,11 +56,19 @@ void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_col
 
 // wgmma fed by bulk copies (sm_90a; bf16, fp16), for every problem that tma_fits. Tiles served, as rows x columns:
 // together 256x128, 256x64, 128x128, 128x64, 128x32; in turns 128x128, 128x64, 128x32; with a prologue 128x128, 128x64.
-// With groups, a group's filters must be whole columns.
+// With groups, a group's filters must be whole columns; 32 columns serve up to 32 filters only.
 bool tma_fits(const ConvProblem& problem, DType dtype);
 template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns,
                        const LaunchTarget& target);
+
+// Few input channels, mma.sync or wgmma (bf16, fp16).
+struct DeviceFacts;
+bool stem_fits(const ConvProblem& problem, const DeviceFacts& device, bool wgmma);
+template <typename T>
+void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target);
+template <typename T>
+void launch_conv2d_stem_wgmma(const ConvProblem& problem, const LaunchTarget& target);
 
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);

@@ -52,6 +52,8 @@ DeviceFacts read_facts(int device) {
   check(cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device), "device attributes");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attributes");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device attributes");
+  check(cudaDeviceGetAttribute(&facts.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "device attributes");
   for (const Architecture& architecture : architectures()) {
     facts.wgmma = facts.wgmma || (architecture.name == "90a" && runs_on(architecture, major, minor));
   }

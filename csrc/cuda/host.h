@@ -40,12 +40,13 @@ class DeviceGuard {
 // Facts the dispatchers need, read once per device.
 struct DeviceFacts {
   int multiprocessors = 1;
-  bool wgmma = false;  // the device is sm_90, and this build holds code for sm_90a
+  int shared_bytes = 48 * 1024;  // that a block may opt into
+  bool wgmma = false;            // the device is sm_90, and this build holds code for sm_90a
 };
 DeviceFacts device_facts(int device);
 
-// Launches kKernel on `stream` of the current device. More than 48 KiB of dynamic shared memory is opted into once per
-// kernel and device.
+// Launches kKernel on `stream` of the current device. A kernel that wants more than 48 KiB of dynamic shared memory
+// opts into all a block may have, once per device.
 template <auto kKernel, typename... Args>
 void launch(const char* name, int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
             const Args&... args) {
@@ -53,8 +54,8 @@ void launch(const char* name, int device, dim3 grid, int threads, size_t shared_
     static std::atomic<uint64_t> configured{0};
     const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
     if ((configured.load(std::memory_order_relaxed) & bit) == 0) {
-      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            name);
+      const int most = device_facts(device).shared_bytes;
+      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
       configured.fetch_or(bit, std::memory_order_relaxed);
     }
   }

@@ -18,7 +18,7 @@ _OPERATORS = (
     "local_response_norm", "residual_add",
 )  # fmt: skip
 _CUDA_CONV2D = (
-    "depthwise", "grouped", "simt", "simt elements",
+    "depthwise", "grouped", "simt", "simt elements", "stem", "stem wgmma",
     "tma 256x128", "tma 256x64", "tma 128x128", "tma 128x64", "tma 128x32", "tma 128x128 staged", "tma 128x64 staged",
     "tma 128x128 in turns", "tma 128x64 in turns", "tma 128x32 in turns",
     "wgmma 128x64", "wgmma 128x128", "wgmma 128x256", "wgmma 128x64 staged", "wgmma 128x128 staged",

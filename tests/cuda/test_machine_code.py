@@ -158,6 +158,25 @@ def test_mma_kernels_use_tensor_cores(machine_code, architecture: str, dtype: st
         assert (kernel.count("LDGSTS") > 0) == asynchronous, kernel.name
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "opcode"), [("bf16", "HMMA.16816.F32.BF16"), ("f16", "HMMA.16816.F32")])
+def test_stem_kernels_read_fragments_in_place(machine_code, architecture: str, dtype: str, opcode: str) -> None:
+    kernels = named(machine_code[0], f"conv2d_stem<{dtype}", architecture=architecture)
+    assert len(kernels) == 3
+    for kernel in kernels:
+        columns = int(kernel.name.rstrip(">").split(", ")[1])
+        # A k-step: two products of 16 rows for every 8 filters, with weights for four of them in one read, and the
+        # pairs of both A fragments as they lie.
+        assert kernel.opcodes[opcode] % (2 * columns // 8) == 0
+        assert kernel.opcodes[opcode] > 0
+        assert kernel.count("LDS.128") >= columns // 16
+        assert kernel.opcodes["LDS"] >= 8
+        assert kernel.count("LDSM") == 0
+        assert kernel.count("LDGSTS.E.BYPASS") > 0  # asynchronous copies of the next band
+        # Two blocks on a multiprocessor: four warps on each quarter of its registers, or two for 96 filters.
+        assert kernel.registers <= (128 if columns < 96 else 255), kernel.name
+
+
 def test_wgmma_kernels_use_hopper_tensor_cores(machine_code) -> None:
     kernels = named(machine_code[0], "conv2d_wgmma", architecture="sm_90a")
     for kernel in kernels:
@@ -165,6 +184,18 @@ def test_wgmma_kernels_use_hopper_tensor_cores(machine_code) -> None:
         assert kernel.count("HMMA") == 0, kernel.name
         assert kernel.count("FENCE.VIEW.ASYNC") > 0, kernel.name
     assert not any(k.count("HGMMA") for k in named(machine_code[0], "", architecture="sm_80"))
+
+
+def test_stem_on_wgmma_takes_pairs_from_registers(machine_code) -> None:
+    kernels = named(machine_code[0], "conv2d_stem_wgmma", architecture="sm_90a")
+    assert len(kernels) == 4
+    for kernel in kernels:
+        columns = int(kernel.name.rstrip(">").split(", ")[1])
+        assert kernel.count(f"HGMMA.64x{columns}x16") == 2, kernel.name  # two steps, each with its own pairs
+        assert kernel.opcodes["LDS"] >= 8, kernel.name
+        assert kernel.count("HMMA") == 0, kernel.name
+        assert kernel.count("FENCE.VIEW.ASYNC") > 0, kernel.name
+        assert kernel.registers <= 128, kernel.name  # two blocks of 256 threads
 
 
 def test_wgmma_is_not_serialized(machine_code) -> None:

@@ -11,6 +11,36 @@
 
 namespace fastcnn::cuda {
 
+// The end of a row: residual, activation, and the store of kVector<T> neighbouring filters from `column` of the group
+// (`channel` of the layer) on. y holds what scale and bias have left.
+template <typename T>
+__device__ __forceinline__ void finish_row(const ConvProblem& problem, float (&y)[kVector<T>], int row, int column,
+                                           int64_t channel) {
+  constexpr int kWidth = kVector<T>;
+  T* out = static_cast<T*>(problem.out) + static_cast<int64_t>(row) * problem.out_stride + channel;
+  const T* residual = problem.residual == nullptr ? nullptr
+                                                  : static_cast<const T*>(problem.residual) +
+                                                        static_cast<int64_t>(row) * problem.residual_stride + channel;
+  if (problem.vector_output && column + kWidth <= problem.shape.filters) {
+    if (residual != nullptr) {
+      float x[kWidth];
+      load<kWidth>(x, residual);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) y[i] += x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) y[i] = problem.relu ? relu(y[i]) : y[i];
+    store<kWidth>(out, y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (column + i >= problem.shape.filters) continue;
+      if (residual != nullptr) y[i] += to_float(residual[i]);
+      out[i] = from_float<T>(problem.relu ? relu(y[i]) : y[i]);
+    }
+  }
+}
+
 // A lane's share of a slab: kVector<T> fixed columns, of which it holds scale and bias in registers.
 template <typename T>
 class SlabEpilogue {
@@ -42,29 +72,7 @@ class SlabEpilogue {
       float y[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) y[i] = from[i] * scale_[i] + bias_[i];
-      T* out = static_cast<T*>(problem_.out) + static_cast<int64_t>(row) * problem_.out_stride + channel_;
-      const T* residual = problem_.residual == nullptr
-                              ? nullptr
-                              : static_cast<const T*>(problem_.residual) +
-                                    static_cast<int64_t>(row) * problem_.residual_stride + channel_;
-      if (problem_.vector_output && column_ + kWidth <= problem_.shape.filters) {
-        if (residual != nullptr) {
-          float x[kWidth];
-          load<kWidth>(x, residual);
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) y[i] += x[i];
-        }
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) y[i] = problem_.relu ? relu(y[i]) : y[i];
-        store<kWidth>(out, y);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          if (column_ + i >= problem_.shape.filters) continue;
-          if (residual != nullptr) y[i] += to_float(residual[i]);
-          out[i] = from_float<T>(problem_.relu ? relu(y[i]) : y[i]);
-        }
-      }
+      finish_row<T>(problem_, y, row, column_, channel_);
     }
   }
 

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fastcnn::cuda {
 
@@ -89,6 +90,26 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(bits)));
   return rounded;
+}
+
+// Two values rounded to nearest, `low` in the lower half; with kRelu, negative ones become 0 and NaN stays.
+template <typename T, bool kRelu>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (kRelu) {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    }
+  } else {
+    if constexpr (kRelu) {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    }
+  }
+  return pair;
 }
 
 }  // namespace fastcnn::cuda

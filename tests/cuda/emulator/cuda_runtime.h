@@ -83,7 +83,8 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101, cudaErrorInval
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
@@ -120,9 +121,11 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device < 0 || device >= 32) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 1 << device % 16
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8 + device / 16
-                                                            : 0;
+  const bool hopper = device >= 16;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 1 << device % 16
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? 8 + hopper
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (hopper ? 227 : 163) * 1024
+                                                                  : 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {

@@ -138,6 +138,22 @@ void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   });
 }
 
+inline uint16_t rounded_bits(float x, __nv_bfloat16) {
+  return __float2bfloat16_rn(x).bits;
+}
+inline uint16_t rounded_bits(float x, __half) {
+  const __half rounded = __float2half_rn(x);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, 2);
+  return bits;
+}
+
+template <typename T, bool kRelu>
+uint32_t round_pair(float low, float high) {
+  const auto half = [](float x) { return uint32_t{rounded_bits(kRelu && x < 0.0f ? 0.0f : x, T())}; };
+  return half(low) | half(high) << 16;
+}
+
 // Nearest, ties away from zero.
 inline uint32_t round_to_tf32(uint32_t bits) {
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~uint32_t{0x1fff};

@@ -23,11 +23,21 @@ inline const unsigned char* operand(uint64_t descriptor, int row, int k) {
   return emulator::shared_pointer(address, 2);
 }
 
+inline const void* operand_of_row(const emulator::Product& product, const emulator::Product& holder, int row, int k) {
+  if (holder.registers == nullptr) return operand(product.a, row, k);
+  return reinterpret_cast<const uint16_t*>(&holder.registers[row % 16 / 8 + k / 8 * 2]) + k % 2;
+}
+
 inline void multiply(const std::vector<emulator::Product>& products) {  // one product, 128 threads
   const int columns = products[0].columns;
   static float a[64][16], b[128][16];
   for (int k = 0; k < 16; ++k) {
-    for (int row = 0; row < 64; ++row) a[row][k] = products[0].element(operand(products[0].a, row, k));
+    for (int row = 0; row < 64; ++row) {
+      // "Register fragment layout for wgmma.m64k16 matrix A": rows lane / 4 and 8 further, two values of k a register.
+      const auto& holder = products[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
+      const void* from = operand_of_row(products[0], holder, row, k);
+      a[row][k] = products[0].element(from);
+    }
     for (int row = 0; row < columns; ++row) b[row][k] = products[0].element(operand(products[0].b, row, k));
   }
   for (int thread = 0; thread < 128; ++thread) {
@@ -72,8 +82,8 @@ inline void wgmma_commit() {
 inline void fence_async_proxy() {
   emulator::current->unfenced = false;
 }
-template <int kCount>
-void hold(float (&)[kCount]) {}
+template <typename T, int kCount>
+void hold(T (&)[kCount]) {}
 
 template <int kPending>
 void wgmma_wait() {
@@ -92,9 +102,9 @@ void wgmma_wait() {
   });
 }
 
-template <typename T, int kColumns>
-void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
-  emulator::Product product = {d, kColumns, a, b, emulated::element_of(T())};
+namespace emulated {
+
+inline void start(emulator::Product product) {
   if (!emulator::eager) {
     if (!emulator::fenced_at_barrier)
       emulator::fail("wgmma reads shared memory that was not fenced for the async proxy");
@@ -106,6 +116,17 @@ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
     for (const void* argument : arguments) products.push_back(*static_cast<const emulator::Product*>(argument));
     emulated::multiply(products);
   });
+}
+
+}  // namespace emulated
+
+template <typename T, int kColumns>
+void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
+  emulated::start({d, kColumns, a, b, emulated::element_of(T())});
+}
+template <typename T, int kColumns>
+void wgmma_registers(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
+  emulated::start({d[0], kColumns, 0, b, emulated::element_of(T()), a});
 }
 
 }  // namespace fastcnn::cuda

@@ -38,6 +38,7 @@ struct Product {  // one wgmma of one thread
   int columns;
   uint64_t a, b;
   float (*element)(const void*);
+  const uint32_t* registers = nullptr;  // of a, instead of a descriptor
 };
 
 template <typename Item>
