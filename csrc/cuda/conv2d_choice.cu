@@ -4,15 +4,11 @@
 //   depthwise   all          C/g = K/g = 1, channels aligned                                   CUDA cores
 //   grouped     all          groups with C/g < 16 or K/g < 8                                   CUDA cores
 //   simt        fp32         exact arithmetic (TF32 not allowed)                               CUDA cores
-<<<<<<< HEAD
-//   tma         bf16, fp16   aligned output too; groups of 64s of channels; prologue of 1x1    tensor cores, sm_90a
-//                            only; not few channels under large filters
-=======
 //   stem wgmma  bf16, fp16   as stem, K > 32                                                   tensor cores, sm_90a
 //   stem        bf16, fp16   groups = 1, C <= 4 and nothing between pixels, no dilation, no     tensor cores, sm_80+
 //                            prologue, filters that fit in shared memory
-//   tma         bf16, fp16   groups = 1, no prologue, aligned output too, enough tiles         tensor cores, sm_90a
->>>>>>> 87fc1eb83608a90721a22407ea12c0d8adfaac37
+//   tma         bf16, fp16   aligned output too; groups of 64s of channels; prologue of 1x1    tensor cores, sm_90a
+//                            only; not few channels under large filters
 //   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
 //   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
 //                            vectors through registers; anything else element by element
@@ -64,7 +60,10 @@ bool depthwise_serves(const ConvProblem& problem, DType dtype) {
                                  : depthwise_fits<__half>(problem));
 }
 
-<<<<<<< HEAD
+bool stem_serves(const ConvProblem& problem, DType dtype, const DeviceFacts& device, bool wgmma) {
+  return dtype != DType::f32 && stem_fits(problem, device, wgmma);
+}
+
 // The tiles of conv2d_tma.cu that serve a problem that tma_fits.
 std::vector<Choice> tma_choices(const ConvProblem& problem) {
   const auto together = [](LoadPath path, int rows, int columns) {
@@ -96,20 +95,6 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
               found.end());
   return found;
 }
-=======
-bool stem_serves(const ConvProblem& problem, DType dtype, const DeviceFacts& device, bool wgmma) {
-  return dtype != DType::f32 && stem_fits(problem, device, wgmma);
-}
-
-constexpr std::array<Choice, 6> kTmaChoices = {{
-    {Kernel::tma, LoadPath::async_vectors, 256, 128, false},
-    {Kernel::tma, LoadPath::async_vectors, 128, 128, true},
-    {Kernel::tma, LoadPath::async_vectors, 128, 128, false},
-    {Kernel::tma, LoadPath::async_vectors, 256, 64, false},
-    {Kernel::tma, LoadPath::async_vectors, 128, 64, true},
-    {Kernel::tma, LoadPath::async_vectors, 128, 64, false},
-}};
->>>>>>> 87fc1eb83608a90721a22407ea12c0d8adfaac37
 
 // Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
 // cycle) and of bringing its rows of A and B; storing a tile overlaps with multiplying the next only when warpgroups
