@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import _native
-from fastcnn.backends.derived import derived
+from fastcnn.backends.derived import derived_for_streams
 from fastcnn.triton_kernels.precision import convolutions_use_tf32, matrix_products_use_tf32
 
 Pair = tuple[int, int]
@@ -87,8 +87,8 @@ def _pack_groups(weight: Tensor) -> Tensor:
 def _prepared(weight: Tensor, groups: int, kernel: str = "") -> tuple[Tensor, int]:
     """The weight as a kernel reads it, and its number of groups."""
     if kernel != "grouped" and _packs_groups(weight, groups):
-        return derived(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
-    return derived(weight, "krsc", _krsc), groups
+        return derived_for_streams(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
+    return derived_for_streams(weight, "krsc", _krsc), groups
 
 
 def _kernels(*args: Any) -> list[str]:

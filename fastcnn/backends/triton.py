@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.backends.derived import derived
+from fastcnn.backends.derived import derived_for_streams
 
 Pair = tuple[int, int]
 
@@ -121,10 +121,6 @@ def residual_add(out: Tensor, input: Tensor, residual: Tensor, scale: float, act
     _kernels("residual_add").residual_add(out, input, residual, scale, activation)
 
 
-class _CapturingError(Exception):
-    """A weight would have to be prepared while a CUDA graph is being captured."""
-
-
 def prepared_weight(weight: Tensor, groups: int, operator: str = "conv2d") -> Tensor:
     """The weight as the kernels read it; made once for each state of a weight, or viewed where it lies so already."""
     kernels = _kernels(operator)
@@ -133,21 +129,7 @@ def prepared_weight(weight: Tensor, groups: int, operator: str = "conv2d") -> Te
         return kernels.prepare_weight(weight, *geometry)
     precision = _kernels("_common").conv_precision if operator == "conv2d" else _kernels("_common").matmul_precision
     key = (f"triton_{operator}", groups, precision(weight.dtype))
-    try:
-        return derived(weight, key, lambda tensor: _prepare_for_all_streams(kernels, tensor, geometry))
-    except _CapturingError:
-        # Memory made during capture belongs to the graph; keep the copy inside it, where every replay makes it anew.
-        return kernels.prepare_weight(weight, *geometry)
-
-
-def _prepare_for_all_streams(kernels: ModuleType, weight: Tensor, geometry: tuple[int, ...]) -> Tensor:
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise _CapturingError
-    prepared = kernels.prepare_weight(weight, *geometry)
-    if weight.is_cuda:
-        # The next reader may be on another stream; wait once, here, rather than order streams at every launch.
-        torch.cuda.current_stream(weight.device).synchronize()
-    return prepared
+    return derived_for_streams(weight, key, lambda tensor: kernels.prepare_weight(tensor, *geometry))
 
 
 def _kernels(module: str) -> ModuleType:

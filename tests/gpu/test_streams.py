@@ -102,7 +102,7 @@ def test_two_threads_on_two_streams(backend, device, name: str):
 @needs_streams
 @torch.no_grad()
 def test_a_weight_first_seen_inside_a_capture(backend, device):
-    """What is derived from the weight is then made by each replay, and follows a change of it."""
+    """What is derived from the weight there is made by each replay, and kept for no other call."""
     x, p = inputs(device, "conv2d")
     OPERATORS["conv2d"].ours(x, p)  # compiled outside
     p = {**p, "weight": p["weight"].clone()}
@@ -110,6 +110,8 @@ def test_a_weight_first_seen_inside_a_capture(backend, device):
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         out = OPERATORS["conv2d"].ours(x, p)
+    check(OPERATORS["conv2d"].ours(x, p), "conv2d", x, p)  # nothing has been replayed yet
+    p["weight"].copy_(p["weight"].flip(0))
     graph.replay()
     torch.cuda.synchronize()
     check(out, "conv2d", x, p)
