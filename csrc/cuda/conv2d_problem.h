@@ -70,6 +70,11 @@ void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target);
 template <typename T>
 void launch_conv2d_stem_wgmma(const ConvProblem& problem, const LaunchTarget& target);
 
+// wgmma on patches of the input that all filter taps share (sm_90a; bf16, fp16). tile_columns is 64, or 32 for up to 32
+// filters; see patch_fits (conv2d_patch_plan.h).
+template <typename T>
+void launch_conv2d_patch(const ConvProblem& problem, int tile_columns, const LaunchTarget& target);
+
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);
 
