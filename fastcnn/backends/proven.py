@@ -20,7 +20,7 @@ _OPERATORS = (
 _CUDA_CONV2D = (
     "depthwise", "grouped", "simt", "simt elements", "stem", "stem wgmma",
     "tma 256x128", "tma 256x64", "tma 128x128", "tma 128x64", "tma 128x32", "tma 128x128 staged", "tma 128x64 staged",
-    "tma 128x128 in turns", "tma 128x64 in turns", "tma 128x32 in turns",
+    "tma 128x128 in turns", "tma 128x64 in turns", "tma 128x32 in turns", "patch 256x64", "patch 256x32",
     "wgmma 128x64", "wgmma 128x128", "wgmma 128x256", "wgmma 128x64 staged", "wgmma 128x128 staged",
     "mma 64x64", "mma 128x32", "mma 128x64", "mma 128x128",
     "mma 64x64 staged", "mma 128x32 staged", "mma 128x64 staged", "mma 64x64 elements",
