@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastcnn
-from fastcnn.backends import BACKENDS, unavailable
+from fastcnn.backends import BACKENDS, proven, unavailable
 from fastcnn.commands._common import add_command, print_json
 from fastcnn.measurement.conditions import commit, cpu_name, triton_version
 from fastcnn.tuning import shipping
@@ -53,6 +53,7 @@ def environment_report() -> dict[str, Any]:
         },
         "gpus": _gpus(),
         "backends": {name: unavailable(name) or "available" for name in BACKENDS},
+        "proven": {"record": proven.record(), "unproven": proven.unproven(proven.record())},
         "cache": {
             "folder": str(cache_folder()),
             "tuning_files": [path.name for path in files()],
@@ -131,6 +132,7 @@ def as_text(report: dict[str, Any]) -> str:
         rows.append(("GPU", "none that PyTorch can use"))
     for name, state in report["backends"].items():
         rows.append((f"backend {name}", state if state == "available" else f"not available: {state}"))
+    rows += list(proven.summary().items())
     count = len(report["cache"]["tuning_files"])
     rows.append(("cache folder", f"{report['cache']['folder']} ({count or 'no'} tuning file{'s' * (count != 1)})"))
     rows.append(("shipped choices", ", ".join(report["cache"]["shipped"]) or "none"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcnn.backends import Call, backend_module
 from fastcnn.ops._layout import may_overlap, pixel_stride
 from fastcnn.verification.accuracy import FAST_ALGORITHM_ALLOWANCE, Judgement, judge
+from fastcnn.verification.tf32 import fill_in_tf32, less_precise, may_use_tf32
 
 # How many of the first arguments are outputs, where it is not one.
 _OUTPUTS = {"batch_statistics": 2}
@@ -144,4 +145,9 @@ class Answers:
 
     @classmethod
     def of(cls, call: Call) -> Answers:
-        return cls(reference_outputs(call), exact_outputs(call))
+        reference, exact = reference_outputs(call), exact_outputs(call)
+        if may_use_tf32(call):
+            emulated = torch.empty_like(reference[0])
+            fill_in_tf32(into(call, (emulated,), "reference"))
+            reference = (less_precise(exact[0], reference[0], emulated),)
+        return cls(reference, exact)
