@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +15,8 @@ from fastcnn.graph.freezing.gpu.schedule import Place, Schedule, Step
 from fastcnn.graph.freezing.gpu.watching import CannotBeCaptured, Watching
 
 T = TypeVar("T")
+
+_ONE_CAPTURE = threading.Lock()  # PyTorch has one at a time in a process
 
 
 class Graph(Protocol):
@@ -144,11 +147,12 @@ class CudaCapturer:
         """Raises CannotBeCaptured with CUDA's reason."""
         graph, schedule, pool = torch.cuda.CUDAGraph(), Schedule(most_lanes), torch.cuda.graph_pool_handle()
         # A capture that fails leaves its stream the current one; the outer block does not.
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
-            torch.cuda.synchronize()
+        with _ONE_CAPTURE, torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            # Workspaces belong to streams and are kept for later calls: those of the graph must be the graph's alone.
+            torch._C._cuda_clearCublasWorkspaces()
             try:
                 # Only this thread's calls can spoil the capture: others may go on allocating and copying.
-                with torch.cuda.graph(graph, pool, self._stream, "thread_local"):
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                     lanes = StreamLanes(self.device, most_lanes)
                     with Watching(self.device, schedule, lanes):
                         result = run()
@@ -161,6 +165,8 @@ class CudaCapturer:
                 first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 reason = next(iter(str(first).splitlines()), type(first).__name__)
                 raise CannotBeCaptured(f"CUDA refuses it: {reason}") from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
             return CudaGraph(graph, schedule.lanes), result
 
     def milliseconds(self, graph: Graph) -> float:
