@@ -46,7 +46,7 @@ class Kept:
     """What was derived in a :func:`keeping` block. Holding it keeps the values' memory, whatever is forgotten here."""
 
     values: list[object] = field(default_factory=list)
-    made: int = 0  # those that were not there before
+    made: int = 0  # those that were not there before, or could not be made
 
 
 _kept: ContextVar[Kept | None] = ContextVar("fastcnn_kept", default=None)
@@ -109,10 +109,11 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tens
             if kept is not None:
                 kept.values.append(found.value)
             return found.value  # type: ignore[return-value]
+    if kept is not None:
+        kept.made += 1
     value = make(*tensors)
     if kept is not None:
         kept.values.append(value)
-        kept.made += 1
     if any(t is not None and not t.is_cpu and t.is_inference() for t in tensors):
         return value
 
