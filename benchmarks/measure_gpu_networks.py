@@ -94,10 +94,13 @@ class Clock:
     def __init__(self, seconds: float | None, at_the_end: Callable[[], None]) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
         self._at_the_end = at_the_end
+        self._guard = threading.Timer((seconds or 0) + GRACE_SECONDS, self._end_all)
+        self._guard.daemon = True
         if seconds is not None:
-            guard = threading.Timer(seconds + GRACE_SECONDS, self._end_all)
-            guard.daemon = True
-            guard.start()
+            self._guard.start()
+
+    def stop(self) -> None:
+        self._guard.cancel()
 
     def left(self) -> float:
         return float("inf") if self._end is None else self._end - time.monotonic()
@@ -124,10 +127,11 @@ def network(name: str, device: torch.device, dtype: torch.dtype, size: int | Non
     torch.manual_seed(0)
     channels, height, width = model_info(name).input_size
     shape = (channels, size or height, size or width)
-    with torch.device(device):
+    with torch.device(device):  # initialised there, which is quicker
         model = fastcnn.create_model(name).eval()
-        calibrate(model, torch.randn(8, *shape))
-    twin = torchvision_twin(name, model)
+    calibrate(model, torch.randn(8, *shape, device=device))
+    with torch.device(device):
+        twin = torchvision_twin(name, model)
     if twin is None:
         raise SystemExit(f"torchvision has no network of {name}'s state dict")
     ours, twin = (m.to(dtype=dtype, memory_format=torch.channels_last) for m in (model, twin.eval()))
@@ -251,14 +255,14 @@ class Session:
         self._dtype = DTYPES[options.dtype]
         self._facts = _facts(self._device, self._dtype, options)
         self._results = Results(options.output, self._facts["commit"])
-        self._clock = Clock(options.deadline, self._results.tried)
+        self.clock = Clock(options.deadline, self._results.tried)
         self._network: Network | None = None
 
     @torch.no_grad()
     def run(self) -> int:
         todo = cases(self._options)
         for number, case in enumerate(todo):
-            if self._clock.left() <= (COMPILE_SECONDS if case.phase == "compiled" else 0):
+            if self.clock.left() <= (COMPILE_SECONDS if case.phase == "compiled" else 0):
                 print(f"no time for {len(todo) - number} of {len(todo)} cases", flush=True)
                 break
             try:
@@ -294,7 +298,7 @@ class Session:
         runners: dict[str, Runner] = {}
         found: dict[str, Row] = {}
         for name in names:
-            if name in COMPILED and self._clock.left() < COMPILE_SECONDS:
+            if name in COMPILED and self.clock.left() < COMPILE_SECONDS:
                 print(f"{case.network} x{case.batch}: no time for {name}", flush=True)
                 continue
             self._results.trying(keys[name])
@@ -340,7 +344,7 @@ class Session:
 
     def _times(self, runners: dict[str, Runner]) -> dict[str, Timing]:
         options = self._options
-        seconds = min(options.seconds, max(1.0, self._clock.left()))
+        seconds = min(options.seconds, max(1.0, self.clock.left()))
         return interleave(runners, self._device, rounds=options.rounds, least=5, seconds=seconds, round_ms=2.0)
 
     def _latencies(self, runners: dict[str, Runner]) -> dict[str, Timing]:
@@ -438,7 +442,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     torch.backends.cudnn.benchmark = True
-    return Session(options).run()
+    session = Session(options)
+    try:
+        return session.run()
+    finally:
+        session.clock.stop()
 
 
 if __name__ == "__main__":

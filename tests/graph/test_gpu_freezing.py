@@ -90,6 +90,19 @@ def test_the_model_is_left_alone_and_out_of_reach() -> None:
     assert list(frozen.parameters()) == []
 
 
+def test_in_inference_mode() -> None:
+    model, x = torchvision.models.resnet18().eval(), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        frozen = freeze(model, torch.randn(1, 3, 32, 32))
+        expected = frozen(x)
+    assert frozen.recomputed == 0
+    assert torch.equal(frozen(x), expected)
+    with torch.inference_mode():
+        model = torchvision.models.resnet18().eval()  # its parameters are inference tensors
+        frozen = freeze(model, x)
+    assert not any(tensor.is_inference() for tensor in frozen._held.tensors())
+
+
 def test_what_the_graph_reads_outlives_the_cache(frozen: FrozenOnGpu) -> None:
     frozen = freeze(torchvision.models.resnet18().eval(), torch.randn(1, 3, 32, 32))
     folded = [weakref.ref(leaf) for pair in frozen._held.derived.values if isinstance(pair, tuple) for leaf in pair]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -142,7 +143,8 @@ class FrozenOnGpu(nn.Module):
         # Memory goes back to the allocator, which knows of the streams it came from, not of those of the calls.
         capturer = self.__dict__.get("_capturer")
         if capturer is not None:
-            capturer.wait()
+            with contextlib.suppress(Exception):  # when the interpreter ends, CUDA may be gone already
+                capturer.wait()
 
     def extra_repr(self) -> str:
         inputs = ", ".join(str(tuple(tensor.shape)) for tensor in self._inputs)
