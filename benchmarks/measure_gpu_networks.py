@@ -14,6 +14,7 @@ A case is a network and a batch size. Its candidates have the same weights and a
     compile               torch.compile(eager)
     compile_max_autotune  the same with mode="max-autotune", which uses CUDA graphs
     compile_freezing      (only when asked for) the same with inductor's freezing, which folds batch norms too
+    fastcnn_frozen_cuda, fastcnn_frozen_triton   (only when asked for) frozen with the kernels of one backend
 
 Before it is timed, a candidate's result is compared with the fp32 network's (float64 for fp32) on the first and last
 images, by the accuracy rule: at most twice as far off as eager in the same dtype. A wrong one is recorded, not timed.
@@ -60,6 +61,7 @@ NETWORKS = [
     "alexnet_owt",
 ]  # fmt: skip
 QUICK = ["eager", "eager_graph", "fastcnn_eager", "fastcnn_frozen"]
+ONE_BACKEND = {"fastcnn_frozen_cuda": "cuda", "fastcnn_frozen_triton": "triton"}
 COMPILED = ["compile", "compile_max_autotune", "compile_freezing"]
 BESIDE_COMPILED = ["eager_graph", "fastcnn_frozen"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,7 +81,7 @@ class Case(NamedTuple):
 
 def cases(options: argparse.Namespace) -> list[Case]:
     found = []
-    for phase, members in (("quick", QUICK), ("compiled", COMPILED)):
+    for phase, members in (("quick", [*QUICK, *ONE_BACKEND]), ("compiled", COMPILED)):
         asked = tuple(name for name in members if name in options.candidates)
         if not asked:
             continue
@@ -175,8 +177,9 @@ def build(candidate: str, net: Network, x: Tensor, note: dict[str, Any]) -> Runn
         return _in_graph(net.twin, x)
     if candidate == "fastcnn_eager":
         return lambda: net.ours(x)
-    if candidate == "fastcnn_frozen":
-        frozen = fastcnn.freeze(net.ours, x)
+    if candidate == "fastcnn_frozen" or candidate in ONE_BACKEND:
+        with fastcnn.use_backend(ONE_BACKEND.get(candidate), strict=candidate in ONE_BACKEND):
+            frozen = fastcnn.freeze(net.ours, x)
         note["frozen"] = {"memory": frozen.memory()._asdict()}
         if x.is_cuda:
             note["frozen"] |= {"branches": frozen.branches, "streams": frozen.lanes, "recomputed": frozen.recomputed}
@@ -412,7 +415,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=names, help=f"default: {','.join(NETWORKS)}")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], help="default: 1,32,256")
-    parser.add_argument("--candidates", type=names, help=f"of {','.join(QUICK + COMPILED)}; default: all but the last")
+    parser.add_argument("--candidates", type=names, help=f"default: {','.join(QUICK + COMPILED[:2])}")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=15, help="turns that each candidate has, at most")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the timing of a case, about")
@@ -430,7 +433,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         f"gpu-networks-{options.dtype}{'-rehearsal' if rehearse else ''}.json"
     )
     for given, known, what in (
-        (options.networks, NETWORKS, "networks"), (options.candidates, QUICK + COMPILED, "candidates"),
+        (options.networks, NETWORKS, "networks"), (options.candidates, [*QUICK, *ONE_BACKEND, *COMPILED], "candidates"),
     ):  # fmt: skip
         if unknown := set(given) - set(known):
             parser.error(f"--{what}: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")

@@ -126,11 +126,10 @@ class Turn:
 
 
 class CudaCapturer:
-    """Makes CUDA graphs on one GPU."""
+    """Makes CUDA graphs on one GPU, named as a tensor's ``device`` names it."""
 
     def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
+        self.device = device
         with torch.cuda.device(self.device):
             self._stream = torch.cuda.Stream(self.device)
         self.turn = Turn(self.device)

@@ -89,12 +89,12 @@ class Watching(TorchDispatchMode):
         written = [t for t in _written(func, args, kwargs) if t.device == self._device]
         reads = [region_of(t) for t in given if all(t is not w for w in written)]
         step = self._schedule.add(reads, [region_of(t) for t in written])
+        with self._lanes.running(step):
+            result = func(*args, **kwargs)
         for tensor in given:
             home = self._lane_of.get(tensor.untyped_storage().data_ptr())
             if home is not None and home != step.place.lane:
                 self._lanes.used(tensor, step.place.lane)
-        with self._lanes.running(step):
-            result = func(*args, **kwargs)
         known = {t.untyped_storage().data_ptr() for t in given}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
