@@ -118,6 +118,7 @@ setup(
         "fastcnn.commands",
         "fastcnn.graph",
         "fastcnn.graph.freezing",
+        "fastcnn.graph.freezing.gpu",
         "fastcnn.measurement",
         "fastcnn.models",
         "fastcnn.nn",

@@ -18,4 +18,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
-    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", "utf-8")
+    """The file is exchanged as a whole, so that a process that is killed leaves the old one or the new one."""
+    new = file.with_name(file.name + ".new")
+    new.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", "utf-8")
+    new.replace(file)

@@ -2,7 +2,7 @@
 # One whole visit to a GPU machine, stage by stage. Works from a checkout, without a network, with what is installed there
 # (torch >= 2.11, triton >= 3.6, nvcc, cmake, ninja, pybind11, pytest, pytest-benchmark).
 #
-#   benchmarks/run_gpu.sh [--dry-run] [stage ...]        stages: build tests verify tune sanitize layers bench;
+#   benchmarks/run_gpu.sh [--dry-run] [stage ...]        stages: build tests verify tune sanitize layers bench networks;
 #                                                        default: all
 #
 # Everything goes to $OUT (default: gpu-results/), one log a stage, written as it happens. A stage has nine minutes; one that
@@ -16,11 +16,11 @@ stages=()
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=1 ;;
-    build | tests | verify | tune | sanitize | layers | bench) stages+=("$argument") ;;
-    *) echo "unknown stage '$argument': build tests verify tune sanitize layers bench" >&2; exit 2 ;;
+    build | tests | verify | tune | sanitize | layers | bench | networks) stages+=("$argument") ;;
+    *) echo "unknown stage '$argument': build tests verify tune sanitize layers bench networks" >&2; exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || stages=(build tests verify tune sanitize layers bench)
+[ ${#stages[@]} -gt 0 ] || stages=(build tests verify tune sanitize layers bench networks)
 
 export OUT="${OUT:-$PWD/gpu-results}"
 mkdir -p "$OUT"
@@ -139,10 +139,23 @@ stage_bench() {
     --benchmark-json="$OUT/benchmarks.json" || return 1
 }
 
+# Whole networks against eager mode, CUDA graphs and torch.compile. Status 3: a candidate broke the process; the next one
+# goes on behind it.
+stage_networks() {
+  export PYTHONPATH="$PWD/benchmarks"
+  local options=() code=3
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then options=(--rehearse --networks resnet18 --batches 1 --rounds 5); fi
+  while [ $code = 3 ] && [ $((${NETWORKS_SECONDS:-480} - SECONDS)) -gt 10 ]; do
+    code=0
+    python benchmarks/measure_gpu_networks.py "${options[@]}" --deadline $((${NETWORKS_SECONDS:-480} - SECONDS)) || code=$?
+  done
+  return $code
+}
+
 # ---- the visit ----------------------------------------------------------------------------------------------------
 
 export FASTCNN_REHEARSE=${FASTCNN_REHEARSE:-0}
-export -f stage_build stage_tests stage_verify verify_one stage_tune stage_sanitize stage_bench stage_layers
+export -f stage_build stage_tests stage_verify verify_one stage_tune stage_sanitize stage_bench stage_layers stage_networks
 {
   echo "commit ${FASTCNN_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}, $(date -u +%FT%TZ), rehearsal: $FASTCNN_REHEARSE"
 } >"$OUT/summary.txt"

@@ -11,7 +11,10 @@ optimizers write so; their steps are watched.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -36,6 +39,28 @@ class _Entry(NamedTuple):
 
 
 _entries: dict[int, dict[Hashable, _Entry]] = {}
+
+
+@dataclass
+class Kept:
+    """What was derived in a :func:`keeping` block. Holding it keeps the values' memory, whatever is forgotten here."""
+
+    values: list[object] = field(default_factory=list)
+    made: int = 0  # those that were not there before, or could not be made
+
+
+_kept: ContextVar[Kept | None] = ContextVar("fastcnn_kept", default=None)
+
+
+@contextmanager
+def keeping() -> Iterator[Kept]:
+    """Collect every value that :func:`derived` hands out inside a ``with`` block, in this thread."""
+    kept = Kept()
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
 
 
 def _state_of(tensor: Tensor | None) -> tuple[object, ...] | None:
@@ -76,12 +101,19 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tens
     tensors = (tensor, *others)
     states = [_state_of(t) for t in tensors]
     identity = id(tensor)
+    kept = _kept.get()
     of_owner = _entries.get(identity)
     if of_owner is not None:
         found = of_owner.get(key)
         if found is not None and found.states == states and found.owner() is tensor:
+            if kept is not None:
+                kept.values.append(found.value)
             return found.value  # type: ignore[return-value]
+    if kept is not None:
+        kept.made += 1
     value = make(*tensors)
+    if kept is not None:
+        kept.values.append(value)
     if any(t is not None and not t.is_cpu and t.is_inference() for t in tensors):
         return value
 

@@ -11,7 +11,7 @@ import torch
 
 from fastcnn._table import text_table
 from fastcnn.commands import _common as common
-from fastcnn.graph.freezing import freeze
+from fastcnn.graph.freezing import FrozenModel, freeze
 from fastcnn.measurement import Comparison, compare
 from fastcnn.measurement.candidates import OURS
 from fastcnn.measurement.comparison import ENGINE_TURNS
@@ -155,6 +155,7 @@ def _measure(
             except ValueError as error:
                 notes.append(f"{name}: not shown step by step: {next(iter(str(error).splitlines()), '')}")
             else:
+                assert isinstance(frozen, FrozenModel)
                 found.frozen = frozen_layer_times(frozen, images, rounds=options.rounds, eager=found.eager)
     return found
 

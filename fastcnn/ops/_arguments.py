@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastcnn.backends.derived import derived
+
 Pair = tuple[int, int]
 IntOrPair = int | Sequence[int]
 
@@ -132,4 +134,12 @@ def kernel_vector(vector: Tensor | None) -> Tensor | None:
     """A vector as kernels take it: fp32 and contiguous. Wider and other kinds stay as they are, for the reference."""
     if vector is None:
         return None
-    return (vector.float() if vector.dtype in (torch.bfloat16, torch.float16) else vector).contiguous()
+    if vector.dtype in (torch.bfloat16, torch.float16):
+        # On a GPU a conversion is a kernel: for a parameter it is done once.
+        keep = vector.is_cuda and isinstance(vector, torch.nn.Parameter)
+        return derived(vector, "kernel_vector", _wide) if keep else _wide(vector)
+    return vector.contiguous()
+
+
+def _wide(vector: Tensor) -> Tensor:
+    return vector.detach().float().contiguous()

@@ -16,6 +16,8 @@ from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.aten import aten_rules
 from fastcnn.graph.freezing.capture import capture
 from fastcnn.graph.freezing.choosing import ByMeasurement, by_rule
+from fastcnn.graph.freezing.gpu import FrozenOnGpu, freeze_on_gpu
+from fastcnn.graph.freezing.gpu.frozen import DTYPES as GPU_DTYPES
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
 from fastcnn.graph.freezing.storage import as_bytes, from_bytes
@@ -192,12 +194,16 @@ def freeze(
     *,
     dtype: torch.dtype | None = None,
     tune: bool = False,
-) -> FrozenModel:
-    """A model in eval mode, for inputs of one shape on the CPU, as a plan that runs in one native call.
+) -> FrozenModel | FrozenOnGpu:
+    """A model in eval mode, for inputs of one shape, as one native call on the CPU or one CUDA graph on a GPU.
 
-    Batch norm is folded, weights are packed for this processor, and activations share one arena whose memory is planned
-    and touched here. The results are the optimized model's own, since the same kernels run; what is not fastcnn's
-    (activations but ReLU, layer norm, sums) is computed by steps of the plan, within the accuracy rule.
+    On a GPU: see :class:`~fastcnn.graph.freezing.FrozenOnGpu`. The kernels that ``use_backend``, the tuner's table,
+    ``exact`` and PyTorch's TF32 settings say when it is frozen are launched by the graph, with nothing computed anew
+    that depends on weights alone; branches run side by side on streams of their own where that is faster here.
+
+    On the CPU: batch norm is folded, weights are packed for this processor, and activations share one arena whose
+    memory is planned and touched here. The results are the optimized model's own, since the same kernels run; what is
+    not fastcnn's (activations but ReLU, layer norm, sums) is computed by steps of the plan, within the accuracy rule.
 
     Args:
         model: any convolutional network. Unless it is made of fastcnn's modules or was optimized, a copy of it goes
@@ -205,29 +211,39 @@ def freeze(
             the frozen model.
         example_inputs: a tensor, or a sequence of them, as ``model(*example_inputs)`` takes; only shapes, strides and
             dtypes matter.
-        dtype: ``torch.float32`` or ``torch.bfloat16``: freeze a converted copy, for inputs of this dtype.
-        tune: measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles) is fastest here for each 3x3 or 5x5
-            convolution, for the number of threads now set, instead of going by the backend's estimate. Takes some
+        dtype: ``torch.float32``, ``torch.bfloat16`` or, on a GPU, ``torch.float16``: freeze a converted copy, for
+            inputs of this dtype.
+        tune: on the CPU, measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles) is fastest here for each 3x3 or
+            5x5 convolution, for the number of threads now set, instead of going by the backend's estimate. Takes some
             seconds. Results may then differ from the unfrozen model's within what fast algorithms may be off.
 
     Raises:
-        ValueError: the model holds operators without a native step (all are listed), or an example is empty, not
-            float32 or bfloat16, or not on the CPU.
+        ValueError: an example is empty, of another dtype, or on another device than the rest; on the CPU, the model
+            holds operators without a native step (all are listed); on a GPU, it waits for the GPU or copies between
+            devices, writes to its input, parameters or buffers, or draws random numbers.
         TypeError: ``model`` is no module or an example no tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, is a {type(model).__name__}")
     examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, is {dtype}")
+    on_gpu = any(isinstance(example, Tensor) and example.is_cuda for example in examples)
+    place, dtypes = ("one GPU", GPU_DTYPES) if on_gpu else ("the CPU", tuple(DTYPES))
+    named = " or ".join(map(str, dtypes))
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"dtype must be {named}, is {dtype}")
     for index, example in enumerate(examples):
         if not isinstance(example, Tensor):
             raise TypeError(f"example_inputs[{index}] must be a tensor, is a {type(example).__name__}")
-        if example.numel() == 0 or not example.is_cpu or (dtype or example.dtype) not in DTYPES:
+        elsewhere = example.device != examples[0].device if on_gpu else not example.is_cpu
+        if example.numel() == 0 or elsewhere or (dtype or example.dtype) not in dtypes:
             raise ValueError(
-                f"example_inputs[{index}] must be a float32 or bfloat16 tensor on the CPU and not empty; it has shape "
-                f"{tuple(example.shape)} and dtype {example.dtype} on {example.device}"
+                f"example_inputs[{index}] must be a {named.replace('torch.', '')} tensor on {place} and not empty; "
+                f"it has shape {tuple(example.shape)} and dtype {example.dtype} on {example.device}"
             )
+    if on_gpu:
+        if tune:
+            raise ValueError("tune is for the CPU; on a GPU, `fastcnn tune` or fastcnn.tuning.tune before freezing")
+        return freeze_on_gpu(model, examples, dtype)
     # Memory of their own each, with the same strides: values do not matter, and no two inputs may share a storage.
     blank = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype) for e in examples]
     captured = capture(_prepared(model, blank, dtype), blank)

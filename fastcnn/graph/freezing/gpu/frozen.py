@@ -1,0 +1,333 @@
+"""`freeze` for a GPU: a model with static shapes as one CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastcnn.backends.derived import Kept, keeping
+from fastcnn.graph.classes import STATE
+from fastcnn.graph.freezing.gpu.cuda_graph import Capturer, CudaCapturer, Graph
+from fastcnn.graph.freezing.gpu.hidden import hidden_code
+from fastcnn.graph.freezing.gpu.schedule import Schedule
+from fastcnn.graph.freezing.gpu.watching import CannotBeCaptured, OneLane, Watching
+from fastcnn.graph.optimizing import is_fastcnn, optimize
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LANES = 4  # of an inception module's four branches each has a stream of its own
+
+logger = logging.getLogger("fastcnn")
+
+
+class MemoryOnGpu(NamedTuple):
+    """Bytes of GPU memory that a frozen model holds."""
+
+    inputs: int
+    weights: int  # its own copies of parameters and buffers, and what was made of them: packed, folded, merged
+    graph: int  # the graph's private pool: activations and results
+
+    def __str__(self) -> str:
+        mib = [f"{value / 2**20:.2f} MiB" for value in self]
+        return f"inputs {mib[0]}; weights {mib[1]}; activations and results {mib[2]}"
+
+
+class FrozenOnGpu(nn.Module):
+    """What :func:`fastcnn.freeze` returns for inputs on a GPU: call it with tensors as the example's.
+
+    A call copies its inputs into :attr:`inputs`, replays the graph, and returns copies of the results, all on the
+    caller's current stream. A tensor of :attr:`inputs` itself may be passed after it was filled in place: it is not
+    copied. :meth:`replay` copies nothing at all.
+
+    Calls from several threads and on several streams are safe; they run one after the other, since there is one set of
+    activations. It has no parameters; ``train``, ``to`` and changes of the original's weights do not reach it. No
+    gradient is recorded.
+    """
+
+    def __init__(
+        self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, note: str
+    ) -> None:
+        super().__init__()
+        self._capturer, self._graph, self._held, self.branches = capturer, graph, held, note
+        self._inputs = tuple(inputs)
+        self._checks = tuple((i, t, t.shape, t.dtype, t.device) for i, t in enumerate(self._inputs))
+        leaves, self._structure = tree_flatten(result)
+        self._outputs: tuple[Tensor, ...] = tuple(leaves)
+        self._result = result
+        self._lock = threading.Lock()
+        self._turn = capturer.turn
+        self.train(False)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors that the graph reads, to be filled in place: in the stream of the call that follows."""
+        return self._inputs
+
+    #: What was found of the network's branches: whether they run side by side, and the times that decided it.
+    branches: str
+
+    @property
+    def recomputed(self) -> int:
+        """Packed or folded weights that each replay computes again, since the model computes them in each call."""
+        return self._held.derived.made
+
+    @property
+    def lanes(self) -> int:
+        """Streams that the network's branches run on inside the graph."""
+        return self._graph.lanes
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The model's result for inputs of the example's shapes and dtypes, in memory of its own.
+
+        Raises:
+            TypeError: an input is no tensor.
+            ValueError: a wrong number of inputs, or one of a wrong shape, dtype or device.
+            RuntimeError: the current stream is being captured.
+        """
+        if len(inputs) != len(self._checks):
+            raise ValueError(f"the frozen model takes {len(self._checks)} inputs, was given {len(inputs)}")
+        to_copy = []
+        for (index, static, shape, dtype, device), given in zip(self._checks, inputs, strict=True):
+            if given is static:
+                continue
+            if not isinstance(given, Tensor):
+                raise TypeError(f"input {index} must be a tensor, is a {type(given).__name__}")
+            if given.shape != shape or given.dtype != dtype or given.device != device:
+                raise ValueError(
+                    f"input {index} must have shape {tuple(shape)} and dtype {dtype} on {device}, as the example it "
+                    f"was frozen with; it has shape {tuple(given.shape)} and dtype {given.dtype} on {given.device}"
+                )
+            to_copy.append((static, given.detach() if given.requires_grad else given))
+        with self._lock, self._turn:
+            for static, given in to_copy:
+                static.copy_(given)
+            self._graph.replay()
+            results = [output.clone() for output in self._outputs]
+        return results[0] if self._structure.is_leaf() else tree_unflatten(results, self._structure)
+
+    def replay(self) -> Any:
+        """The result for what :attr:`inputs` hold, in the graph's own memory: the next call writes over it.
+
+        For a caller that is alone: it must have read the result, in the same stream, before the next call.
+        """
+        with self._lock, self._turn:
+            self._graph.replay()
+        return self._result
+
+    def memory(self) -> MemoryOnGpu:
+        """Bytes of GPU memory that the frozen model holds."""
+        return MemoryOnGpu(_bytes_of(self._inputs), _bytes_of(self._held.tensors()), self._graph.bytes())
+
+    def save(self, path: str | os.PathLike[str]) -> NoReturn:
+        """Raises ValueError: a CUDA graph is made of addresses in this process's memory."""
+        raise ValueError(
+            "a model frozen on a GPU cannot be saved: its CUDA graph holds addresses of this process's memory. "
+            "Save the model's state dict, and freeze again where it is loaded"
+        )
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a model frozen on a GPU can be neither pickled nor copied: its CUDA graph holds addresses of this "
+            "process's memory. Freeze the model again"
+        )
+
+    def __del__(self) -> None:
+        # Memory goes back to the allocator, which knows of the streams it came from, not of those of the calls.
+        capturer = self.__dict__.get("_capturer")
+        if capturer is not None:
+            with contextlib.suppress(Exception):  # when the interpreter ends, CUDA may be gone already
+                capturer.wait()
+
+    def extra_repr(self) -> str:
+        inputs = ", ".join(str(tuple(tensor.shape)) for tensor in self._inputs)
+        return f"inputs {inputs}; {self.branches}; {self.memory()}"
+
+
+class _Held(NamedTuple):
+    """What the graph reads: it must live as long, and nobody else may write or free it."""
+
+    model: nn.Module
+    derived: Kept
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for value in self.derived.values:
+            yield from (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+
+def _bytes_of(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def freeze_on_gpu(
+    model: nn.Module,
+    examples: Sequence[Tensor],
+    dtype: torch.dtype | None,
+    *,
+    capturer: Capturer | None = None,
+    most_lanes: int = MOST_LANES,
+) -> FrozenOnGpu:
+    """:func:`fastcnn.freeze` for examples on a GPU.
+
+    Args:
+        capturer: makes the graph; tests without a GPU pass one that only runs the model again.
+        most_lanes: streams for branches, at most. More than one are used where that is faster here.
+    """
+    capturer = capturer or CudaCapturer(examples[0].device)
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype, device=e.device) for e in examples]
+        for static, example in zip(inputs, examples, strict=True):
+            static.copy_(example.detach())
+        own = _own(model, inputs, dtype)
+        return _Freezing(capturer, own, inputs).frozen(most_lanes)
+
+
+def _own(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> nn.Module:
+    """A copy in eval mode that nobody else can change, made of fastcnn's operators."""
+    own = copy.deepcopy(model).requires_grad_(False).eval()
+    if dtype is not None:
+        own = own.to(dtype)
+    misplaced = {t.device for t in (*own.parameters(), *own.buffers()) if t.device != inputs[0].device}
+    if misplaced:
+        raise ValueError(
+            f"model must be on {inputs[0].device} like example_inputs[0]; it has tensors on "
+            + ", ".join(sorted(map(str, misplaced)))
+        )
+    if is_fastcnn(own) or any(STATE in module.__dict__ for module in own.modules()):
+        return own
+    return optimize(own, list(inputs), inplace=True)
+
+
+class _Freezing:
+    """One model on its way into a graph."""
+
+    def __init__(self, capturer: Capturer, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self._capturer, self._model, self._inputs = capturer, model, inputs
+        self._kept = Kept()
+
+    def _run(self) -> Any:
+        result = self._model(*self._inputs)
+        for leaf in tree_flatten(result)[0]:
+            if not isinstance(leaf, Tensor):
+                raise ValueError(f"model must return tensors, returned a {type(leaf).__name__}")
+        return result
+
+    def frozen(self, most_lanes: int) -> FrozenOnGpu:
+        try:
+            expected, lanes = self._warm_up(most_lanes)
+            graph, result = self._capture(1)
+        except CannotBeCaptured as error:
+            raise ValueError(f"model cannot be frozen: {error}") from error
+        first = self._results_of(graph, result)
+        if not all(map(_near, first, expected)):
+            raise ValueError(
+                "model cannot be frozen: a replay of its CUDA graph gives another result than the model, which may be "
+                "because it depends on what changes from call to call"
+            )
+        note = "no branches"
+        hidden = hidden_code(self._model)
+        if lanes > 1 and hidden is not None:
+            note = f"branches run one after the other: {hidden}"
+        elif lanes > 1:
+            graph, result, note = self._with_branches(graph, result, first, most_lanes)
+        self._kept.values = list({id(value): value for value in self._kept.values}.values())
+        return FrozenOnGpu(self._capturer, graph, self._inputs, result, _Held(self._model, self._kept), note)
+
+    def _warm_up(self, most_lanes: int) -> tuple[list[Tensor], int]:
+        """Kernels are compiled, weights are packed, and what a graph would do wrong is found.
+
+        Returns the results, and how many lanes the model's branches would have.
+        """
+        device, schedule = self._capturer.device, Schedule(most_lanes)
+        watching = Watching(device, schedule, OneLane())
+
+        def first() -> None:
+            with Watching(device):
+                self._run()
+
+        def second() -> list[Tensor]:
+            with watching:
+                result = self._run()
+            return [leaf.clone() for leaf in tree_flatten(result)[0]]
+
+        with keeping() as kept:
+            self._capturer.warm_up(first)
+            before, generator = self._state(), _generator_state(device)
+            results = self._capturer.warm_up(second)
+        self._kept.values += kept.values
+        if watching.may_draw and not torch.equal(_generator_state(device), generator):
+            raise ValueError("model cannot be frozen: it draws random numbers")
+        after = self._state()
+        for what in ("a parameter or buffer", "an input"):
+            if before[what] != after[what]:
+                raise ValueError(f"model cannot be frozen: it writes to {what}")
+        return results, schedule.lanes
+
+    def _capture(self, most_lanes: int) -> tuple[Graph, Any]:
+        with keeping() as kept:
+            captured = self._capturer.capture(self._run, most_lanes)
+        self._kept.values += kept.values
+        self._kept.made = kept.made  # of the last capture: what every replay computes again
+        return captured
+
+    def _state(self) -> dict[str, list[tuple[int, int]]]:
+        """Which tensors the model has, and how often they were written."""
+        own = [*self._model.parameters(), *self._model.buffers()]
+        return {
+            "a parameter or buffer": [(id(tensor), tensor._version) for tensor in own],
+            "an input": [(id(tensor), tensor._version) for tensor in self._inputs],
+        }
+
+    def _results_of(self, graph: Graph, result: Any) -> list[Tensor]:
+        def run() -> list[Tensor]:
+            graph.replay()
+            return [leaf.clone() for leaf in tree_flatten(result)[0]]
+
+        return self._capturer.warm_up(run)
+
+    def _with_branches(
+        self, graph: Graph, result: Any, results: Sequence[Tensor], most_lanes: int
+    ) -> tuple[Graph, Any, str]:
+        """The graph with branches on streams of their own, where the model has any and that is faster; and what was
+        found.
+        """
+        other, other_result = self._capture(most_lanes)
+        if not all(map(_equal, self._results_of(other, other_result), results)):
+            logger.warning("freeze: with branches side by side the result is another; they run one after the other")
+            return graph, result, "branches run one after the other: side by side they gave another result"
+        apart, side_by_side = self._capturer.milliseconds(graph), self._capturer.milliseconds(other)
+        times = f"side by side {side_by_side:.4f} ms, one after the other {apart:.4f} ms"
+        if side_by_side < 0.98 * apart:
+            return other, other_result, f"branches run on {other.lanes} streams: {times}"
+        return graph, result, f"branches run one after the other: {times}"
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """Of the generator that a model on this device draws from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+# How far a replay's result may be from the model's, relative: the same kernels ran, but PyTorch's libraries may choose
+# another algorithm in a capture.
+_NEAR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def _near(ours: Tensor, theirs: Tensor) -> bool:
+    if not ours.is_floating_point() or not torch.equal(ours.isfinite(), theirs.isfinite()):
+        return _equal(ours, theirs)
+    wide, exact = (t.nan_to_num(0, 0, 0).double() for t in (ours, theirs))
+    return bool((wide - exact).norm() <= _NEAR.get(ours.dtype, 1e-9) * exact.norm())
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.equal(ours, theirs) or torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
