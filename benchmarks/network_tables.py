@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -213,35 +213,51 @@ COLOURS = ("#4e79a7", "#a0cbe8", "#f28e2b", "#b07aa1")
 
 
 def speedup_picture(rows: Sequence[dict[str, Any]]) -> str:
-    """Horizontal bars, a group a network, a colour a case; a line where the best peer is."""
-    cases = ordered_cases(rows)
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    """A group a network, a colour a case; a line where the best peer is."""
     found = {(row["model"], row["case"]): row["speedup"] for row in rows}
-    scale = (WIDTH - LEFT - 60) / max(1.0, *found.values())
-    height = TOP + len(models) * (len(cases) * BAR + GAP) + 28
+    return bars_picture(found, {case: CASES.get(case, case) for case in ordered_cases(rows)}, "the best peer")
+
+
+def bars_picture(
+    found: Mapping[tuple[str, str], float], colours: Mapping[str, str], mark: str, *,
+    left: int = LEFT, percent: bool = False,
+) -> str:  # fmt: skip
+    """Horizontal bars, a group for each first part of a key, a colour for each second part; a line at 1.
+
+    Args:
+        found: the values.
+        colours: the titles of the second parts, in order.
+        mark: what stands under the line.
+        left: room for the groups' names.
+        percent: write values as shares instead of factors.
+    """
+    groups = list(dict.fromkeys(group for group, _ in found))
+    scale = (WIDTH - left - 60) / max(1.0, *found.values())
+    height = TOP + len(groups) * (len(colours) * BAR + GAP) + 28
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'font-family="sans-serif" font-size="12" fill="#222222">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
     ]
-    for i, case in enumerate(cases):
-        x = LEFT + 140 * i
+    for i, title in enumerate(colours.values()):
+        x = left + 140 * i
         parts.append(f'<rect x="{x}" y="10" width="12" height="12" fill="{COLOURS[i % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{x + 17}" y="20">{escape(CASES.get(case, case))}</text>')
+        parts.append(f'<text x="{x + 17}" y="20">{escape(title)}</text>')
     y = TOP
-    for model in models:
-        middle = y + len(cases) * BAR / 2 + 4
-        parts.append(f'<text x="{LEFT - 8}" y="{middle:.0f}" text-anchor="end">{escape(model)}</text>')
-        for i, case in enumerate(cases):
-            value = found.get((model, case))
+    for group in groups:
+        middle = y + len(colours) * BAR / 2 + 4
+        parts.append(f'<text x="{left - 8}" y="{middle:.0f}" text-anchor="end">{escape(group)}</text>')
+        for i, name in enumerate(colours):
+            value = found.get((group, name))
             if value is not None:
                 length, colour = value * scale, COLOURS[i % len(COLOURS)]
-                parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR - 2}" fill="{colour}"/>')
-                parts.append(f'<text x="{LEFT + length + 5:.1f}" y="{y + BAR - 4}" font-size="10">{value:.2f}x</text>')
+                text = f"{value:.0%}" if percent else f"{value:.2f}x"
+                parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{BAR - 2}" fill="{colour}"/>')
+                parts.append(f'<text x="{left + length + 5:.1f}" y="{y + BAR - 4}" font-size="10">{text}</text>')
             y += BAR
         y += GAP
-    line = LEFT + scale
+    line = left + scale
     dashes = 'stroke="#222222" stroke-dasharray="3 3"'
     parts.append(f'<line x1="{line:.1f}" y1="{TOP - 4}" x2="{line:.1f}" y2="{y}" {dashes}/>')
-    parts.append(f'<text x="{line:.1f}" y="{y + 14}" text-anchor="middle">the best peer</text>')
+    parts.append(f'<text x="{line:.1f}" y="{y + 14}" text-anchor="middle">{escape(mark)}</text>')
     return "\n".join([*parts, "</svg>", ""])

@@ -2,7 +2,8 @@
 # One whole visit to a GPU machine, stage by stage. Works from a checkout, without a network, with what is installed there
 # (torch >= 2.11, triton >= 3.6, nvcc, cmake, ninja, pybind11, pytest, pytest-benchmark).
 #
-#   benchmarks/run_gpu.sh [--dry-run] [stage ...]        stages: build tests verify tune sanitize bench; default: all
+#   benchmarks/run_gpu.sh [--dry-run] [stage ...]        stages: build tests verify tune sanitize layers bench;
+#                                                        default: all
 #
 # Everything goes to $OUT (default: gpu-results/), one log a stage, written as it happens. A stage has nine minutes; one that
 # fails or runs out of time does not stop the next. $OUT/summary.txt says how each ended; the exit status is 0 only if all passed.
@@ -15,11 +16,11 @@ stages=()
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=1 ;;
-    build | tests | verify | tune | sanitize | bench) stages+=("$argument") ;;
-    *) echo "unknown stage '$argument': build tests verify tune sanitize bench" >&2; exit 2 ;;
+    build | tests | verify | tune | sanitize | layers | bench) stages+=("$argument") ;;
+    *) echo "unknown stage '$argument': build tests verify tune sanitize layers bench" >&2; exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || stages=(build tests verify tune sanitize bench)
+[ ${#stages[@]} -gt 0 ] || stages=(build tests verify tune sanitize layers bench)
 
 export OUT="${OUT:-$PWD/gpu-results}"
 mkdir -p "$OUT"
@@ -82,6 +83,16 @@ stage_sanitize() {
   return $status
 }
 
+# Every convolution of five networks and the memory-bound operators, for docs/performance-gpu.md.
+stage_layers() {
+  export PYTHONPATH="$PWD/benchmarks"
+  local status=0 options=(--deadline "${LAYERS_SECONDS:-240}")
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then options+=(--rehearse); fi
+  python benchmarks/measure_gpu_layers.py --operators "${options[@]}" --file "$OUT/gpu-operators.json" || status=1
+  python benchmarks/measure_gpu_layers.py "${options[@]}" --file "$OUT/gpu-layers.json" || status=1
+  return $status
+}
+
 stage_bench() {
   local selection=() rounds=()
   if [ "$FASTCNN_REHEARSE" = 1 ]; then selection=(-k "global_avg_pool or resnet20"); fi
@@ -92,7 +103,7 @@ stage_bench() {
 # ---- the visit ----------------------------------------------------------------------------------------------------
 
 export FASTCNN_REHEARSE=${FASTCNN_REHEARSE:-0}
-export -f stage_build stage_tests stage_verify stage_tune stage_sanitize stage_bench
+export -f stage_build stage_tests stage_verify stage_tune stage_sanitize stage_layers stage_bench
 {
   echo "commit ${FASTCNN_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}, $(date -u +%FT%TZ), rehearsal: $FASTCNN_REHEARSE"
 } >"$OUT/summary.txt"

@@ -1,5 +1,5 @@
-"""Writes docs/performance.md and its pictures from the raw results in benchmarks/results. No figure on that page has
-another source.
+"""Writes docs/performance.md, docs/performance-gpu.md and their pictures from the raw results in benchmarks/results. No
+figure on these pages has another source.
 
     python benchmarks/write_performance_page.py            writes them
     python benchmarks/write_performance_page.py --check    exits 1 when one on disk is not what would be written
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gpu_page, is_gpu
 from network_tables import instruction_sets_section, logits_section, sections
 from raw_rows import RESULTS, read_rows
 
@@ -31,8 +32,10 @@ the weights by hand. `of peak` is the share of the processor's peak, measured in
 
 
 def page(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """The page and its pictures, by path below docs/, for raw files by name: networks, logits, operators."""
+    """The pages and their pictures, by path below docs/, for raw files by name; those of a GPU have their own page."""
     written: dict[str, str] = {}
+    on_gpu = {stem: rows for stem, rows in results.items() if is_gpu(rows)}
+    results = {stem: rows for stem, rows in results.items() if rows and stem not in on_gpu}
 
     def of_kind(*kinds: str | None) -> dict[str, list[dict[str, Any]]]:
         return {stem: rows for stem, rows in results.items() if rows[0].get("what") in kinds}
@@ -50,7 +53,10 @@ def page(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     if operators:
         parts.append(OPERATORS)
     parts += [section(stem, rows) for stem, rows in operators.items()]
-    if not any("NVIDIA" in str(row.get("device")) for rows in results.values() for row in rows):
+    if on_gpu:
+        parts.append("# GPU\n\n[Performance on a GPU](performance-gpu.md).\n")
+        written |= gpu_page(on_gpu)
+    else:
         parts.append("# GPU\n\nNo GPU has run these kernels yet: there are no figures.\n")
     written["performance.md"] = "\n".join(parts)
     return written

@@ -31,6 +31,9 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
     case Kernel::stem_wgmma:
       if constexpr (sizeof(T) == 2) launch_conv2d_stem_wgmma<T>(problem, target);
       return;
+    case Kernel::patch:
+      if constexpr (sizeof(T) == 2) launch_conv2d_patch<T>(problem, choice.tile_columns, target);
+      return;
     case Kernel::tma:
       if constexpr (sizeof(T) == 2)
         launch_conv2d_tma<T>(problem, choice.tile_rows, choice.tile_columns, choice.in_turns, target);

@@ -7,6 +7,7 @@
 //   stem wgmma  bf16, fp16   as stem, K > 32                                                   tensor cores, sm_90a
 //   stem        bf16, fp16   groups = 1, C <= 4 and nothing between pixels, no dilation, no     tensor cores, sm_80+
 //                            prologue, filters that fit in shared memory
+//   patch       bf16, fp16   as tma, several taps, stride 1, few filters                       tensor cores, sm_90a
 //   tma         bf16, fp16   aligned output too; groups of 64s of channels; prologue of 1x1    tensor cores, sm_90a
 //                            only; not few channels under large filters
 //   wgmma       bf16, fp16   groups = 1, aligned, enough tiles for the device                  tensor cores, sm_90a
@@ -20,6 +21,7 @@
 #include <algorithm>
 
 #include "conv2d_choice.h"
+#include "conv2d_patch_plan.h"
 #include "tensor_map.h"
 
 namespace fastcnn::cuda {
@@ -84,11 +86,15 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
              in_turns(64),
              in_turns(32)};
   }
-  if (problem.groups > 1) {
-    found.erase(std::remove_if(found.begin(), found.end(),
-                               [&](const Choice& choice) { return problem.shape.filters % choice.tile_columns != 0; }),
-                found.end());
-  }
+  const ConvShape& shape = problem.shape;
+  found.erase(std::remove_if(found.begin(), found.end(),
+                             [&](const Choice& choice) {
+                               // A store writes 64 columns, and only the tensor's end stops it.
+                               const bool stores_beyond =
+                                   choice.tile_columns == 32 && shape.filters * problem.groups > 32;
+                               return stores_beyond || (problem.groups > 1 && shape.filters % choice.tile_columns != 0);
+                             }),
+              found.end());
   return found;
 }
 
@@ -105,9 +111,21 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
   const double stages = static_cast<double>(taps * ceil_divide(shape.channels, kTensorMapRow));
   const double multiplying = std::max(products / 2048, stages * (1.6 * rows + 3.5 * columns + 70));
-  const double storing = 0.25 * rows * columns, starting = 660;
+  // With a prologue every column tile changes its rows again.
+  const double storing = 0.25 * rows * columns, starting = problem.has_prologue() ? 2000 : 660;
   const bool overlapped = choice.in_turns && problem.residual == nullptr;
   return waves * (starting + (overlapped ? std::max(multiplying, storing) : multiplying + storing));
+}
+
+// The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for
+// shared memory; a block first brings its filters.
+double patch_cycles(const ConvProblem& problem, int columns, const DeviceFacts& device) {
+  const PatchPlan plan = patch_plan(problem, columns, device);
+  const int64_t blocks = std::max(device.multiprocessors / plan.column_tiles, 1);
+  const double waves = static_cast<double>(ceil_divide(plan.tiles, blocks));
+  const int64_t taps = problem.shape.reduction / problem.shape.channels;
+  const double products = static_cast<double>(taps * ceil_divide(problem.shape.channels, 16) * (kPatchRows / 64));
+  return plan.filter_bytes / 32.0 + waves * (products * (columns == 64 ? 36 : 26) + 2000);
 }
 
 Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
@@ -115,6 +133,17 @@ Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
   return *std::min_element(found.begin(), found.end(), [&](const Choice& a, const Choice& b) {
     return tma_cycles(problem, a, multiprocessors) < tma_cycles(problem, b, multiprocessors);
   });
+}
+
+Choice best_bulk(const ConvProblem& problem, DType dtype, const DeviceFacts& device) {
+  const Choice tma = best_tma(problem, device.multiprocessors);
+  for (const int columns : {32, 64}) {
+    if (patch_fits(problem, dtype, columns, device) &&
+        patch_cycles(problem, columns, device) < tma_cycles(problem, tma, device.multiprocessors)) {
+      return {Kernel::patch, LoadPath::async_vectors, kPatchRows, columns};
+    }
+  }
+  return tma;
 }
 
 }  // namespace
@@ -135,6 +164,8 @@ std::string name_of(const Choice& choice) {
       return "stem";
     case Kernel::stem_wgmma:
       return "stem wgmma";
+    case Kernel::patch:
+      return "patch" + tile;
     case Kernel::tma:
       return "tma" + tile + (choice.in_turns ? " in turns" : path);
     case Kernel::wgmma:
@@ -148,7 +179,7 @@ std::string name_of(const Choice& choice) {
 Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const DeviceFacts& device) {
   const ConvShape& shape = problem.shape;
   const LoadPath path = path_of(problem, dtype);
-  if (device.wgmma && problem.groups > 1 && tma_fits(problem, dtype)) return best_tma(problem, device.multiprocessors);
+  if (device.wgmma && problem.groups > 1 && tma_fits(problem, dtype)) return best_bulk(problem, dtype, device);
   if (problem.groups > 1) {
     if (depthwise_serves(problem, dtype)) return {Kernel::depthwise, path};
     if (shape.channels < 16 || shape.filters < 8 || problem.groups > 65535) return {Kernel::grouped, path};
@@ -159,9 +190,11 @@ Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const De
   if (stem_serves(problem, dtype, device, false)) return {Kernel::stem, path};
 
   const int64_t multiprocessors = device.multiprocessors;
-  // Few channels leave most of a stage's 64 empty, which counts where a stage is one of many taps.
-  const bool fills_stages = shape.channels >= 48 || shape.reduction == shape.channels;
-  if (device.wgmma && fills_stages && tma_fits(problem, dtype)) return best_tma(problem, multiprocessors);
+  if (device.wgmma && tma_fits(problem, dtype)) {
+    // Few channels leave most of a stage's 64 empty, which counts where a stage is one of many taps.
+    const Choice best = best_bulk(problem, dtype, device);
+    if (best.kernel == Kernel::patch || shape.channels >= 48 || shape.reduction == shape.channels) return best;
+  }
   if (device.wgmma && shape.filters > 32 && 2 * tiles(problem, 128, 64) >= multiprocessors) {
     if (dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
       int columns = mma_columns(problem, multiprocessors);
@@ -197,6 +230,11 @@ std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_
   if (stem_serves(problem, dtype, device, false)) add({Kernel::stem, path});
   if (device.wgmma && tma_fits(problem, dtype)) {
     for (const Choice& choice : tma_choices(problem)) add(choice);
+    for (const int columns : {32, 64}) {
+      if (patch_fits(problem, dtype, columns, device)) {
+        add({Kernel::patch, LoadPath::async_vectors, kPatchRows, columns});
+      }
+    }
   }
   if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
     for (const int columns : {64, 128}) add({Kernel::wgmma, path, 128, columns});

@@ -56,7 +56,7 @@ void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_col
 
 // wgmma fed by bulk copies (sm_90a; bf16, fp16), for every problem that tma_fits. Tiles served, as rows x columns:
 // together 256x128, 256x64, 128x128, 128x64, 128x32; in turns 128x128, 128x64, 128x32; with a prologue 128x128, 128x64.
-// With groups, a group's filters must be whole columns.
+// With groups, a group's filters must be whole columns; 32 columns serve up to 32 filters only.
 bool tma_fits(const ConvProblem& problem, DType dtype);
 template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns,
@@ -69,6 +69,11 @@ template <typename T>
 void launch_conv2d_stem(const ConvProblem& problem, const LaunchTarget& target);
 template <typename T>
 void launch_conv2d_stem_wgmma(const ConvProblem& problem, const LaunchTarget& target);
+
+// wgmma on patches of the input that all filter taps share (sm_90a; bf16, fp16). tile_columns is 64, or 32 for up to 32
+// filters; see patch_fits (conv2d_patch_plan.h).
+template <typename T>
+void launch_conv2d_patch(const ConvProblem& problem, int tile_columns, const LaunchTarget& target);
 
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);

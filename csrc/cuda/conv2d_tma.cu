@@ -26,6 +26,7 @@
 #include "device/ptx.cuh"
 #include "device/tile_layout.h"
 #include "device/tma.cuh"
+#include "device/tma_epilogue.cuh"
 #include "device/wgmma.cuh"
 #include "host.h"
 #include "tensor_map.h"
@@ -135,34 +136,42 @@ __device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_
   }
 }
 
+// The prologue's factors of a thread's 8 channels of a block, loaded while the block's stage is still on its way.
+template <typename T>
+struct PrologueFactors {
+  float scale[kVector<T>], shift[kVector<T>];
+  __device__ __forceinline__ PrologueFactors(const TmaConvolution& problem, int channel) {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      const bool real = channel + i < problem.channels;  // beyond, the filters are zero and 0 * 1 + 0 must stay 0
+      scale[i] = problem.input_scale != nullptr && real ? __ldg(problem.input_scale + channel + i) : 1.0f;
+      shift[i] = problem.input_shift != nullptr && real ? __ldg(problem.input_shift + channel + i) : 0.0f;
+    }
+  }
+};
+
 // Applies the prologue to this warpgroup's rows of a stage: a thread to one 16-byte chunk of every 16th row.
-template <typename Tile>
-__device__ __forceinline__ void apply_prologue_in_place(const TmaConvolution& problem, uint32_t tile_a, int block,
+template <typename Tile, typename Factors>
+__device__ __forceinline__ void apply_prologue_in_place(const Factors& factors, bool relu_input, uint32_t tile_a,
                                                         int group, int thread) {
   using T = typename Tile::Type;
-  constexpr int kWidth = kVector<T>;
-  const int chunk = thread % 8, channel = block * kTensorMapRow + chunk * kWidth;
-  float scale[kWidth], shift[kWidth];
+  constexpr int kWidth = kVector<T>, kRowsOfThread = Tile::kGroupRows / 16;
+  uint4 raw[kRowsOfThread];
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const bool real = channel + i < problem.channels;  // beyond, the filters are zero and 0 * (0 + 0) must stay 0
-    scale[i] = problem.input_scale != nullptr && real ? __ldg(problem.input_scale + channel + i) : 1.0f;
-    shift[i] = problem.input_shift != nullptr && real ? __ldg(problem.input_shift + channel + i) : 0.0f;
+  for (int i = 0; i < kRowsOfThread; ++i) {
+    raw[i] = load_shared_16(tile_a + tile_offset<128>(thread / 8 + i * 16, thread % 8));
   }
 #pragma unroll
-  for (int i = 0; i < Tile::kGroupRows / 16; ++i) {
-    const uint32_t at = tile_a + tile_offset<128>(thread / 8 + i * 16, chunk);
-    const uint4 raw = load_shared_16(at);
+  for (int i = 0; i < kRowsOfThread; ++i) {
     T values[kWidth];
-    memcpy(values, &raw, 16);
+    memcpy(values, &raw[i], 16);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const float x = to_float(values[j]) * scale[j] + shift[j];
-      values[j] = from_float<T>(problem.input_relu ? relu(x) : x);
+      const float x = to_float(values[j]) * factors.scale[j] + factors.shift[j];
+      values[j] = from_float<T>(relu_input ? relu(x) : x);
     }
-    uint4 changed;
-    memcpy(&changed, values, 16);
-    store_shared_16(at, changed);
+    memcpy(&raw[i], values, 16);
+    store_shared_16(tile_a + tile_offset<128>(thread / 8 + i * 16, thread % 8), raw[i]);
   }
   fence_async_proxy();
   warpgroup_barrier(group);
@@ -186,8 +195,13 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
     for (int block = 0; block < problem.channel_blocks; ++block) {
       const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes + rows_of_group * 128;
       const uint32_t tile_b = stages + ring.stage * Tile::kStageBytes + Tile::kBytesA;
-      barrier_wait(barriers.full(ring.stage), ring.parity);
-      if constexpr (Tile::kPrologue) apply_prologue_in_place<Tile>(problem, tile_a, block, group, thread);
+      if constexpr (Tile::kPrologue) {
+        const PrologueFactors<typename Tile::Type> factors(problem, block * kTensorMapRow + thread % 8 * 8);
+        barrier_wait(barriers.full(ring.stage), ring.parity);
+        apply_prologue_in_place<Tile>(factors, problem.input_relu, tile_a, group, thread);
+      } else {
+        barrier_wait(barriers.full(ring.stage), ring.parity);
+      }
       wgmma_fence();
       if (block + 1 < problem.channel_blocks || problem.last_steps == 4) {
 #pragma unroll
@@ -208,35 +222,6 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
 #pragma unroll
   for (int half = 0; half < Tile::kGroupRows / 64; ++half) hold(acc[half]);
   if (lane == 0) barrier_arrive(barriers.empty(before));
-}
-
-__device__ __forceinline__ float2 unpack(uint32_t bits, __nv_bfloat16) {
-  __nv_bfloat16 pair[2];
-  memcpy(pair, &bits, 4);
-  return make_float2(to_float(pair[0]), to_float(pair[1]));
-}
-__device__ __forceinline__ float2 unpack(uint32_t bits, __half) {
-  __half pair[2];
-  memcpy(pair, &bits, 4);
-  return make_float2(to_float(pair[0]), to_float(pair[1]));
-}
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float x, float y) {
-  const T pair[2] = {from_float<T>(x), from_float<T>(y)};
-  uint32_t bits;
-  memcpy(&bits, pair, 4);
-  return bits;
-}
-
-// A tile's scale and bias for each of its columns, from where the epilogue reads them for two columns at a time.
-template <typename Tile>
-__device__ __forceinline__ void stage_coefficients(const TmaConvolution& problem, float2* coefficients,
-                                                   int first_column, int thread) {
-  if (thread >= Tile::kColumns) return;
-  const int column = first_column + thread;
-  const bool real = column < problem.filters;
-  coefficients[thread] = make_float2(real && problem.scale != nullptr ? __ldg(problem.scale + column) : 1.0f,
-                                     real && problem.bias != nullptr ? __ldg(problem.bias + column) : 0.0f);
 }
 
 // The epilogue, in the accumulators' own layout: a lane holds pairs of columns, its quad 16 bytes of a row. In the
@@ -312,7 +297,7 @@ __device__ __forceinline__ void compute_tiles(const TmaConvolution& problem, uin
         }
       }
     }
-    stage_coefficients<Tile>(problem, coefficients, first_column, thread);
+    stage_coefficients<Tile::kColumns>(problem, coefficients, first_column, thread);
     if (Tile::kInTurns) {
       barrier_wait(barriers.turn(group), turn_parity);
       turn_parity ^= 1;

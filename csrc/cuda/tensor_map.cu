@@ -111,6 +111,16 @@ TensorMap filter_map(const void* weight, DType dtype, int64_t filters, int64_t t
       {bytes(channels), bytes(row_stride)}, {kTensorMapRow, 1, static_cast<cuuint32_t>(tile_filters)});
 }
 
+TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {
+  const int64_t stride = view.pixel_stride;
+  return tiled_map<4>(
+      view.data, view.dtype,
+      {static_cast<cuuint64_t>(view.c), static_cast<cuuint64_t>(view.w), static_cast<cuuint64_t>(view.h),
+       static_cast<cuuint64_t>(view.n)},
+      {bytes(stride), bytes(stride * view.w), bytes(stride * view.w * view.h)},
+      {kTensorMapRow, static_cast<cuuint32_t>(box_w), static_cast<cuuint32_t>(box_h), static_cast<cuuint32_t>(box_n)});
+}
+
 TensorMap matrix_map(const TensorView& view, int tile_pixels) {
   return tiled_map<2>(view.data, view.dtype, {static_cast<cuuint64_t>(view.c), static_cast<cuuint64_t>(view.pixels())},
                       {bytes(view.pixel_stride)}, {kTensorMapRow, static_cast<cuuint32_t>(tile_pixels)});

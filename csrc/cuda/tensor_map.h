@@ -33,6 +33,10 @@ TensorMap pixel_map(const TensorView& image, const PixelMap& pixels);
 TensorMap filter_map(const void* weight, DType dtype, int64_t filters, int64_t taps, int64_t channels,
                      int64_t row_stride, int tile_filters);
 
+// A copy moves 64 channels of a box of pixels: `box_w` by `box_h` of each of `box_n` images. Pixels outside the image
+// arrive as zero, and are not written.
+TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n);
+
 // The view's pixels as rows of its channels; a copy moves 64 channels of `tile_pixels` pixels.
 TensorMap matrix_map(const TensorView& view, int tile_pixels);
 

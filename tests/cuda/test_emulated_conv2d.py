@@ -102,10 +102,19 @@ CASES = [
     Case("tma 128x64 in turns", F16, SM90_TWO, 136, 120, stride=(1, 2), padding=(1, 0, 1, 3), asked=True),
     Case("tma 128x64 in turns", BF16, SM90_TWO, 64, 40, image=(1, 3, 3), asked=True),
     Case("tma 128x32", BF16, SM90_TWO, 128, 32, image=(3, 7, 9), out_start=32, out_extra=64, asked=True),
-    Case("tma 128x32 in turns", F16, SM90, 40, 56, ONE, padding=NONE, image=(3, 9, 11), asked=True),
+    Case("tma 128x32 in turns", F16, SM90, 40, 24, ONE, padding=NONE, image=(3, 9, 11), asked=True),
     Case("tma 128x64", BF16, SM90, 192, 192, groups=3, image=(2, 9, 10), asked=True),
     Case("tma 256x128", F16, SM90_TWO, 256, 512, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
     Case("tma 128x64 in turns", F16, SM90_TWO, 128, 128, groups=2, image=(3, 9, 10), asked=True),
+    # Taps that share a patch: parts of rows, whole rows, several images; halos on all sides, a channel tail, groups.
+    Case("patch 256x64", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
+    Case("patch 256x64", F16, SM90_TWO, 56, 120, image=(1, 19, 61), out_start=8, out_extra=16, asked=True),
+    Case("patch 256x64", BF16, SM90_TWO, 16, 72, (4, 4), padding=(2, 2, 1, 1), image=(3, 7, 70), asked=True),
+    Case("patch 256x64", F16, SM90_TWO, 64, 64, (3, 2), padding=(0, 1, 3, 0), image=(5, 5, 6), asked=True),
+    Case("patch 256x64", BF16, SM90_TWO, 128, 128, groups=2, image=(2, 6, 9), residual_extra=8, asked=True),
+    Case("patch 256x32", BF16, SM90, 128, 32, image=(7, 7, 7), out_start=32, out_extra=64, asked=True),
+    Case("patch 256x32", F16, SM90_TWO, 24, 24, (5, 5), padding=(2, 2, 2, 2), image=(2, 13, 15), asked=True),
+    Case("patch 256x32", BF16, SM90_TWO, 40, 16, image=(1, 3, 300), asked=True),
     Case("tma 128x128 staged", BF16, SM90, 136, 128, ONE, padding=NONE, prologue=True, x_extra=8),
     Case("tma 128x64 staged", F16, SM90_TWO, 96, 72, ONE, padding=NONE, prologue=True, stride=(2, 2), asked=True),
     # Exact fp32.
@@ -123,7 +132,7 @@ CASES = [
 ]  # fmt: skip
 # Each tensor-core kernel once more with nothing in the epilogue.
 CASES += [
-    replace(c, epilogue=False) for c in CASES if c.kernel.startswith(("mma 128x32", "wgmma 128x64", "tma"))
+    replace(c, epilogue=False) for c in CASES if c.kernel.startswith(("mma 128x32", "wgmma 128x64", "tma", "patch"))
 ]
 
 

@@ -63,6 +63,14 @@ __device__ __forceinline__ void copy_pixels(uint32_t destination, const TensorMa
       : "memory");
 }
 
+__device__ __forceinline__ void copy_box_4d(uint32_t destination, const TensorMap& map, uint32_t barrier, int x, int y,
+                                            int z, int u) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];\n" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(u)
+      : "memory");
+}
 __device__ __forceinline__ void copy_box_3d(uint32_t destination, const TensorMap& map, uint32_t barrier, int x, int y,
                                             int z) {
   asm volatile(
@@ -87,6 +95,12 @@ __device__ __forceinline__ void store_box_2d(const TensorMap& map, uint32_t sour
                "r"(source), "r"(x), "r"(y)
                : "memory");
 }
+__device__ __forceinline__ void store_box_4d(const TensorMap& map, uint32_t source, int x, int y, int z, int u) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
+                   reinterpret_cast<uint64_t>(&map)),
+               "r"(source), "r"(x), "r"(y), "r"(z), "r"(u)
+               : "memory");
+}
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
@@ -106,6 +120,11 @@ __device__ __forceinline__ int uniform(int value) {
 // All 128 threads of warpgroup `warpgroup` meet.
 __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
   asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
+}
+
+// The 256 threads of the two warpgroups that multiply meet.
+__device__ __forceinline__ void multipliers_barrier() {
+  asm volatile("bar.sync 4, 256;\n" ::: "memory");
 }
 
 // Registers move from the warpgroup that copies to those that multiply; every thread of the warpgroup executes it.

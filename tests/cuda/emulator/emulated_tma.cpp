@@ -134,7 +134,7 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 
 void copy_pixels(uint32_t destination, const Map& map, uint32_t barrier, int c, int w, int h, int n, int shift_w,
                  int shift_h) {
-  if (map.rank != 4) emulator::fail("copy_pixels wants a map of pixels");
+  if (!map.pixels) emulator::fail("copy_pixels wants a map of pixels");
   issue(barrier, map.tile_pixels * 128, [=, &map] {
     int64_t at_w = w, at_h = h, at_n = n;
     const int64_t end_w = map.first_w + static_cast<int64_t>(map.columns) * map.stride_w;
@@ -154,34 +154,65 @@ void copy_pixels(uint32_t destination, const Map& map, uint32_t barrier, int c, 
   });
 }
 
-void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z) {
-  const int outer = map.rank - 1;  // the axis along which the box has rows
-  issue(barrier, map.box[outer] * 128, [=, &map] {
-    for (int row = 0; row < map.box[outer]; ++row) {
-      const int64_t at_y = map.rank == 2 ? y + row : y, at_z = map.rank == 2 ? 0 : z + row;
-      const bool real = at_y < map.sizes[1] && (map.rank == 2 || at_z < map.sizes[2]);
-      place_row(destination, row, real ? element(map, x, at_y, at_z, 0) : nullptr, values_from(map, x));
+// Calls `visit(row, element or null)` for each row of a box's shared memory: of its last axis for 2 and 3 axes, of the
+// three outer ones for 4.
+template <typename Visit>
+void for_each_row(const Map& map, int x, int y, int z, int u, const Visit& visit) {
+  const bool image = map.rank == 4;
+  const int rows_y = map.rank == 3 ? 1 : map.box[1], rows_z = image ? map.box[2] : map.rank == 3 ? map.box[2] : 1;
+  const int rows_u = image ? map.box[3] : 1;
+  int row = 0;
+  for (int c = 0; c < rows_u; ++c) {
+    for (int b = 0; b < rows_z; ++b) {
+      for (int a = 0; a < rows_y; ++a, ++row) {
+        const int64_t at_y = y + a, at_z = z + b, at_u = u + c;
+        const bool real = at_y >= 0 && at_y < map.sizes[1] && (map.rank < 3 || (at_z >= 0 && at_z < map.sizes[2])) &&
+                          (!image || (at_u >= 0 && at_u < map.sizes[3]));
+        visit(row, real ? element(map, x, at_y, at_z, at_u) : nullptr);
+      }
     }
+  }
+}
+
+int rows_of_box(const Map& map) {
+  return (map.rank == 3 ? 1 : map.box[1]) * (map.rank >= 3 ? map.box[2] : 1) * (map.rank == 4 ? map.box[3] : 1);
+}
+
+void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z, int u) {
+  if (map.pixels) emulator::fail("copy_box wants a map of boxes");
+  issue(barrier, rows_of_box(map) * 128, [=, &map] {
+    for_each_row(map, x, y, z, u,
+                 [&](int row, const unsigned char* from) { place_row(destination, row, from, values_from(map, x)); });
   });
 }
 
-void store_box(const Map& map, uint32_t source, int x, int y) {
+void store_box(const Map& map, uint32_t source, int x, int y, int z, int u) {
   if (source % 1024 != 0) emulator::fail("the 128B swizzle starts on a 1024-byte boundary");
   const auto run = [=, &map] {
-    for (int row = 0; row < map.box[1] && y + row < map.sizes[1]; ++row) {
-      for (int value = 0; value < values_from(map, x); ++value) {
+    for_each_row(map, x, y, z, u, [&](int row, const unsigned char* to) {
+      for (int value = 0; to != nullptr && value < values_from(map, x); ++value) {
         uint32_t address = source + row * 128 + value * 2;
         address ^= (address >> 7 & 7) << 4;
-        std::memcpy(const_cast<unsigned char*>(element(map, x + value, y + row, 0, 0)),
-                    emulator::shared_pointer(address, 2), 2);
+        std::memcpy(const_cast<unsigned char*>(to) + 2 * value, emulator::shared_pointer(address, 2), 2);
       }
-    }
+    });
   };
   if (emulator::eager) {
     run();
   } else {
     stores.push_back({emulator::current->linear, run});
   }
+}
+
+void multipliers_barrier() {
+  static unsigned arrived = 0, generation = 0;
+  const unsigned mine = generation;
+  if (++arrived == 256) {
+    arrived = 0;
+    ++generation;
+    emulator::note_progress();
+  }
+  while (generation == mine) emulator::yield();
 }
 
 void store_wait() {
@@ -201,6 +232,7 @@ TensorMap pixel_map(const TensorView& image, const PixelMap& pixels) {
   emulated::Map map = {};
   map.data = image.data;
   map.rank = 4;
+  map.pixels = true;
   const int64_t sizes[4] = {image.c, image.w, image.h, image.n};
   const int64_t strides[4] = {1, image.pixel_stride, image.pixel_stride * image.w,
                               image.pixel_stride * image.w * image.h};
@@ -229,6 +261,25 @@ TensorMap filter_map(const void* weight, DType, int64_t filters, int64_t taps, i
     map.strides[i] = strides[i];
   }
   map.box[2] = tile_filters;
+  return emulated::remember(map);
+}
+
+TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {
+  emulated::Map map = {};
+  map.data = view.data;
+  map.rank = 4;
+  const int64_t sizes[4] = {view.c, view.w, view.h, view.n};
+  const int64_t strides[4] = {1, view.pixel_stride, view.pixel_stride * view.w, view.pixel_stride * view.w * view.h};
+  for (int i = 0; i < 4; ++i) {
+    map.sizes[i] = sizes[i];
+    map.strides[i] = strides[i];
+  }
+  map.box[1] = box_w;
+  map.box[2] = box_h;
+  map.box[3] = box_n;
+  for (int i = 1; i < 4; ++i) {
+    if (map.box[i] < 1 || map.box[i] > 256) emulator::fail("a box has 1 to 256 pixels along each axis");
+  }
   return emulated::remember(map);
 }
 

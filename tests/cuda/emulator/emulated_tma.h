@@ -17,8 +17,9 @@ namespace emulated {
 struct Map {  // a TensorMap's opaque words hold its address
   void* data;
   int64_t sizes[4], strides[4];  // elements; innermost first
-  int32_t box[3];                // of a tiled map
-  int32_t rank;                  // 2, 3; 4 for pixels
+  int32_t box[4];                // of a tiled map
+  int32_t rank;                  // 2, 3, 4
+  bool pixels;                   // walks a convolution's pixels, no box
   int32_t first_w, first_h, columns, rows, stride_w, stride_h, tile_pixels;
 };
 
@@ -30,8 +31,9 @@ void barrier_arrive(uint32_t barrier, int expected_bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy_pixels(uint32_t destination, const Map& map, uint32_t barrier, int c, int w, int h, int n, int shift_w,
                  int shift_h);
-void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z);
-void store_box(const Map& map, uint32_t source, int x, int y);
+void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z, int u);
+void store_box(const Map& map, uint32_t source, int x, int y, int z, int u);
+void multipliers_barrier();
 void store_wait();
 
 }  // namespace emulated
@@ -55,15 +57,21 @@ inline void copy_pixels(uint32_t destination, const TensorMap& map, uint32_t bar
                         int shift_w, int shift_h) {
   emulated::copy_pixels(destination, emulated::map_of(map), barrier, c, w, h, n, shift_w, shift_h);
 }
+inline void copy_box_4d(uint32_t destination, const TensorMap& map, uint32_t barrier, int x, int y, int z, int u) {
+  emulated::copy_box(destination, emulated::map_of(map), barrier, x, y, z, u);
+}
 inline void copy_box_3d(uint32_t destination, const TensorMap& map, uint32_t barrier, int x, int y, int z) {
-  emulated::copy_box(destination, emulated::map_of(map), barrier, x, y, z);
+  emulated::copy_box(destination, emulated::map_of(map), barrier, x, y, z, 0);
 }
 inline void copy_box_2d(uint32_t destination, const TensorMap& map, uint32_t barrier, int x, int y) {
-  emulated::copy_box(destination, emulated::map_of(map), barrier, x, y, 0);
+  emulated::copy_box(destination, emulated::map_of(map), barrier, x, y, 0, 0);
+}
+inline void store_box_4d(const TensorMap& map, uint32_t source, int x, int y, int z, int u) {
+  if (emulator::current->unfenced) emulator::fail("a bulk store reads shared memory that was not fenced for it");
+  emulated::store_box(emulated::map_of(map), source, x, y, z, u);
 }
 inline void store_box_2d(const TensorMap& map, uint32_t source, int x, int y) {
-  if (emulator::current->unfenced) emulator::fail("a bulk store reads shared memory that was not fenced for it");
-  emulated::store_box(emulated::map_of(map), source, x, y);
+  store_box_4d(map, source, x, y, 0, 0);
 }
 inline void store_commit() {}
 inline void store_wait_read() {
@@ -78,6 +86,9 @@ inline int uniform(int value) {
 }
 inline void warpgroup_barrier(int) {
   emulator::collective(emulator::Scope::warpgroup, nullptr, nullptr);
+}
+inline void multipliers_barrier() {
+  emulated::multipliers_barrier();
 }
 template <int kRegisters>
 void release_registers() {}

@@ -1,0 +1,81 @@
+// See conv2d_patch_plan.h.
+#include <algorithm>
+
+#include "conv2d_patch_plan.h"
+#include "tensor_map.h"
+
+namespace fastcnn::cuda {
+
+namespace {
+
+constexpr int kMostStages = 4;
+
+// Rows of the patch up to the last one that is an output pixel.
+int64_t rows_to_multiply(const PatchPlan& plan) {
+  return ((static_cast<int64_t>(plan.tile_n) - 1) * plan.patch_h + plan.tile_h - 1) * plan.patch_w + plan.tile_w;
+}
+
+}  // namespace
+
+// The last rows of a patch are multiplied together with what lies behind them, which is the output tile or more.
+int PatchPlan::shared_bytes(int columns) const {
+  const int after_patches = output_bytes() + columns * 8 + 16 + kMostStages * 16;
+  const int read_beyond =  // from a patch's start
+      (kPatchRows + (patch_h - tile_h) * patch_w + patch_w - tile_w) * 128;
+  return 1024 + filter_bytes + stages * patch_bytes() + std::max(after_patches, read_beyond - patch_bytes());
+}
+
+bool patch_fits(const ConvProblem& problem, DType dtype, int columns, const DeviceFacts& device) {
+  const ConvShape& shape = problem.shape;
+  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  return tma_fits(problem, dtype) && !problem.has_prologue() && shape.reduction > shape.channels &&
+         shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1 &&
+         (columns == 64 ? filters > 32 : filters <= 32) && patch_plan(problem, columns, device).tile_n != 0;
+}
+
+PatchPlan patch_plan(const ConvProblem& problem, int columns, const DeviceFacts& device) {
+  const ConvShape& shape = problem.shape;
+  const int64_t taps = shape.reduction / shape.channels, filter_w = shape.by_filter_w.divisor;
+  const int64_t filter_h = taps / filter_w;
+  const int64_t width = shape.by_row.divisor, height = shape.by_image.divisor / width;
+  const int64_t images = shape.rows / shape.by_image.divisor;
+  const int64_t blocks = ceil_divide(shape.channels, kTensorMapRow);
+  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  PatchPlan best;
+  if (taps * blocks * columns * 128 > device.shared_bytes) return best;
+  int64_t fewest = 0;
+  for (int64_t parts = 1; parts <= 16 && parts <= width; ++parts) {
+    PatchPlan plan;
+    plan.filter_bytes = static_cast<int32_t>(taps * blocks * columns * 128);
+    plan.column_tiles = static_cast<int32_t>(ceil_divide(filters, columns));
+    plan.tile_n = 1;
+    plan.tile_w = static_cast<int32_t>(ceil_divide(width, parts));
+    plan.patch_w = static_cast<int32_t>(plan.tile_w + filter_w - 1);
+    if (plan.patch_w > 256) continue;
+    plan.tile_h = static_cast<int32_t>(std::min<int64_t>(height, (kPatchRows - plan.tile_w) / plan.patch_w + 1));
+    if (plan.tile_w > kPatchRows || plan.tile_h < 1) continue;
+    // Rows of equal height, where as many tiles then do.
+    plan.tile_h = static_cast<int32_t>(ceil_divide(height, ceil_divide(height, plan.tile_h)));
+    plan.patch_h = static_cast<int32_t>(plan.tile_h + filter_h - 1);
+    if (plan.patch_h > 256) continue;
+    while (parts == 1 && plan.tile_h == height && plan.tile_n < std::min<int64_t>(images, 256)) {
+      ++plan.tile_n;
+      if (rows_to_multiply(plan) <= kPatchRows) continue;
+      --plan.tile_n;
+      break;
+    }
+    for (plan.stages = kMostStages; plan.stages >= 2; --plan.stages) {
+      if (plan.shared_bytes(columns) <= device.shared_bytes) break;
+    }
+    if (plan.stages < 2) continue;
+    const int64_t tiles =
+        ceil_divide(images, plan.tile_n) * ceil_divide(height, plan.tile_h) * ceil_divide(width, plan.tile_w);
+    if (tiles >= kRowLimit || (best.tile_n != 0 && tiles >= fewest)) continue;
+    plan.tiles = static_cast<int32_t>(tiles);
+    fewest = tiles;
+    best = plan;
+  }
+  return best;
+}
+
+}  // namespace fastcnn::cuda
