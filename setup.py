@@ -128,7 +128,7 @@ setup(
     ],
     # A top-level package called triton_kernels belongs to the Triton project.
     package_dir={"fastcnn.triton_kernels": "triton_kernels"},
-    package_data={"fastcnn": ["py.typed", "_native.pyi"]},
+    package_data={"fastcnn": ["py.typed", "_native.pyi", "backends/proven.json", "tuning/shipped/*.json"]},
     ext_modules=[Extension("fastcnn._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

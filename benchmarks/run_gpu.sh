@@ -41,26 +41,41 @@ stage_build() {
   if command -v nvidia-smi >/dev/null; then nvidia-smi; fi
 }
 
+# Triton compiles on the CPU and shares what it compiled through its cache folder: many processes, where pytest-xdist is
+# installed, each taking one test at a time, the longest first. gpu-failures.txt and gpu-kernels.json are written as tests end.
 stage_tests() {
-  local selection=(tests/gpu)
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then selection=(tests/gpu -k "awkward and float32 and plain or nan"); fi
-  # Triton compiles on the CPU: in parallel where pytest-xdist is installed.
-  local parallel=()
-  if python -c "import xdist" 2>/dev/null; then parallel=(-n "${TEST_PROCESSES:-8}"); fi
-  pytest "${selection[@]}" "${parallel[@]}" -q -rs --junitxml="$OUT/gpu-tests.xml"
+  local selection=(tests/gpu) parallel=()
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then selection=(tests/gpu -k "(awkward and fp32 and plain) or nan or no_images"); fi
+  if python -c "import xdist" 2>/dev/null; then
+    parallel=(-n "${TEST_PROCESSES:-12}" --dist load --maxschedchunk 1)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+  fi
+  pytest "${selection[@]}" "${parallel[@]}" -p no:benchmark -p no:cacheprovider -q --tb=short --durations=20 \
+    --junitxml="$OUT/gpu-tests.xml"
 }
 
+# One process for each backend, dtype and network: most of the time goes into compiling Triton kernels.
 stage_verify() {
-  local status=0 networks=(resnet18 resnet50 resnext50_32x4d resnet20_cifar) dtypes=(fp32 bf16 fp16) backends=(triton cuda)
-  local size=()
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then networks=(resnet20_cifar) dtypes=(fp32) backends=(cpp) size=(--size 16); fi
+  local networks=(resnet50 resnext50_32x4d resnet18 resnet20_cifar) dtypes=(bf16 fp32 fp16) backends=(triton cuda)
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then networks=(resnet20_cifar) dtypes=(fp32) backends=(cpp); fi
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
   for backend in "${backends[@]}"; do
-    for dtype in "${dtypes[@]}"; do
-      fastcnn verify "${networks[@]}" --backend "$backend" --dtype "$dtype" "${size[@]}" --json \
-        >"$OUT/verify-$backend-$dtype.json" || { status=1; echo "FAILED: $backend $dtype"; }
+    for network in "${networks[@]}"; do
+      for dtype in "${dtypes[@]}"; do echo "$backend $dtype $network"; done
     done
-  done
-  return $status
+  done | xargs -L 1 -P "${VERIFY_PROCESSES:-12}" bash -c 'verify_one "$@"' _
+}
+
+verify_one() {  # backend dtype network
+  local size=() file="$OUT/verify-$1-$2-$3"
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then size=(--size 16); fi
+  if fastcnn verify "$3" --backend "$1" --dtype "$2" "${size[@]}" --json >"$file.json" 2>"$file.txt"; then
+    echo "ok: $*"
+    rm -f "$file.txt"
+  else
+    echo "FAILED: $*: $(tail -n 1 "$file.txt") $file.json"
+    return 1
+  fi
 }
 
 stage_tune() {
@@ -70,15 +85,39 @@ stage_tune() {
   fastcnn tune --show | tee "$OUT/tuned.txt"
 }
 
-# memcheck and racecheck over the awkward shapes: small, and where an out-of-bounds access would be.
+# compute-sanitizer, which slows everything 10 to 50 times, over a few awkward shapes, where an access out of bounds would
+# be. Side by side, each in one process: our CUDA kernels (and not PyTorch's, which compute the references) under memcheck and
+# racecheck, all kernels of a Triton selection under memcheck. racecheck does not know how Triton's pipelines synchronise.
 stage_sanitize() {
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then echo "compute-sanitizer needs a GPU"; return 0; fi
-  local status=0
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$OUT/$tool.log" \
-      "$(command -v pytest)" tests/gpu/test_conv2d.py tests/gpu/test_other_operators.py -q -x \
-      -k "(awkward and bfloat16 and fused) or (memory_bound and bfloat16)" || status=1
-    tail -n 3 "$OUT/$tool.log"
+  local sanitizer status=0 job jobs=() small="1x17x13x11 and bf16"
+  local awkward="awkward and fused and (1x24x9x9 or 1x3x33x29 or 2x64x6x6 or 1x24x6x6 or 1x520x4x4)"
+  declare -A ours=(
+    [memcheck]="cuda and (($awkward) or ($small) or (each_kernel and 3x72x19x17 and bf16))"
+    [racecheck]="cuda and (($awkward and bf16) or (each_kernel and 3x72x19x17 and (bf16 or tf32)))"
+    [memcheck-triton]="triton and (($awkward and bf16) or ($small))"
+  )
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then
+    for job in "${!ours[@]}"; do  # each selection must select something
+      FASTCNN_REHEARSE=0 pytest tests/gpu -q --collect-only -k "${ours[$job]}" | tail -n 1 || status=1
+    done
+    return $status
+  fi
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
+  if [ -z "$sanitizer" ]; then echo "compute-sanitizer is not installed here"; return 1; fi
+  for job in "${!ours[@]}"; do
+    local filter=(--kernel-name kns=fastcnn)
+    if [ "$job" = memcheck-triton ]; then filter=(); fi
+    OUT= timeout "${SANITIZE_SECONDS:-100}" "$sanitizer" --tool "${job%-triton}" "${filter[@]}" --error-exitcode 9 \
+      --log-file "$OUT/$job.log" "$(command -v python)" -m pytest tests/gpu -p no:benchmark -p no:cacheprovider -p no:xdist \
+      -q --tb=short -k "${ours[$job]}" >"$OUT/$job.tests.log" 2>&1 &
+    jobs+=("$job:$!")
+  done
+  for job in "${jobs[@]}"; do
+    wait "${job#*:}"
+    local code=$?
+    echo "${job%%:*}: exit status $code (9: the tool found an error, 124: out of time)"
+    tail -n 2 "$OUT/${job%%:*}.log" "$OUT/${job%%:*}.tests.log"
+    [ $code = 0 ] || status=1
   done
   return $status
 }
@@ -103,7 +142,7 @@ stage_bench() {
 # ---- the visit ----------------------------------------------------------------------------------------------------
 
 export FASTCNN_REHEARSE=${FASTCNN_REHEARSE:-0}
-export -f stage_build stage_tests stage_verify stage_tune stage_sanitize stage_layers stage_bench
+export -f stage_build stage_tests stage_verify verify_one stage_tune stage_sanitize stage_bench stage_layers
 {
   echo "commit ${FASTCNN_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}, $(date -u +%FT%TZ), rehearsal: $FASTCNN_REHEARSE"
 } >"$OUT/summary.txt"
@@ -120,6 +159,10 @@ for stage in "${stages[@]}"; do
   esac
   [ $code = 0 ] || failed=1
   tail -n 15 "$OUT/$stage.log"
+  if [ "$stage" = tests ] && [ -s "$OUT/gpu-failures.txt" ]; then
+    echo "-- failures (all of them: $OUT/gpu-failures.txt)"
+    grep -E "^(tests|E  )" "$OUT/gpu-failures.txt" | cut -c 1-220 | head -n 60
+  fi
   printf '%-10s %-14s %4ds\n' "$stage" "$verdict" $((SECONDS - begin)) | tee -a "$OUT/summary.txt"
 done
 echo "== summary" && cat "$OUT/summary.txt"

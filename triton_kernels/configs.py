@@ -113,7 +113,7 @@ _TF32 = {
 
 # fp32 in full precision: ordinary FMAs with the operands in registers, so tiles stay small.
 _IEEE = (
-    Tile(64, 64, 16, 8, 4, 1.00),
+    Tile(64, 64, 16, 8, 3, 1.00),
     Tile(64, 32, 16, 4, 3, 0.80),
     Tile(32, 32, 16, 4, 3, 0.55),
     Tile(64, 16, 16, 4, 3, 0.45),

@@ -31,6 +31,7 @@ from ._common import (
     next_power_of_two,
     pixel_count,
     pixel_stride,
+    round_to_tf32,
     unroll_factor,
 )  # fmt: skip
 from .configs import Problem, Tile, candidates, device_facts, pick_tile
@@ -107,16 +108,6 @@ def is_prepared(weight: torch.Tensor, groups: int = 1) -> bool:
     return not depthwise and not _rounds(weight) and weight.permute(0, 2, 3, 1).is_contiguous()
 
 
-def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
-    """fp32 values rounded to TF32's 10 mantissa bits, to nearest.
-
-    Tensor cores cut the other 13 bits off. Cutting both operands has about 2.6 times the error of rounding both and
-    shrinks every product; rounding the weights, which costs nothing per call, brings that to 1.6 times.
-    """
-    nearest = (values.view(torch.int32) + 0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
-    return torch.where(values.isfinite(), nearest, values)
-
-
 def _rounds(weight: torch.Tensor) -> bool:
     """The interpreter multiplies in full precision: nothing to round for."""
     return conv_precision(weight.dtype) == "tf32" and not is_interpreted()
@@ -158,6 +149,14 @@ def conv2d_configs(
     else:
         others = candidates(geometry.problem, capability, input.dtype, conv_precision(input.dtype))
     return tuple(dict.fromkeys((chosen, *others)))
+
+
+def kernel_name(
+    out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], groups: int,
+) -> str:  # fmt: skip
+    """Which of the kernels in the table above serves the convolution."""
+    return _geometry(out, input, tuple(weight.shape[2:]), stride, padding, dilation, groups).kernel_name
 
 
 def plan_conv2d(

@@ -4,21 +4,33 @@ x: (M, C), y: (M, K) with row strides; w: (K, C), rows adjacent. Same kernel as 
 conv2d_pointwise.py for how the work is split and its floor. With few rows (a classifier at inference) the weight is
 the traffic: 2*M FLOPs per weight element, bound by memory below about 150 rows on an H100; narrow tiles (16, 32
 columns) then spread the weight over all multiprocessors.
+
+For TF32 products the weight is rounded to TF32 beforehand, as for convolutions: see `prepare_weight`.
 """
 
 import torch
 
-from ._common import Launch, alignment, ceil_div, is_wide, matmul_precision, row_stride
+from ._common import Launch, alignment, ceil_div, is_interpreted, is_wide, matmul_precision, round_to_tf32, row_stride
 from .configs import Problem, Tile, candidates, device_facts, pick_tile
 from .conv2d_pointwise import pointwise_kernel
 
 
+def prepare_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as the kernel reads it: itself, or for TF32 products a copy rounded to TF32."""
+    return weight.detach() if is_prepared(weight) else round_to_tf32(weight.detach().contiguous())
+
+
+def is_prepared(weight: torch.Tensor) -> bool:
+    return matmul_precision(weight.dtype) != "tf32" or is_interpreted()
+
+
 def linear(
     out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
-    activation: str = "none", *, config: Tile | None = None,
+    activation: str = "none", *, prepared_weight: torch.Tensor | None = None, config: Tile | None = None,
 ) -> None:  # fmt: skip
-    """Fills `out`; arguments as in the kernel contract. `config` forces a tile."""
-    plan_linear(out, input, weight, bias, activation, config=config).run()
+    """Fills `out`; arguments as in the kernel contract. `prepared_weight` saves a copy; `config` forces a tile."""
+    prepared = prepare_weight(weight) if prepared_weight is None else prepared_weight
+    plan_linear(out, input, prepared, bias, activation, config=config).run()
 
 
 def linear_configs(out: torch.Tensor, input: torch.Tensor) -> tuple[Tile, ...]:

@@ -125,7 +125,7 @@ double patch_cycles(const ConvProblem& problem, int columns, const DeviceFacts& 
   const double waves = static_cast<double>(ceil_divide(plan.tiles, blocks));
   const int64_t taps = problem.shape.reduction / problem.shape.channels;
   const double products = static_cast<double>(taps * ceil_divide(problem.shape.channels, 16) * (kPatchRows / 64));
-  return plan.filter_bytes / 32.0 + waves * (products * (columns == 64 ? 36 : 26) + 2000);
+  return plan.filter_bytes / 32.0 + waves * (products * (columns == 64 ? 44 : 26) + 2000);
 }
 
 Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {

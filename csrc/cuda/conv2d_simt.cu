@@ -5,7 +5,9 @@
 //
 // Work: one block of 128 threads per 128 rows of m by 64 filters and group; a thread computes 8x8 outputs, as four 4x4
 //   squares 64 rows and 32 columns apart, so that a warp's 16-byte reads of shared memory do not collide.
-// Shared memory: two tiles of 16 values of j, j-major ("transposed"), filled through registers one tile ahead.
+// Shared memory: two tiles of 16 values of j, j-major ("transposed"), filled through registers one tile ahead; behind
+//   them, for long reductions, each thread's sums of the runs of 512 values of j that are done. One chain of additions
+//   through thousands of products would err more than cuBLAS, which splits long sums.
 // Registers: 64 accumulators, 16 operands, 24 values in flight.
 // Floor: 2*N*P*Q*K*R*S*C/g operations at 128 FMA per clock and multiprocessor; the ratio of FMA to loads from shared
 //   memory (64 to 4) keeps the FMA pipes, not shared memory, the limit.
@@ -21,6 +23,8 @@ namespace {
 constexpr int kRows = 128, kColumns = 64, kDepth = 16, kThreads = 128;
 constexpr int kPitchA = kRows + 4, kPitchB = kColumns + 4;  // keeps 16-byte alignment, staggers the banks
 constexpr int kStageFloats = kDepth * (kPitchA + kPitchB);
+constexpr int kRun = 32;  // tiles that are summed in the accumulators
+constexpr int kSumFloats = kRows * kColumns;
 constexpr int kRowStep = kThreads / 4;  // a thread loads 4 values of j for every 32nd row
 constexpr int kPassesA = kRows / kRowStep, kPassesB = kColumns / kRowStep;
 
@@ -152,6 +156,18 @@ __global__ void __launch_bounds__(kThreads) conv2d_simt(const __grid_constant__ 
     }
     if (more) put((t + 1) % 2, fetched);
     __syncthreads();
+    if (tiles > kRun && t >= 0 && ((t + 1) % kRun == 0 || !more)) {
+      float* sums = shared + 2 * kStageFloats + thread;  // a thread's own, read and written by no other
+#pragma unroll
+      for (int e = 0; e < 64; ++e) {
+        float& value = acc[e / 8][e % 8];
+        if (t >= kRun) value += sums[e * kThreads];
+        if (more) {
+          sums[e * kThreads] = value;
+          value = 0.0f;
+        }
+      }
+    }
   }
 
 #pragma unroll
@@ -199,12 +215,12 @@ void launch_conv2d_simt(const ConvProblem& unready, LoadPath path, const LaunchT
   const int64_t row_tiles = ceil_divide(problem.shape.rows, kRows);
   problem.by_column_tiles = FastDivisor(column_tiles);
   const dim3 grid(static_cast<unsigned>(column_tiles * row_tiles), static_cast<unsigned>(problem.groups));
-  constexpr size_t kSharedBytes = 2 * kStageFloats * sizeof(float);
+  const bool runs = problem.shape.reduction > kRun * kDepth;
+  const size_t bytes = (2 * kStageFloats + (runs ? kSumFloats : 0)) * sizeof(float);
   if (path == LoadPath::staged_elements) {
-    launch<conv2d_simt<false>>("conv2d simt elements", target.device, grid, kThreads, kSharedBytes, target.stream,
-                               problem);
+    launch<conv2d_simt<false>>("conv2d simt elements", target.device, grid, kThreads, bytes, target.stream, problem);
   } else {
-    launch<conv2d_simt<true>>("conv2d simt", target.device, grid, kThreads, kSharedBytes, target.stream, problem);
+    launch<conv2d_simt<true>>("conv2d simt", target.device, grid, kThreads, bytes, target.stream, problem);
   }
 }
 

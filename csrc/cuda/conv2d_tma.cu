@@ -136,24 +136,40 @@ __device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_
   }
 }
 
-// The prologue's factors of a thread's 8 channels of a block, loaded while the block's stage is still on its way.
-template <typename T>
+// The prologue's factors of a thread's 8 channels of a block. They are loaded a block ahead, to be there in time.
 struct PrologueFactors {
-  float scale[kVector<T>], shift[kVector<T>];
-  __device__ __forceinline__ PrologueFactors(const TmaConvolution& problem, int channel) {
+  float scale[8], shift[8];
+  __device__ __forceinline__ void load(const TmaConvolution& problem, int channel) {
+    load_factors(scale, problem.input_scale, problem.channels, channel, 1.0f);
+    load_factors(shift, problem.input_shift, problem.channels, channel, 0.0f);
+  }
+
+ private:
+  // Beyond the channels the filters are zero, and 0 * 1 + 0 must stay 0.
+  __device__ __forceinline__ static void load_factors(float (&to)[8], const float* from, int channels, int channel,
+                                                      float otherwise) {
+    if (from != nullptr && channel + 8 <= channels && reinterpret_cast<uint64_t>(from) % 16 == 0) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      const bool real = channel + i < problem.channels;  // beyond, the filters are zero and 0 * 1 + 0 must stay 0
-      scale[i] = problem.input_scale != nullptr && real ? __ldg(problem.input_scale + channel + i) : 1.0f;
-      shift[i] = problem.input_shift != nullptr && real ? __ldg(problem.input_shift + channel + i) : 0.0f;
+      for (int i = 0; i < 8; i += 4) {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(from + channel + i));
+        to[i] = four.x;
+        to[i + 1] = four.y;
+        to[i + 2] = four.z;
+        to[i + 3] = four.w;
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      to[i] = from != nullptr && channel + i < channels ? __ldg(from + channel + i) : otherwise;
     }
   }
 };
 
 // Applies the prologue to this warpgroup's rows of a stage: a thread to one 16-byte chunk of every 16th row.
-template <typename Tile, typename Factors>
-__device__ __forceinline__ void apply_prologue_in_place(const Factors& factors, bool relu_input, uint32_t tile_a,
-                                                        int group, int thread) {
+template <typename Tile>
+__device__ __forceinline__ void apply_prologue_in_place(const PrologueFactors& factors, bool relu_input,
+                                                        uint32_t tile_a, int group, int thread) {
   using T = typename Tile::Type;
   constexpr int kWidth = kVector<T>, kRowsOfThread = Tile::kGroupRows / 16;
   uint4 raw[kRowsOfThread];
@@ -191,16 +207,16 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
   }
   const int taps = problem.filter_h * problem.filter_w;
   int before = -1;  // the stage whose products are still running
+  [[maybe_unused]] PrologueFactors factors;
+  if constexpr (Tile::kPrologue) factors.load(problem, thread % 8 * 8);
   for (int tap = 0; tap < taps; ++tap) {
     for (int block = 0; block < problem.channel_blocks; ++block) {
       const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes + rows_of_group * 128;
       const uint32_t tile_b = stages + ring.stage * Tile::kStageBytes + Tile::kBytesA;
+      barrier_wait(barriers.full(ring.stage), ring.parity);
       if constexpr (Tile::kPrologue) {
-        const PrologueFactors<typename Tile::Type> factors(problem, block * kTensorMapRow + thread % 8 * 8);
-        barrier_wait(barriers.full(ring.stage), ring.parity);
         apply_prologue_in_place<Tile>(factors, problem.input_relu, tile_a, group, thread);
-      } else {
-        barrier_wait(barriers.full(ring.stage), ring.parity);
+        factors.load(problem, (block + 1) * kTensorMapRow + thread % 8 * 8);
       }
       wgmma_fence();
       if (block + 1 < problem.channel_blocks || problem.last_steps == 4) {

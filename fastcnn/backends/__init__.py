@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "cpp", "cuda", "triton")
+from fastcnn.backends import preference
 
-# What serves a device when nobody chose: the first that covers the case. `reference` is always there at the end.
-DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+BACKENDS = ("reference", "cpp", "cuda", "triton", "cudnn")
 
 logger = logging.getLogger("fastcnn")
 
@@ -49,9 +48,10 @@ class Call(NamedTuple):
     facts: dict[str, object]
     backend: str  # what serves it
     refused: Fallback | None  # why it is "reference" although another backend was to serve it
+    fresh: bool = False  # the operator made the output itself and nothing else refers to it
 
     def run(self) -> None:
-        getattr(backend_module(self.backend), self.operator)(*self.args)
+        _serve(self.backend, self.operator, self.args, self.fresh)
 
 
 class _Choice(NamedTuple):
@@ -85,7 +85,8 @@ def use_backend(name: str | None, *, strict: bool = False) -> Iterator[None]:
     """Make fastcnn's operators run on one backend inside a ``with`` block, in this thread.
 
     Args:
-        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"reference"``, or None for the default choice by device.
+        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"cudnn"`` (cuDNN's own fused convolutions), ``"reference"``, or
+            None for the default choice by device.
         strict: raise :class:`UnsupportedError` for a case that the backend does not cover, where it would otherwise
             take the reference path and be counted in :func:`fallbacks`.
 
@@ -194,7 +195,7 @@ def _note_fallback(fallback: Fallback, strict: bool) -> None:
 def note_reference(operator: str, device: torch.device, reason: str) -> None:
     """Count a call that an operator hands to PyTorch before any backend is asked; raises under ``strict=True``."""
     name, strict = current_choice()
-    backend = name or next(iter(DEFAULT_ORDER.get(device.type, ())), "reference")
+    backend = name or next(iter(preference.DEFAULT_ORDER.get(device.type, ())), "reference")
     if backend != "reference" and not torch.compiler.is_compiling():
         _note_fallback(Fallback(operator, backend, reason), strict)
 
@@ -204,10 +205,14 @@ def not_implemented(operator: str, dtype: torch.dtype, error: Exception) -> Type
     return TypeError(f"{operator}: input is {dtype}, which neither fastcnn's kernels nor PyTorch cover here ({error})")
 
 
-def run(operator: str, device: torch.device, dtype: torch.dtype, *args: object, **facts: object) -> None:
+def run(
+    operator: str, device: torch.device, dtype: torch.dtype, *args: object, fresh: bool = False, **facts: object
+) -> None:
     """Run one operator of the kernel contract on the backend that serves it.
 
-    ``facts`` are what a backend may need to know to decide (groups, filter size, ...); ``args`` go to its function.
+    ``facts`` are what a backend may need to know to decide (groups, whether there is a residual, ...); ``args`` go to
+    its function. ``fresh`` says that the output is dense, was made for this call, and that nothing else refers to it or
+    to its memory: a backend may then give it other memory instead of filling it.
     """
     name, strict = current_choice()
     if name == "reference":
@@ -231,26 +236,35 @@ def run(operator: str, device: torch.device, dtype: torch.dtype, *args: object, 
     interceptor = _interceptor.get()
     if interceptor is None:
         try:
-            getattr(backend_module(served_by), operator)(*args)
+            _serve(served_by, operator, args, fresh)
         except NotImplementedError as error:  # PyTorch's "not implemented for 'Byte'"
             raise not_implemented(operator, dtype, error) from error
         return
     token = _interceptor.set(None)
     try:
-        interceptor(Call(operator, device, dtype, args, facts, served_by, refused))
+        interceptor(Call(operator, device, dtype, args, facts, served_by, refused, fresh))
     finally:
         _interceptor.reset(token)
 
 
+def _serve(backend: str, operator: str, args: tuple[object, ...], fresh: bool) -> None:
+    """One call of a backend's function; those in its ``REPLACES_OUTPUT`` learn whether they may replace the output."""
+    module = backend_module(backend)
+    if fresh and operator in getattr(module, "REPLACES_OUTPUT", ()):
+        getattr(module, operator)(*args, fresh=True)
+    else:
+        getattr(module, operator)(*args)
+
+
 def _preferred(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> tuple[str, ...]:
-    order = _available_order(device.type)
+    order = _usable(preference.order(operator, device.type, dtype, args))
     chosen = tuned_backend(operator, device, dtype, args)
     return order if chosen is None else (chosen, *order)
 
 
 @functools.cache
-def _available_order(device_type: str) -> tuple[str, ...]:
-    return tuple(name for name in DEFAULT_ORDER.get(device_type, ()) if unavailable(name) is None)
+def _usable(order: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in order if unavailable(name) is None)
 
 
 # Last, because the tuner's table knows nothing of backends but is consulted on every call.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import _native
-from fastcnn.backends.derived import derived
+from fastcnn.backends.derived import derived_for_streams
 from fastcnn.triton_kernels.precision import convolutions_use_tf32, matrix_products_use_tf32
 
 Pair = tuple[int, int]
@@ -87,21 +87,24 @@ def _pack_groups(weight: Tensor) -> Tensor:
 def _prepared(weight: Tensor, groups: int, kernel: str = "") -> tuple[Tensor, int]:
     """The weight as a kernel reads it, and its number of groups."""
     if kernel != "grouped" and _packs_groups(weight, groups):
-        return derived(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
-    return derived(weight, "krsc", _krsc), groups
+        return derived_for_streams(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
+    return derived_for_streams(weight, "krsc", _krsc), groups
 
 
-def variants(operator: str, *args: Any) -> list[str]:
-    """The kernels that could serve a call, besides the one that csrc/cuda chooses by its rule."""
-    if operator != "conv2d":
-        return []
+def _kernels(*args: Any) -> list[str]:
+    """The kernels that could serve a conv2d call, the one that csrc/cuda chooses by its rule first."""
     out, input, weight, _, _, residual, input_scale, input_shift, input_relu = args[:9]
     stride, padding, dilation, groups = args[10:]
     prologue = input_scale is not None or input_shift is not None or input_relu
     weight, groups = _prepared(weight, groups)
     return _native.cuda_conv2d_kernels(
         out, input, weight, residual, prologue, stride, padding, dilation, groups, convolutions_use_tf32()
-    )[1:]
+    )
+
+
+def variants(operator: str, *args: Any) -> list[str]:
+    """The kernels that could serve a call, besides the one that csrc/cuda chooses by its rule."""
+    return _kernels(*args)[1:] if operator == "conv2d" else []
 
 
 def variant(kernel: str) -> ModuleType:
@@ -112,6 +115,10 @@ def variant(kernel: str) -> ModuleType:
 class _OneKernel:
     def __init__(self, kernel: str) -> None:
         self.conv2d = functools.partial(conv2d, kernel=kernel)
+        self._kernel = kernel
+
+    def kernel_name(self, operator: str, *args: Any) -> str:
+        return f"{operator} {self._kernel}"
 
     def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
         return unsupported(operator, device, dtype, **facts) if operator == "conv2d" else f"no variant of {operator}"
@@ -139,6 +146,11 @@ def conv2d(
         out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu,
         activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(), kernel,
     )  # fmt: skip
+
+
+def kernel_name(operator: str, *args: Any) -> str:
+    """Which kernel serves a call of the contract."""
+    return f"conv2d {_kernels(*args)[0]}" if operator == "conv2d" else operator
 
 
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

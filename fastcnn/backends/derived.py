@@ -98,6 +98,32 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tens
     return value
 
 
+class _CapturingError(Exception):
+    """A value would have to be computed while a CUDA graph is being captured."""
+
+
+def derived_for_streams(tensor: Tensor, key: Hashable, make: Callable[[Tensor], T]) -> T:
+    """:func:`derived` for what GPU kernels read, on any stream and in CUDA graphs.
+
+    The next reader may be on another stream: the maker's is waited for, once, here, rather than ordered at every
+    launch. What is made while a graph is captured has no value yet and lies in the graph's memory: it is not kept, and
+    every replay makes it anew.
+    """
+
+    def make_and_wait(tensor: Tensor) -> T:
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise _CapturingError
+        value = make(tensor)
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        return value
+
+    try:
+        return derived(tensor, key, make_and_wait)
+    except _CapturingError:
+        return make(tensor)
+
+
 def forget(tensor: Tensor) -> None:
     """Forget what was derived with this tensor as the owner."""
     _entries.pop(id(tensor), None)

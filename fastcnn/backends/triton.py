@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcnn.backends.derived import derived
+from fastcnn.backends.derived import derived_for_streams
 
 Pair = tuple[int, int]
 
@@ -72,8 +74,18 @@ def conv2d(
     )  # fmt: skip
 
 
+def kernel_name(operator: str, *args: Any) -> str:
+    """Which kernel serves a call of the contract."""
+    if operator != "conv2d":
+        return operator
+    out, input, weight = args[:3]
+    return f"conv2d {_kernels('conv2d').kernel_name(out, input, weight, *args[10:14])}"
+
+
 def linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    _kernels("linear").linear(out, input, weight, bias, activation)
+    _kernels("linear").linear(
+        out, input, weight, bias, activation, prepared_weight=prepared_weight(weight, 1, "linear")
+    )
 
 
 def channel_affine(
@@ -110,31 +122,25 @@ def residual_add(out: Tensor, input: Tensor, residual: Tensor, scale: float, act
     _kernels("residual_add").residual_add(out, input, residual, scale, activation)
 
 
-class _CapturingError(Exception):
-    """A weight would have to be prepared while a CUDA graph is being captured."""
+def compilation(operator: str, *args: Any, config: object = None) -> Callable[[], object] | None:
+    """What compiles a convolution's kernel without running it, in any thread; None for other operators."""
+    if operator != "conv2d" or _kernels("_common").is_interpreted():
+        return None
+    out, input, weight, *rest = args
+    plan = _kernels("conv2d").plan_conv2d(out, input, prepared_weight(weight, rest[-1]), *rest, config=config)
+    compile: Callable[[], object] = plan.compilation(out.device)
+    return compile
 
 
-def prepared_weight(weight: Tensor, groups: int) -> Tensor:
+def prepared_weight(weight: Tensor, groups: int, operator: str = "conv2d") -> Tensor:
     """The weight as the kernels read it; made once for each state of a weight, or viewed where it lies so already."""
-    conv2d = _kernels("conv2d")
-    if conv2d.is_prepared(weight, groups):
-        return conv2d.prepare_weight(weight, groups)
-    key = ("triton_conv2d", groups, conv2d.conv_precision(weight.dtype))
-    try:
-        return derived(weight, key, lambda tensor: _prepare_for_all_streams(tensor, groups))
-    except _CapturingError:
-        # Memory made during capture belongs to the graph; keep the copy inside it, where every replay makes it anew.
-        return conv2d.prepare_weight(weight, groups)
-
-
-def _prepare_for_all_streams(weight: Tensor, groups: int) -> Tensor:
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise _CapturingError
-    prepared = _kernels("conv2d").prepare_weight(weight, groups)
-    if weight.is_cuda:
-        # The next reader may be on another stream; wait once, here, rather than order streams at every launch.
-        torch.cuda.current_stream(weight.device).synchronize()
-    return prepared
+    kernels = _kernels(operator)
+    geometry = (groups,) if operator == "conv2d" else ()
+    if kernels.is_prepared(weight, *geometry):
+        return kernels.prepare_weight(weight, *geometry)
+    precision = _kernels("_common").conv_precision if operator == "conv2d" else _kernels("_common").matmul_precision
+    key = (f"triton_{operator}", groups, precision(weight.dtype))
+    return derived_for_streams(weight, key, lambda tensor: kernels.prepare_weight(tensor, *geometry))
 
 
 def _kernels(module: str) -> ModuleType:

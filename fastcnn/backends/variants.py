@@ -5,17 +5,23 @@ by defining
 
     variants(operator, *args) -> sequence of str    # worth timing for this call of the kernel contract
     variant(text) -> object                         # with the contract's functions and `unsupported`
+
+A backend or variant whose kernels are compiled when first used may define
+
+    compilation(operator, *args) -> function | None # compiles what the call needs, in any thread
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from fastcnn.backends import backend_module
 
 
 def names(backend: str, operator: str, args: tuple[object, ...]) -> list[str]:
@@ -42,6 +48,12 @@ def variant(name: str) -> ModuleType:
     if backend == "triton":
         return _TritonConv2d(text)  # type: ignore[return-value]
     raise ValueError(f"backend {backend!r} has no variants, so not {name!r}")
+
+
+def compilation(name: str, operator: str, args: tuple[object, ...]) -> Callable[[], object] | None:
+    """What compiles the kernels that a backend or variant needs for a call, or None where there is nothing to do."""
+    module = backend_module(name)
+    return module.compilation(operator, *args) if hasattr(module, "compilation") else None
 
 
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)w(\d+)s(\d+)g(\d+)")
@@ -74,10 +86,16 @@ class _TritonConv2d:
             return f"no tile for {operator}"
         return self._backend.unsupported(operator, device, dtype, **facts)
 
-    def conv2d(self, out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    def compilation(self, operator: str, *args: Any) -> Callable[[], object] | None:
+        return self._backend.compilation(operator, *args, config=self._tile())
+
+    def _tile(self) -> Any:
         tile_type = importlib.import_module("fastcnn.triton_kernels.configs").Tile
+        return tile_type(*self._tile_arguments, group_m=self._group)
+
+    def conv2d(self, out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
         importlib.import_module("fastcnn.triton_kernels.conv2d").conv2d(
             out, input, weight, *rest,
             prepared_weight=self._backend.prepared_weight(weight, rest[-1]),  # the last argument is groups
-            config=tile_type(*self._tile_arguments, group_m=self._group),
+            config=self._tile(),
         )  # fmt: skip

@@ -36,6 +36,11 @@ def positive(text: str) -> int:
     return value
 
 
+def batches(text: str) -> tuple[int, ...]:
+    """``"1,32,256"``: positive whole numbers, each once."""
+    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
 def add_command(
     commands: Any, name: str, run: Any, summary: str, description: str | None = None
 ) -> argparse.ArgumentParser:  # fmt: skip
@@ -49,8 +54,13 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a network, or a pattern such as 'resnet*'")
 
 
-def add_network_options(parser: argparse.ArgumentParser, *, batch: int) -> None:
-    parser.add_argument("--batch", type=positive, default=batch, help="images at a time (%(default)s)")
+def add_network_options(parser: argparse.ArgumentParser, *, batch: int, several_batches: bool = False) -> None:
+    if several_batches:
+        parser.add_argument(
+            "--batch", type=batches, default=(batch,), metavar="N[,N...]", help=f"images at a time ({batch})"
+        )
+    else:
+        parser.add_argument("--batch", type=positive, default=batch, help="images at a time (%(default)s)")
     parser.add_argument("--size", type=positive, help="image height and width (the network's own)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(%(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import fastcnn
-from fastcnn.backends import BACKENDS, unavailable
+from fastcnn.backends import BACKENDS, proven, unavailable
 from fastcnn.commands._common import add_command, print_json
 from fastcnn.measurement.conditions import commit, cpu_name, triton_version
+from fastcnn.tuning import shipping
 from fastcnn.tuning.store import cache_folder, files
 
 
@@ -52,7 +53,12 @@ def environment_report() -> dict[str, Any]:
         },
         "gpus": _gpus(),
         "backends": {name: unavailable(name) or "available" for name in BACKENDS},
-        "cache": {"folder": str(cache_folder()), "tuning_files": [path.name for path in files()]},
+        "proven": {"record": proven.record(), "unproven": proven.unproven(proven.record())},
+        "cache": {
+            "folder": str(cache_folder()),
+            "tuning_files": [path.name for path in files()],
+            "shipped": [path.name for path in shipping.files()],
+        },
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTCNN_")},
     }
 
@@ -126,8 +132,10 @@ def as_text(report: dict[str, Any]) -> str:
         rows.append(("GPU", "none that PyTorch can use"))
     for name, state in report["backends"].items():
         rows.append((f"backend {name}", state if state == "available" else f"not available: {state}"))
+    rows += list(proven.summary().items())
     count = len(report["cache"]["tuning_files"])
     rows.append(("cache folder", f"{report['cache']['folder']} ({count or 'no'} tuning file{'s' * (count != 1)})"))
+    rows.append(("shipped choices", ", ".join(report["cache"]["shipped"]) or "none"))
     rows += list(report["variables"].items())
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)

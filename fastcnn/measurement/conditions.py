@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastcnn.triton_kernels.precision import convolutions_use_tf32
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -62,7 +64,7 @@ def conditions(device: torch.device, dtype: torch.dtype, batch: int | None = Non
         fastcnn=fastcnn.__version__,
         cuda=torch.version.cuda if on_gpu else None,
         cudnn=torch.backends.cudnn.version() if on_gpu else None,
-        tf32=bool(torch.backends.cudnn.allow_tf32) if on_gpu else None,
+        tf32=convolutions_use_tf32() if on_gpu else None,
         dtype=str(dtype).removeprefix("torch."),
         batch=batch,
         commit=commit(),

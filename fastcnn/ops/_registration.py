@@ -44,6 +44,7 @@ class Operator:
             empty channels-last output. Runs on real and on fake tensors; must not read values.
         finish: ``finish(out, *args) -> Tensor`` puts the filled output into the layout that PyTorch would return.
         fill: ``fill(out, *args)`` computes into a non-empty ``out`` that kernels can write.
+        fill_fresh: the same for an ``out`` that ``allocate`` just made: what fills it may give it other memory.
         backward: ``backward(grad, out, needs, *args) -> sequence`` gives one gradient (or None) an argument, in
             differentiable ATen operations; ``needs[i]`` says whether argument i's is wanted. ``out`` is None unless
             ``needs_output``, and a tensor in ``unread`` comes as :class:`Unread`: what was not saved may be
@@ -64,6 +65,7 @@ class Operator:
         allocate: Callable[..., Tensor],
         finish: Callable[..., Tensor],
         fill: Callable[..., None],
+        fill_fresh: Callable[..., None] | None = None,
         backward: Callable[..., Sequence[Tensor | None]] | None,
         needs_output: Callable[..., bool] | None = None,
         unread: Sequence[int] = (),
@@ -74,6 +76,7 @@ class Operator:
     ) -> None:
         self.name = name
         self._allocate, self._finish, self._fill, self._backward = allocate, finish, fill, backward
+        self._fill_fresh = fill_fresh or fill
         self._needs_output, self._unread = needs_output or _ends_in_relu, frozenset(unread)
         self._autocast, self._autocast_dtype = tuple(autocast), autocast_dtype
         self._writable, self._in_place = writable, in_place
@@ -110,7 +113,7 @@ class Operator:
     def _run(self, *args: Any) -> Tensor:
         out = self._allocate(*args)
         if out.numel() > 0:
-            self._fill(out, *args)
+            self._fill_fresh(out, *args)
         return self._finish(out, *args)
 
     def _fake(self, *args: Any) -> Tensor:
@@ -125,7 +128,7 @@ class Operator:
         if out.numel() > 0:
             inputs = [a for a in args if isinstance(a, Tensor) and not (self._in_place and same_memory(out, a))]
             if not self._writable(out) or any(may_overlap(out, t) for t in inputs):
-                self._fill(expected, *args)
+                self._fill_fresh(expected, *args)
                 out.copy_(expected)
             else:
                 self._fill(out, *args)

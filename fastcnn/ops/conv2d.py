@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,6 +206,8 @@ def _fill(
     input_scale: Tensor | None,
     input_shift: Tensor | None,
     input_relu: bool,
+    *,
+    fresh: bool = False,
 ) -> None:
     if input.numel() == 0 or weight.numel() == 0:  # nothing to sum: only the epilogue is left
         backends.backend_module("reference").conv2d(
@@ -230,7 +233,12 @@ def _fill(
         tuple(padding[:2]),
         tuple(dilation),
         groups,
+        fresh=fresh,
         groups=groups,
+        prologue=input_scale is not None or input_shift is not None or input_relu,
+        residual=residual is not None,
+        activation=activation,
+        symmetric=padding[0] == padding[2] and padding[1] == padding[3],
     )
 
 
@@ -302,6 +310,7 @@ OPERATOR = Operator(
     allocate=_allocate,
     finish=_finish,
     fill=_fill,
+    fill_fresh=functools.partial(_fill, fresh=True),
     backward=_backward,
     unread=(2, 8),
     autocast=(0, 1, 8),

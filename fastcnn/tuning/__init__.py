@@ -2,7 +2,8 @@
 
 :func:`tune` records a network's operator calls, checks every kernel that covers a call against PyTorch's operators and
 float64, times those that are right, and stores the fastest in a file that later processes read
-(:mod:`fastcnn.tuning.store`). :func:`tuned_backend` consults it, on every operator call of the default backend.
+(:mod:`fastcnn.tuning.store`). Choices for some devices ship with the package (:mod:`fastcnn.tuning.shipping`).
+:func:`tuned_backend` consults both, on every operator call of the default backend.
 """
 
 from __future__ import annotations
@@ -18,42 +19,38 @@ if TYPE_CHECKING:
 
 __all__ = ["CallTuning", "Candidate", "TuningReport", "forget", "tune", "tuned_backend"]
 
-# What was chosen, by device. None until the first call reads the cache folder; empty when nothing was ever tuned.
-_tables: dict[torch.device, dict[Key, str]] | None = None
+# What was chosen, by device; a device's choices are read when it is first used, and there may be none.
+_tables: dict[torch.device, dict[Key, str]] = {}
 
 
 def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> str | None:
     """The backend (or ``"backend:variant"``) that the tuner chose for this call, or None when it was never tuned."""
-    if _tables is None:
-        _load()
-    if not _tables:
-        return None
     table = _tables.get(device)
+    if table is None:
+        table = _load(device)
     if not table:
         return None
     return table.get(key_of(operator, device, dtype, args))
 
 
 def forget() -> None:
-    """Drop the choices held in memory; the next operator call reads the cache folder again."""
-    global _tables
-    _tables = None
+    """Drop the choices held in memory; the next operator call reads the files again."""
+    _tables.clear()
 
 
-def _load() -> None:
-    global _tables
-    from fastcnn.tuning.store import load_all
+def _load(device: torch.device) -> dict[Key, str]:
+    from fastcnn.tuning.store import choices_for
 
-    _tables = {}
-    _tables = load_all()
+    _tables[device] = {}
+    _tables[device] = choices_for(device)
+    return _tables[device]
 
 
 def _adopt(device: torch.device, choices: dict[Key, str]) -> None:
     """Use new choices in this process at once."""
-    if _tables is None:
-        _load()
-    assert _tables is not None
-    _tables.setdefault(device, {}).update(choices)
+    if device not in _tables:
+        _load(device)
+    _tables[device].update(choices)
 
 
 def __getattr__(name: str) -> object:

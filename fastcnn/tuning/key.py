@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 import torch
 
+from fastcnn.triton_kernels.precision import convolutions_use_tf32, matrix_products_use_tf32
+
 Key: TypeAlias = tuple[object, ...]
 
 _DTYPE_NAMES = {
@@ -21,12 +23,16 @@ _DTYPE_NAMES = {
 def key_of(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> Key:
     """The key of one call of the kernel contract."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    precision = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = device.type == "cuda" and dtype == torch.float32 and _uses_tf32(operator)
     name = _DTYPE_NAMES.get(dtype) or str(dtype)
     return (
-        operator, name, "tf32" if precision else "", threads,
+        operator, name, "tf32" if tf32 else "", threads,
         *[_form(a) if isinstance(a, torch.Tensor) else a for a in args],
     )  # fmt: skip
+
+
+def _uses_tf32(operator: str) -> bool:
+    return matrix_products_use_tf32() if operator == "linear" else convolutions_use_tf32()
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -1,8 +1,9 @@
 """The tuner's choices on disk: one JSON file per environment in ``FASTCNN_CACHE_DIR`` or ``~/.cache/fastcnn``.
 
 An environment is everything but the call itself that a measured choice depends on: the device and the versions of
-fastcnn, its native build, torch and Triton. Files of other environments are left alone, so that a folder can be shared
-or shipped. A file that cannot be read or does not hold what it should is ignored with a warning, never trusted.
+fastcnn, its native build, torch and Triton. Files of other environments are left alone, so that a folder can be
+shared. Choices that ship with the package (:mod:`fastcnn.tuning.shipping`) give way to what is here. A file that cannot
+be read or does not hold what it should is ignored with a warning, never trusted.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def load(device: torch.device) -> list[Entry]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:
-        _warn(path, str(error))
+        warn(path, str(error))
         return []
     return read(text, path, expected=environment(device))[1]
 
@@ -120,19 +121,20 @@ def read(text: str, path: Path, expected: dict[str, str] | None = None) -> tuple
             raise ValueError("it was made for another device or other versions")
         return found, [Entry.from_dict(item) for item in data["choices"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _warn(path, f"{type(error).__name__}: {error}")
+        warn(path, f"{type(error).__name__}: {error}")
         return {}, []
 
 
-def load_all() -> dict[torch.device, dict[Key, str]]:
-    """The choices for each device of this machine. Costs a folder listing where nothing was ever tuned."""
-    if not files():
-        return {}
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    tables = {device: {entry.key: entry.choice for entry in load(device)} for device in devices}
-    return {device: table for device, table in tables.items() if table}
+def choices_for(device: torch.device) -> dict[Key, str]:
+    """What serves calls on a device: the choices made here, over those that ship with the package.
+
+    Costs a look into two folders where there are none.
+    """
+    from fastcnn.tuning import shipping
+
+    shipped = shipping.load(device) if shipping.file_for(device) is not None else []
+    own = load(device) if files() else []
+    return {entry.key: entry.choice for entry in (*shipped, *own)}
 
 
 def save(device: torch.device, entries: Iterable[Entry]) -> Path:
@@ -153,16 +155,21 @@ def save(device: torch.device, entries: Iterable[Entry]) -> Path:
             "environment": environment(device),
             "choices": [entry.to_dict() for entry in merged.values()],
         }
-        handle, temporary = tempfile.mkstemp(prefix=".tuning-", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        replace_file(path, json.dumps(data, indent=1))
     return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file in one step. Raises OSError where its folder cannot be written."""
+    handle, temporary = tempfile.mkstemp(prefix=".tuning-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def clear() -> list[Path]:
@@ -187,7 +194,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _warn(path: Path, reason: str) -> None:
+def warn(path: Path, reason: str) -> None:
+    """Say that a file is not used."""
     warnings.warn(f"fastcnn: ignoring the tuning file {path}: {reason}", RuntimeWarning, stacklevel=3)
 
 

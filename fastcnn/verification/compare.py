@@ -18,6 +18,7 @@ from fastcnn.verification.accuracy import FAST_ALGORITHM_ALLOWANCE, Judgement, j
 from fastcnn.verification.calls import fast_algorithm, isolated, judge_outputs, outputs_of
 from fastcnn.verification.naming import CallNames
 from fastcnn.verification.result import Check, Verification
+from fastcnn.verification.tf32 import fill_in_tf32, less_precise, may_use_tf32
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def verify(
 
         err(ours, float64) <= 2 * err(reference in the same dtype, float64) + tiny
 
-    (:mod:`fastcnn.verification.accuracy` has ``tiny`` and the rule for single elements). So must every operator call,
+    (:mod:`fastcnn.verification.accuracy` has ``tiny`` and the rule for single elements,
+    :mod:`fastcnn.verification.tf32` what the reference is where TF32 is allowed on a GPU). So must every operator call,
     judged on its own inputs; its output is filled with NaN first, so that an element left unwritten shows.
 
     Args:
@@ -79,6 +81,11 @@ def verify(
         tell("float64")
         wide = copy.deepcopy(twin).double()
         exactly = _tensors(wide(*pytree.tree_map_only(Tensor, _widened, arguments)))
+    if watcher.saw_tf32:
+        tell("TF32")
+        with use_backend("reference"), _evaluating(model), intercept(_in_tf32):
+            emulated = _tensors(model(*arguments))
+        theirs = [less_precise(e, one, other) for e, one, other in zip(exactly, theirs, emulated, strict=True)]
     outputs = []
     allowance = FAST_ALGORITHM_ALLOWANCE if watcher.saw_fast_algorithm else 0.0
     for i, (mine, reference_output, exact_output) in enumerate(zip(ours, theirs, exactly, strict=True)):
@@ -116,13 +123,14 @@ class _Watcher:
         self.names = CallNames(model)
         self.checks: list[Check] = []
         self.calls = 0
-        self.saw_fast_algorithm = False
+        self.saw_fast_algorithm = self.saw_tf32 = False
         self._per_layer, self._exact, self._tell = per_layer, exact, tell
 
     def __call__(self, call: Call) -> None:
         self.calls += 1
         algorithm = None if self._exact else fast_algorithm(call)
         self.saw_fast_algorithm |= algorithm is not None
+        self.saw_tf32 |= may_use_tf32(call)
         if not self._per_layer:
             call.run()
             return
@@ -144,9 +152,18 @@ class _Watcher:
         notes = []
         if self.calls == 0:
             notes.append("no operator of fastcnn was called: nothing of fastcnn was verified")
+        if self.saw_tf32:
+            notes.append("TF32 is allowed: the reference is the worse of PyTorch's result and one emulated in TF32")
         if self.saw_fast_algorithm:
             notes.append(f"fast algorithms were granted a relative error of {FAST_ALGORITHM_ALLOWANCE:.0e}")
         return notes
+
+
+def _in_tf32(call: Call) -> None:
+    if may_use_tf32(call):
+        fill_in_tf32(call)
+    else:
+        call.run()
 
 
 def _reservations(judgements: Sequence[Judgement], exact: Sequence[Tensor]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 import fastcnn
 from fastcnn.backends import cpp
+from fastcnn.tuning import shipping
 
 SMALL = ("resnet20_cifar", "--batch", "2")
 
@@ -215,6 +216,41 @@ def test_tune_show_clear(cli, cache_folder):
     assert cli("tune", "--show", "--json").json["files"] == []
 
 
+def test_tune_several_batches_and_export(cli, tmp_path):
+    tuned = cli("tune", "lenet5", "--batch", "1,3,1", "--effort", "quick", "--export", tmp_path / "out" / "it.json")
+    assert tuned.code == 0, tuned
+    assert "lenet5 batch 1\n" in tuned.out
+    assert "lenet5 batch 3\n" in tuned.out
+    path = tmp_path / "out" / "it.json"
+    header, entries = shipping.read(path.read_text(), path)
+    assert header is not None
+    batches = {e.key[4][1] for e in entries}
+    assert batches == {1, 3}
+    assert {name for e in entries for name in e.milliseconds} <= {"reference", "cpp"}
+    assert f"{len(entries)} choices exported" in tuned.err
+    alone = cli("tune", "--export", tmp_path / "again.json")
+    assert alone.code == 0
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+def test_export_without_choices(cli, tmp_path):
+    assert_refused(cli("tune", "--export", tmp_path / "it.json"), "nothing to export")
+
+
+def test_shipped_choices_are_shown(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipping, "FOLDER", tmp_path / "shipped")
+    assert "shipped choices    none" in cli("env").out
+    cli("tune", "lenet5", "--effort", "quick", "--export", tmp_path / "shipped" / "some-device.json")
+    cli("tune", "--clear")
+    shown = cli("tune", "--show").out
+    assert "some-device.json, with the package" in shown
+    assert "conv2d float32" in shown
+    document = cli("tune", "--show", "--json").json
+    assert document["files"] == []
+    assert document["shipped"][0]["choices"]
+    assert "some-device.json" in cli("env").out
+
+
 def test_a_cache_folder_that_cannot_be_written(cli, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTCNN_CACHE_DIR", str(tmp_path / "file"))
@@ -234,6 +270,9 @@ def test_a_cache_folder_that_cannot_be_written(cli, tmp_path, monkeypatch):
         (("verify", "resnet20_cifar", "--weights", "no/such/file.pt"), ("no/such/file.pt",)),
         (("verify", "resnet20_cifar", "--data", "no/such/file.npz"), ("no/such/file.npz",)),
         (("tune", "resnet20_cifar", "--show"), ("--show",)),
+        (("tune", "resnet20_cifar", "--batch", "1,0"), ("--batch",)),
+        (("tune", "resnet20_cifar", "--batch", "1,"), ("--batch",)),
+        (("tune", "resnet20_cifar", "--effort", "some"), ("--effort",)),
     ],
 )
 def test_refusals(cli, arguments, words):

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastcnn.backends import proven
+
 SM80, SM80_LARGE, SM90, SM90_TWO, SM90_LARGE = 0, 7, 16, 17, 23
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ONE, NONE = (1, 1), (0, 0, 0, 0)
@@ -136,6 +138,13 @@ CASES += [
 ]
 
 
+def test_every_kernel_is_among_the_cases() -> None:
+    """And fastcnn.backends.proven, which tells what has run on a GPU, lists exactly these and the stem's, which have a
+    file of tests of their own."""
+    listed = {name.removeprefix("conv2d ") for name in proven.KERNELS["cuda"] if name.startswith("conv2d ")}
+    assert {case.kernel for case in CASES} | {"stem", "stem wgmma"} == listed
+
+
 def integers(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, most: int = 2) -> torch.Tensor:
     return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
 
@@ -202,6 +211,18 @@ def test_rounding_of_fp32(tf32: bool, emulated, pixels) -> None:
     assert error < (1e-3 if tf32 else 3e-6)
     if tf32:  # rounded to nearest: half the error of the hardware's truncation
         assert error > 3e-6
+
+
+@pytest.mark.parametrize("channels", [512, 513, 1024, 1040, 4100])
+def test_long_sums_in_exact_fp32_are_split(channels: int, emulated, pixels) -> None:
+    """Runs of 512 products; a single chain would err four times as much as this bound at 4100."""
+    g = torch.Generator().manual_seed(channels)
+    x, weight = torch.randn(1, channels, 6, 5, generator=g), torch.randn(40, channels, 1, 1, generator=g)
+    out = pixels.empty(1, 6, 5, 40, F32)
+    name = emulated.conv2d(out, pixels.of(x), weight)
+    assert name == ("simt elements" if channels % 4 else "simt")
+    exact = F.conv2d(x.double(), weight.double())
+    assert (out.nchw - exact).norm() <= 4.5e-7 * exact.norm()
 
 
 def test_a_kernel_that_does_not_serve_is_refused(emulated, pixels) -> None:

@@ -1,4 +1,4 @@
-"""Streams, CUDA graphs and threads."""
+"""Streams, CUDA graphs and threads, for every operator."""
 
 from __future__ import annotations
 
@@ -6,73 +6,112 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.accuracy import assert_accurate
+from support.gpu import Random
+from support.gpu_operators import OPERATORS, SHAPE, Operands, operands
+from torch import Tensor
 
 import fastcnn
-from fastcnn import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams exist on a GPU only")
+needs_streams = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams exist on a GPU only")
+every_operator = pytest.mark.parametrize("name", list(OPERATORS))
 
-
-def problem() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(8, 64, 28, 28, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    return x, torch.randn(128, 64, 3, 3, device="cuda", dtype=torch.bfloat16)
+DTYPE = torch.bfloat16
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-1)
+def inputs(device: torch.device, name: str) -> tuple[Tensor, Operands]:
+    x = Random(name, device)(*SHAPE, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
+    return x, operands(device, DTYPE)
+
+
+def check(ours: Tensor, name: str, x: Tensor, p: Operands) -> None:
+    theirs = OPERATORS[name].theirs
+    assert_accurate(ours, theirs(x, p), theirs(x.double(), {key: value.double() for key, value in p.items()}))
 
 
 @torch.no_grad()
-def test_runs_on_the_current_stream(backend):
+@every_operator
+def test_repeats_bit_for_bit(backend, device, name: str):
+    x, p = inputs(device, name)
+    first = OPERATORS[name].ours(x, p)
+    check(first, name, x, p)
+    for _ in range(3):
+        assert torch.equal(OPERATORS[name].ours(x, p), first)
+
+
+@needs_streams
+@torch.no_grad()
+@every_operator
+def test_runs_on_the_current_stream(backend, device, name: str):
     """The input is produced late on a side stream: only a kernel on that stream sees it."""
-    x, w = problem()
-    late = torch.zeros_like(x)
-    stream = torch.cuda.Stream()
-    ops.conv2d(x, w, padding=1)
+    x, p = inputs(device, name)
+    expected = OPERATORS[name].ours(x, p)
+    late, stream = torch.zeros_like(x), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(20_000_000)
         late.copy_(x)
-        ours = ops.conv2d(late, w, padding=1)
+        ours = OPERATORS[name].ours(late, p)
     stream.synchronize()
-    assert_close(ours, F.conv2d(x, w, padding=1))
+    assert torch.equal(ours, expected)
 
 
+@needs_streams
 @torch.no_grad()
-def test_graph_replay_with_changed_input(backend):
-    x, w = problem()
+@every_operator
+def test_graph_replay_with_changed_input(backend, device, name: str):
+    x, p = inputs(device, name)
     static = x.clone(memory_format=torch.preserve_format)
-
-    def block() -> torch.Tensor:
-        y = ops.conv2d(static, w, padding=1, activation="relu")
-        return ops.max_pool2d(ops.residual_add(y, y), 2)
-
-    block()
+    OPERATORS[name].ours(static, p)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = block()
+        out = OPERATORS[name].ours(static, p)
+    random = Random((name, "fresh"), device)
     for _ in range(3):
-        fresh = torch.randn_like(x)
+        fresh = random(*SHAPE, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
         static.copy_(fresh)
+        out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert_close(out, F.max_pool2d(F.relu(2 * F.relu(F.conv2d(fresh, w, padding=1))), 2))
+        check(out, name, fresh, p)
 
 
+@needs_streams
 @torch.no_grad()
-def test_two_threads_on_two_streams(backend):
-    x, w = problem()
-    expected = F.conv2d(x, w, padding=1)
+@every_operator
+def test_two_threads_on_two_streams(backend, device, name: str):
+    """Each with an input of its own, in turns with the other's."""
+    p = operands(device, DTYPE)
+    own = [Random((name, i), device)(*SHAPE, dtype=DTYPE).contiguous(memory_format=torch.channels_last) for i in (0, 1)]
+    expected = [OPERATORS[name].ours(x, p) for x in own]
     torch.cuda.synchronize()
 
-    def work(index: int) -> torch.Tensor:
-        with fastcnn.use_backend(backend, strict=True), torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
-            result = ops.conv2d(x, w, padding=1)
-            torch.cuda.current_stream().synchronize()
-            return result
+    def work(index: int) -> list[Tensor]:
+        stream = torch.cuda.Stream()
+        with fastcnn.use_backend(backend, strict=True), torch.cuda.stream(stream), torch.no_grad():
+            results = [OPERATORS[name].ours(own[index], p) for _ in range(20)]
+            stream.synchronize()
+        return results
 
     with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(work, range(20)):
-            assert_close(result, expected)
+        for results, wanted in zip(pool.map(work, (0, 1)), expected, strict=True):
+            assert all(torch.equal(result, wanted) for result in results)
+
+
+@needs_streams
+@torch.no_grad()
+def test_a_weight_first_seen_inside_a_capture(backend, device):
+    """What is derived from the weight there is made by each replay, and kept for no other call."""
+    x, p = inputs(device, "conv2d")
+    OPERATORS["conv2d"].ours(x, p)  # compiled outside
+    p = {**p, "weight": p["weight"].clone()}
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = OPERATORS["conv2d"].ours(x, p)
+    check(OPERATORS["conv2d"].ours(x, p), "conv2d", x, p)  # nothing has been replayed yet
+    p["weight"].copy_(p["weight"].flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    check(out, "conv2d", x, p)

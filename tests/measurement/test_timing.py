@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 
 import pytest
 import torch
 
-from fastcnn.measurement import Timing, interleave
+from fastcnn.measurement import Timing, interleave, timing
 
 
 def test_medians_tell_a_slow_candidate_from_a_quick_one():
@@ -15,10 +17,10 @@ def test_medians_tell_a_slow_candidate_from_a_quick_one():
     assert list(found) == ["slow", "quick"]
     assert found["slow"].median_ms > 3.5
     assert 0.9 < found["quick"].median_ms < found["slow"].median_ms
-    for timing in found.values():
-        assert timing.q1_ms <= timing.median_ms <= timing.q3_ms
-        assert timing.samples == 9
-        assert timing.runs_per_sample == 1
+    for one in found.values():
+        assert one.q1_ms <= one.median_ms <= one.q3_ms
+        assert one.samples == 9
+        assert one.runs_per_sample == 1
 
 
 def test_candidates_take_turns_and_each_begins_a_round():
@@ -87,3 +89,61 @@ def test_cuda_events(hide_launches):
     found = interleave({"small": lambda: small @ small, "large": lambda: large @ large}, "cuda", rounds=5,
                        hide_launches=hide_launches)  # fmt: skip
     assert 0 < found["small"].median_ms < found["large"].median_ms
+
+
+class FakeGPU:
+    """Enough of torch.cuda for the clock: a graph replays the Python functions that ran while it was captured."""
+
+    def __init__(self, monkeypatch, can_capture):
+        self.sleeps, self.replays, gpu = [], 0, self
+
+        class Event:
+            def __init__(self, enable_timing):
+                self.time = 0.0
+
+            def record(self):
+                self.time = gpu.now()
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.time - self.time
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                pass
+
+            def capture_end(self):
+                if not can_capture:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+            def replay(self):
+                gpu.replays += 1
+
+        self._ticks = itertools.count()
+        timing._capturing_stream.cache_clear()
+        for name, fake in {
+            "Event": Event, "CUDAGraph": Graph, "synchronize": lambda *args: None, "_sleep": self.sleeps.append,
+            "device": lambda device: contextlib.nullcontext(), "stream": lambda stream: contextlib.nullcontext(),
+            "Stream": lambda device: object(), "graph_pool_handle": lambda: (0, 1), "current_device": lambda: 0,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
+
+    def now(self):
+        return next(self._ticks) * 0.1  # every sample takes 0.1 ms
+
+
+@pytest.mark.parametrize("can_capture", [True, False])
+def test_launches_are_hidden_in_a_graph_or_behind_a_sleeping_kernel(monkeypatch, can_capture):
+    gpu = FakeGPU(monkeypatch, can_capture)
+    calls = []
+    found = interleave({"x": lambda: calls.append(1)}, "cuda", rounds=4, round_ms=1.0, hide_launches=True)["x"]
+    timing._capturing_stream.cache_clear()
+    assert found.runs_per_sample == 10
+    assert found.median_ms == pytest.approx(0.01)
+    estimates = 2
+    assert gpu.replays == (1 + 4 if can_capture else 0)
+    assert len(gpu.sleeps) == estimates + (0 if can_capture else 4)
+    assert len(calls) == 2 + estimates + 1 + 10 + (0 if can_capture else 4 * 10)

@@ -12,12 +12,13 @@ class GuardedSlice:
     """A poisoned channel slice of a wider channels-last buffer, whose surroundings must stay untouched."""
 
     def __init__(
-        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str | torch.device = "cpu", before: int = 3
-    ) -> None:
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str | torch.device = "cpu", before: int = 3,
+        after: int = 5,
+    ) -> None:  # fmt: skip
         n, c, h, w = shape
         self.before, self.channels = before, c
-        self.buffer = torch.full((n, c + before + 5, h, w), GUARD, dtype=dtype, device=device)
-        self.buffer = self.buffer.contiguous(memory_format=torch.channels_last)
+        wider = (n, before + c + after, h, w)
+        self.buffer = torch.empty(wider, dtype=dtype, device=device, memory_format=torch.channels_last).fill_(GUARD)
         self.view = self.buffer[:, before : before + c]
         self.view.fill_(float("nan"))
 

@@ -3,6 +3,7 @@ tensor-core instructions where they belong. `python -m fastcnn.triton_kernels.re
 
 import dataclasses
 import os
+import re
 
 import pytest
 import torch
@@ -53,8 +54,13 @@ def test_compiles_without_spills(capability: int, case: report.Case) -> None:
 @pytest.mark.parametrize("tile", configs.tiles(80, torch.float32, "ieee"), ids=str)
 def test_full_precision_fp32_uses_no_tensor_cores(capability: int, tile: configs.Tile) -> None:
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    row = report.compile_case(report.conv_case("ieee", torch.float32, capability, tile), capability)
+    case = report.conv_case("ieee", torch.float32, capability, tile)
+    row = report.compile_case(case, capability)
     assert (row.spill, row.wgmma, row.mma) == (0, 0, 0), row
+    # A block's products are summed from zero: the compiler has not made one long chain of all blocks.
+    dots = re.findall(r"tt\.dot [^,]+, [^,]+, (%\w+)", report.compile_launch(case.launch, capability).asm["ttgir"])
+    assert dots, "no product"
+    assert all(accumulator.startswith("%cst") for accumulator in dots), dots
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

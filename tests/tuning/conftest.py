@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastcnn import tuning
+from fastcnn.tuning import shipping
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +13,7 @@ def cache_folder(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("FASTCNN_CACHE_DIR", str(folder))
     monkeypatch.delenv("FASTCNN_BACKEND", raising=False)
+    monkeypatch.setattr(shipping, "FOLDER", tmp_path / "shipped")
     tuning.forget()
     yield folder
     tuning.forget()

@@ -10,14 +10,17 @@ import time
 
 import pytest
 import torch
+from support.cudnn_on_cpu import substitute_cudnn
 from support.networks import Conv, small_input, small_network
 from torch import nn
 
 import fastcnn
 from fastcnn import tuning
-from fastcnn.backends import backend_module, cpp, intercept, reference, variants
+from fastcnn.backends import backend_module, cpp, cudnn, intercept, reference, variants
 from fastcnn.measurement import Timing
 from fastcnn.tuning import store, tune, tuner
+from fastcnn.tuning.compiling import CompilingAhead
+from fastcnn.verification import calls as judging
 
 RIGHT = cpp.conv2d
 
@@ -278,6 +281,85 @@ def test_variants_of_a_backend_are_candidates_of_their_own(monkeypatch, quickest
         assert served_by(model, x) == ["cpp:quick"] * 4
     finally:
         backend_module.cache_clear()
+
+
+def test_quick_effort_leaves_variants_out():
+    model, x = small_network(), small_input()
+    full = tune(model, x, rounds=1, save=False)
+    quick = tune(model, x, rounds=1, save=False, effort="quick")
+    assert any(":" in c.name for call in full.calls for c in call.candidates)
+    for call in quick.calls:
+        assert {c.name for c in call.candidates} == {"reference", "cpp"}
+    assert quick.seconds > 0
+    with pytest.raises(ValueError, match="effort must be one of quick, full"):
+        tune(model, x, effort="some")
+
+
+def test_a_backend_that_replaces_fresh_outputs_is_timed_as_it_will_run(monkeypatch, quickest):
+    """cuDNN gives new outputs its own memory: no copy in its time; and its results are checked all the same."""
+    calls = substitute_cudnn(monkeypatch)
+    model, x = small_network(), small_input()
+    quickest("cudnn")
+    seen = []
+    original = cudnn.conv2d
+    monkeypatch.setattr(cudnn, "conv2d", lambda *args, fresh=False: (seen.append(fresh), original(*args, fresh=fresh)))
+    report = tune(model, x, rounds=1, backends=["cudnn"])
+    assert [call.choice for call in report.calls] == ["cudnn"] * 4
+    assert all(candidate(call, "cudnn").error < 1e-6 for call in report.calls)
+    assert all(seen)
+    with torch.no_grad():
+        ours = model(x)
+        with fastcnn.use_backend("reference"):
+            torch.testing.assert_close(ours, model(x))
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *args: calls.results[0].new_zeros(()))
+    monkeypatch.setattr(cudnn, "conv2d", original)
+    report = tune(model, x, rounds=1, backends=["cudnn"], again=True)
+    assert {name for _, name, _ in report.rejected} == {"cudnn"}, report
+
+
+def test_float64_answers_by_parts_are_those_of_the_whole(monkeypatch):
+    whole, parts = [], []
+
+    def look(call):
+        monkeypatch.setattr(judging, "_MOST_AT_ONCE", 2**26)
+        whole.append(judging.exact_outputs(call))
+        monkeypatch.setattr(judging, "_MOST_AT_ONCE", 700)
+        parts.append(judging.exact_outputs(call))
+        call.run()
+
+    x, residual = torch.randn(5, 4, 6, 6), torch.randn(5, 5, 6, 6)
+    with intercept(look), torch.no_grad():
+        # As many images as filters: the weight must not be cut.
+        fastcnn.ops.conv2d(x, torch.randn(5, 4, 3, 3), torch.randn(5), 1, 1, residual=residual, activation="relu")
+        fastcnn.ops.residual_add(residual, residual * 2)
+        fastcnn.ops.channel_affine(x, torch.randn(4), torch.randn(4))
+        fastcnn.ops.max_pool2d(x, 2)
+        fastcnn.ops.linear(torch.randn(5, 400), torch.randn(5, 400))
+        fastcnn.ops.batch_statistics(x)
+    assert len(whole) == 6
+    for a, b in zip(whole, parts, strict=True):
+        for one, other in zip(a, b, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_kernels_are_compiled_ahead_and_a_failure_is_left_to_the_check(monkeypatch):
+    done = []
+
+    def compilation(name, operator, args):
+        if name == "bad now":
+            raise RuntimeError("no")
+        return {"good": lambda: done.append(operator), "bad later": lambda: 1 / 0, "nothing": None}[name]
+
+    monkeypatch.setattr(variants, "compilation", compilation)
+
+    def look(call):
+        with CompilingAhead() as ahead:
+            ahead.compile(call, ["bad now", "good", "bad later", "nothing", "good"])
+        call.run()
+
+    with intercept(look):
+        fastcnn.ops.max_pool2d(torch.randn(1, 2, 4, 4), 2)
+    assert done == ["max_pool2d"] * 2
 
 
 def test_unknown_backends_are_refused():

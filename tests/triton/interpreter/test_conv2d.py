@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 from fastcnn.triton_kernels import conv2d as kernels  # noqa: E402
 from fastcnn.triton_kernels.configs import Tile  # noqa: E402
 
+from fastcnn.backends import proven  # noqa: E402
 from fastcnn.backends import triton as backend  # noqa: E402
 
 #   N, C, H, W,  K, filter, stride, padding, dilation, groups, the kernel that must serve it
@@ -95,6 +96,12 @@ def kernel_of(shape) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_kernel_choice(shape) -> None:
     assert kernel_of(shape) == shape[-1]
+
+
+def test_every_kernel_is_among_the_shapes() -> None:
+    """And fastcnn.backends.proven, which tells what has run on a GPU, lists exactly these."""
+    listed = {name.removeprefix("conv2d ") for name in proven.KERNELS["triton"] if name.startswith("conv2d ")}
+    assert {shape[-1] for shape in SHAPES} == listed
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)

@@ -1,0 +1,44 @@
+"""Which backends serve a call when nobody chose and the tuner never saw it: tables that a measurement may change.
+
+`DEFAULT_ORDER` names, for a kind of device, the first backend that covers the case; the reference is always there at
+the end. `RULES` refines it for an operator, by what is known of the call: its dtype and the arguments of the kernel
+contract (shapes, groups, activation). The first row that applies counts. It is asked on every call, so a row must
+look at a few numbers and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+
+
+class Rule(NamedTuple):
+    """Calls that are better served in another order than their device's."""
+
+    applies: Callable[[torch.dtype, tuple[Any, ...]], bool]  # of the call's dtype and the contract's arguments
+    order: tuple[str, ...]
+
+
+def _has_16_bits(dtype: torch.dtype, args: tuple[Any, ...]) -> bool:
+    return dtype.itemsize == 2
+
+
+# By (kind of device, operator).
+RULES: dict[tuple[str, str], Sequence[Rule]] = {
+    # On an H100 the CUDA kernels are ahead of the Triton ones on nearly every layer in bf16 (docs/performance-gpu.md).
+    ("cuda", "conv2d"): (Rule(_has_16_bits, ("cuda", "triton")),),
+}
+
+
+def order(operator: str, device_type: str, dtype: torch.dtype, args: tuple[object, ...]) -> tuple[str, ...]:
+    """The backends to ask for one call, in this order; those that cannot run here included."""
+    rules = RULES.get((device_type, operator))
+    if rules is not None:
+        for rule in rules:
+            if rule.applies(dtype, args):
+                return rule.order
+    return DEFAULT_ORDER.get(device_type, ())
