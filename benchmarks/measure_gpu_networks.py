@@ -178,7 +178,8 @@ def build(candidate: str, net: Network, x: Tensor, note: dict[str, Any]) -> Runn
     if candidate == "fastcnn_eager":
         return lambda: net.ours(x)
     if candidate == "fastcnn_frozen" or candidate in ONE_BACKEND:
-        with fastcnn.use_backend(ONE_BACKEND.get(candidate), strict=candidate in ONE_BACKEND):
+        one = ONE_BACKEND.get(candidate)
+        with fastcnn.use_backend(one, strict=True) if one else contextlib.nullcontext():
             frozen = fastcnn.freeze(net.ours, x)
         note["frozen"] = {"memory": frozen.memory()._asdict()}
         if x.is_cuda:
