@@ -150,14 +150,15 @@ def _precision(dtype: torch.dtype, allows_tf32: Callable[[], bool]) -> str:
         return "emulated"
     if dtype != torch.float32:
         return "ieee"  # has no meaning for 16-bit operands; one value keeps the kernel cache small
-    return "tf32" if allows_tf32() else "ieee"
+    # The interpreter multiplies in full precision.
+    return "tf32" if allows_tf32() and not is_interpreted() else "ieee"
 
 
 def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
     """fp32 values rounded to TF32's 10 mantissa bits, to nearest.
 
-    Tensor cores cut the other 13 bits off. Cutting both operands has about 2.6 times the error of rounding both and
-    shrinks every product; rounding the weights, which costs nothing per call, brings that to 1.6 times.
+    Tensor cores cut the other 13 bits off, which has about 2.6 times the error of rounding and shrinks every product.
+    `dot` rounds the other operand as it is read.
     """
     nearest = (values.view(torch.int32) + 0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
     return torch.where(values.isfinite(), nearest, values)
@@ -201,11 +202,18 @@ def dot(x, w, acc, PRECISION: tl.constexpr):
     In full precision each block's products are summed from zero and the blocks' sums are added: the rounding errors of
     one chain through thousands of products would exceed cuBLAS's, which splits long sums. The addition is written as an
     fma, because the compiler turns a plain one back into the chain.
+
+    In TF32 the tensor cores cut 13 bits off their operands. Cutting makes every product smaller, which adds up from
+    layer to layer; so x is rounded to nearest first (w is rounded when it is prepared).
     """
     if PRECISION == "emulated":
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
     elif PRECISION == "ieee" and x.dtype == tl.float32:
         return tl.fma(tl.dot(x, w, input_precision="ieee"), 1.0, acc)
+    elif PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = tl.where((bits & 0x7F800000) == 0x7F800000, bits, bits + 0x1000)  # infinities and NaN as they are
+        return tl.dot(nearest.to(tl.float32, bitcast=True), w, acc, input_precision="tf32")
     else:
         return tl.dot(x, w, acc, input_precision=PRECISION)
 

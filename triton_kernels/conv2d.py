@@ -26,7 +26,6 @@ from ._common import (
     alignment,
     ceil_div,
     conv_precision,
-    is_interpreted,
     is_wide,
     next_power_of_two,
     pixel_count,
@@ -109,8 +108,8 @@ def is_prepared(weight: torch.Tensor, groups: int = 1) -> bool:
 
 
 def _rounds(weight: torch.Tensor) -> bool:
-    """The interpreter multiplies in full precision: nothing to round for."""
-    return conv_precision(weight.dtype) == "tf32" and not is_interpreted()
+    """Whether the weight is multiplied in TF32."""
+    return conv_precision(weight.dtype) == "tf32"
 
 
 def _is_depthwise(channels: int, filters: int) -> bool:

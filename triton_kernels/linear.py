@@ -10,7 +10,7 @@ For TF32 products the weight is rounded to TF32 beforehand, as for convolutions:
 
 import torch
 
-from ._common import Launch, alignment, ceil_div, is_interpreted, is_wide, matmul_precision, round_to_tf32, row_stride
+from ._common import Launch, alignment, ceil_div, is_wide, matmul_precision, round_to_tf32, row_stride
 from .configs import Problem, Tile, candidates, device_facts, pick_tile
 from .conv2d_pointwise import pointwise_kernel
 
@@ -21,7 +21,7 @@ def prepare_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def is_prepared(weight: torch.Tensor) -> bool:
-    return matmul_precision(weight.dtype) != "tf32" or is_interpreted()
+    return matmul_precision(weight.dtype) != "tf32"
 
 
 def linear(

@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     common.add_network_options(parser, batch=1, several_batches=True)
     parser.add_argument(
         "--effort", choices=EFFORTS, default="full",
-        help="full: also the variants of kernels (tiles, algorithms); quick: without them (%(default)s)",
+        help="full: all variants of kernels (tiles, algorithms); quick: none that Triton must compile (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="tune calls that were tuned before too")
     parser.add_argument("--show", action="store_true", help="show the stored choices, and those of the package")

@@ -149,8 +149,8 @@ def tune(
         model: the network; run in the mode it is in.
         inputs: its input, or a sequence of its inputs, of the shapes and dtype to tune for.
         backends: which backends may serve; ``"reference"`` always may.
-        effort: ``"full"``, or ``"quick"``: the backends alone, without the variants that they offer, each of which
-            Triton compiles for a second or so.
+        effort: ``"full"``, or ``"quick"``: without the variants that must be compiled first, which takes Triton a second
+            or so for each.
         rounds, seconds_per_call: how often each candidate of a call is timed, and the time after which no further round
             begins.
         again: tune calls that were tuned before too.
@@ -240,7 +240,7 @@ def _candidate_names(
         names.append(name)
         if name in extra:
             names += [f"{name}:{text}" for text in extra[name](call)]
-        elif effort == "full":
+        elif effort == "full" or not hasattr(backend_module(name), "compilation"):
             names += variants.names(name, call.operator, call.args)
     return names
 
