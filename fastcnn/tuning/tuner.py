@@ -149,8 +149,8 @@ def tune(
         model: the network; run in the mode it is in.
         inputs: its input, or a sequence of its inputs, of the shapes and dtype to tune for.
         backends: which backends may serve; ``"reference"`` always may.
-        effort: ``"full"``, or ``"quick"``: without the variants that must be compiled first, which takes Triton a second
-            or so for each.
+        effort: ``"full"``, or ``"quick"``: without the variants that must be compiled first, which takes Triton a
+            second or so for each.
         rounds, seconds_per_call: how often each candidate of a call is timed, and the time after which no further round
             begins.
         again: tune calls that were tuned before too.
