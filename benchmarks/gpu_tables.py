@@ -38,7 +38,7 @@ def is_gpu(rows: Sequence[Row]) -> bool:
 
 def is_network(row: Row) -> bool:
     """A row of `measure_gpu_networks.py`: one candidate of one network."""
-    return {"network", "batch", "candidate", "median_ms"} <= set(row) and row.get("instruction_set") is None
+    return row.get("what") == "network"
 
 
 def gpu_page(files: Mapping[str, Sequence[Row]]) -> dict[str, str]:
@@ -126,7 +126,13 @@ def speedup(row: Row) -> float | None:
 
 
 def networks_of(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(network for row in rows for network in row["networks"]))
+    """Those of which more was measured than one layer that they share with another."""
+    layers: dict[str, set[str]] = {}
+    for row in rows:
+        for network in row["networks"]:
+            layers.setdefault(network, set()).add(row["layer"])
+    alone = {network for row in rows if len(row["networks"]) == 1 for network in row["networks"]}
+    return [network for network, found in layers.items() if len(found) > 1 or network in alone]
 
 
 def batches_of(rows: Sequence[Row]) -> list[int]:
@@ -312,18 +318,19 @@ def networks_section(stem: str, rows: Sequence[Row]) -> tuple[str, str | None]:
     text = [
         f"# Networks: {stem}\n",
         conditions(rows),
-        "Milliseconds a batch, medians; in brackets images a second. Bold: the best of all but fastcnn. *Speed-up* is "
-        "its time over the best of fastcnn's.\n",
+        "Milliseconds of GPU time a batch, medians; in brackets images a second. Bold: the best of all but fastcnn. "
+        "*Speed-up* is its time over the best of fastcnn's. `eager_graph` is PyTorch's eager mode, channels-last, in a CUDA "
+        "graph; `fastcnn_frozen` is `fastcnn.freeze`. Each result was first compared with the fp32 network's.\n",
     ]
     found: dict[tuple[str, str], float] = {}
-    cases = list(dict.fromkeys((row.get("dtype"), row["batch"]) for row in rows))
+    cases = sorted(dict.fromkeys((row["dtype"], row["batch"]) for row in rows), key=lambda case: -case[1])
     titles = {f"{dtype}, {batch}": f"{dtype}, batch {batch}" for dtype, batch in cases}
     for dtype, batch in cases:
-        members = [row for row in rows if (row.get("dtype"), row["batch"]) == (dtype, batch)]
+        members = [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch)]
         lines = ["| network | " + " | ".join(names) + " | speed-up |", "|---" * (len(names) + 2) + "|"]
-        for network in dict.fromkeys(row["network"] for row in members):
-            of_network = {row["candidate"]: row for row in members if row["network"] == network}
-            times = {name: row["median_ms"] for name, row in of_network.items() if row["median_ms"] is not None}
+        for network in dict.fromkeys(row["model"] for row in members):
+            of_network = {row["candidate"]: row for row in members if row["model"] == network}
+            times = {name: gpu_ms(row) for name, row in of_network.items() if gpu_ms(row) is not None}
             peers = {name: ms for name, ms in times.items() if not name.startswith("fastcnn")}
             ours = [ms for name, ms in times.items() if name.startswith("fastcnn")]
             best = min(peers, key=peers.__getitem__, default=None)
@@ -334,17 +341,40 @@ def networks_section(stem: str, rows: Sequence[Row]) -> tuple[str, str | None]:
                 ratio = f"{peers[best] / min(ours):.2f}x"
             lines.append(f"| `{network}` | " + " | ".join(cells) + f" | {ratio} |")
         text += [f"## {dtype}, batch {batch}\n", "\n".join(lines) + "\n"]
+    text += latencies(rows)
     if not found:
         return "\n".join(text), None
     text.insert(3, f"![Speed-up over the best of the others](images/{stem}.svg)\n")
     return "\n".join(text), bars_picture(found, titles, "the best of the others")
 
 
+def gpu_ms(row: Row) -> float | None:
+    timing = row.get("gpu_ms")
+    return None if timing is None else timing["median_ms"]
+
+
 def network_cell(row: Row | None, bold: bool) -> str:
-    if row is None or row["median_ms"] is None:
-        return "" if row is None else str(row.get("verdict") or row.get("error") or "")[:60]
-    ms = row["median_ms"]
+    ms = None if row is None else gpu_ms(row)
+    if row is None or ms is None:
+        return "" if row is None else str(row.get("left_out") or "")[:60]
     digits = 3 if ms < 1 else 2 if ms < 10 else 1
     mark = "**" if bold else ""
-    rate = row.get("images_per_s") or row["batch"] / ms * 1e3
-    return f"{mark}{ms:.{digits}f}{mark} ({rate:.0f})"
+    return f"{mark}{ms:.{digits}f}{mark} ({row['images_per_s']:.0f})"
+
+
+def latencies(rows: Sequence[Row]) -> list[str]:
+    """What a caller waits for one batch, where that was measured."""
+    timed = [row for row in rows if row.get("latency_ms")]
+    if not timed:
+        return []
+    names = list(dict.fromkeys(row["candidate"] for row in timed))
+    lines = ["| network, batch | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for network, batch in dict.fromkeys((row["model"], row["batch"]) for row in timed):
+        found = {row["candidate"]: row for row in timed if (row["model"], row["batch"]) == (network, batch)}
+        cells = [f"{found[name]['latency_ms']['median_ms']:.3f}" if name in found else "" for name in names]
+        lines.append(f"| `{network}`, {batch} | " + " | ".join(cells) + " |")
+    return [
+        "## Latency\n",
+        "Milliseconds from the call to the end of a synchronisation, by the wall clock, medians.\n",
+        "\n".join(lines) + "\n",
+    ]

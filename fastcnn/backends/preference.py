@@ -27,10 +27,15 @@ def _has_16_bits(dtype: torch.dtype, args: tuple[Any, ...]) -> bool:
     return dtype.itemsize == 2
 
 
-# By (kind of device, operator).
+_CUDA_FIRST = (Rule(_has_16_bits, ("cuda", "triton")),)
+
+# By (kind of device, operator). Measured on an H100 in bf16 (docs/performance-gpu.md): the CUDA kernels are ahead of the
+# Triton ones on nearly every convolution and where a result is small; Triton's are where bandwidth is all that counts.
 RULES: dict[tuple[str, str], Sequence[Rule]] = {
-    # On an H100 the CUDA kernels are ahead of the Triton ones on nearly every layer in bf16 (docs/performance-gpu.md).
-    ("cuda", "conv2d"): (Rule(_has_16_bits, ("cuda", "triton")),),
+    ("cuda", "conv2d"): _CUDA_FIRST,
+    ("cuda", "linear"): _CUDA_FIRST,
+    ("cuda", "adaptive_avg_pool2d"): _CUDA_FIRST,
+    ("cuda", "batch_statistics"): _CUDA_FIRST,
 }
 
 
