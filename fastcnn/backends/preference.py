@@ -29,8 +29,8 @@ def _has_16_bits(dtype: torch.dtype, args: tuple[Any, ...]) -> bool:
 
 _CUDA_FIRST = (Rule(_has_16_bits, ("cuda", "triton")),)
 
-# By (kind of device, operator). Measured on an H100 in bf16 (docs/performance-gpu.md): the CUDA kernels are ahead of the
-# Triton ones on nearly every convolution and where a result is small; Triton's are where bandwidth is all that counts.
+# By (kind of device, operator). Measured on an H100 in bf16 (docs/performance-gpu.md): the CUDA kernels are ahead of
+# the Triton ones on nearly every convolution and where a result is small; Triton's where only bandwidth counts.
 RULES: dict[tuple[str, str], Sequence[Rule]] = {
     ("cuda", "conv2d"): _CUDA_FIRST,
     ("cuda", "linear"): _CUDA_FIRST,

@@ -21,6 +21,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def pair(value: IntOrPair, name: str) -> Pair:
     """An int for both dimensions, or one a dimension."""
+    if type(value) is tuple and len(value) == 2 and _is_small(value[0]) and _is_small(value[1]):
+        return value
     if type(value) is int or not isinstance(value, Sequence) or isinstance(value, str):
         single = require_int(value, name, "an int or two ints")
         return (single, single)
@@ -32,8 +34,15 @@ def pair(value: IntOrPair, name: str) -> Pair:
     return values  # type: ignore[return-value]
 
 
+def _is_small(value: object) -> bool:
+    """What nearly every argument is, told cheaply."""
+    return type(value) is int and -(2**31) <= value < 2**31
+
+
 def require_int(value: object, name: str, wanted: str = "an int") -> int:
     """The value as an int of 64 bits: NumPy's integers too, but no bool, which is a flag in the wrong place."""
+    if _is_small(value):
+        return value  # type: ignore[return-value]
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):

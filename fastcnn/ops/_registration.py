@@ -6,6 +6,7 @@ and error messages cannot differ between them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,8 @@ class Operator:
 
     def __call__(self, *args: Any, out: Tensor | None = None) -> Tensor:
         if out is None:
+            if _needs_no_dispatcher(args) and not (self._autocast and autocasts(args[0].device.type)):
+                return self._run(*args)
             if torch._C._are_functorch_transforms_active():
                 return self._run_transformed(args)
             return self.functional(*args)
@@ -241,6 +244,48 @@ class Operator:
 def autocasts(device_type: str) -> bool:
     """Whether autocast chooses dtypes on a device. PyTorch refuses to answer for devices without autocast, as meta."""
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _ordinary_keys(device_type: str) -> frozenset[int]:
+    """What the dispatcher sees in a tensor of values in a device's memory, and in one of inference mode."""
+    ordinary = torch.empty(0, device=device_type)
+    with torch.inference_mode():
+        of_inference = torch.empty(0, device=device_type)
+    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (ordinary, of_inference))
+
+
+def _needs_no_dispatcher(args: Sequence[Any]) -> bool:
+    """Whether PyTorch's dispatcher would find nothing to do but to call the kernel.
+
+    So it is for ordinary tensors on one kind of device where no gradient is recorded and nobody watches or replaces
+    operations: no mode, transform, tracer or profiler. Going through it takes longer than many a kernel.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    device_type = args[0].device.type
+    if device_type not in ("cpu", "cuda"):
+        return False
+    keys, recording = _ordinary_keys(device_type), torch.is_grad_enabled()
+    for argument in args:
+        if isinstance(argument, Tensor) and (
+            type(argument) not in _TENSOR_TYPES
+            or (recording and argument.requires_grad)
+            or torch._C._dispatch_keys(argument).raw_repr() not in keys
+        ):
+            return False
+    return True
 
 
 def records_gradient(args: Sequence[Any]) -> bool:

@@ -141,3 +141,74 @@ def test_meta_tensors() -> None:
     x, weight = torch.empty(1, 4, 3, 3, device="meta"), torch.empty(8, 4, 1, 1, device="meta")
     assert ops.inception_concat([x], [weight]).shape == (1, 8, 3, 3)
     assert fnn.BasicBlock(4, 4).to("meta").eval()(x).shape == x.shape
+
+
+# ---- past the dispatcher ---------------------------------------------------------------------------------------------
+
+
+class Subclass(Tensor):
+    pass
+
+
+def watched_calls(x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Calls that PyTorch's dispatcher must see, each with the result of ``ops.max_pool2d(x, 2)``."""
+
+    def under(context: Callable[[], object]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with context():  # type: ignore[attr-defined]
+                return ops.max_pool2d(x, 2)
+
+        return call
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class WatchingFunctions(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    return {
+        "profiler": under(lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])),
+        "dispatch mode": under(Watching),
+        "function mode": under(WatchingFunctions),
+        "gradient": lambda: ops.max_pool2d(x.clone().requires_grad_(), 2).detach(),
+        "negated view": lambda: ops.max_pool2d(torch._neg_view(-x), 2),
+        "subclass": lambda: ops.max_pool2d(x.as_subclass(Subclass), 2).as_subclass(Tensor),
+        "dual number": lambda: forward_mode(x),
+    }
+
+
+def forward_mode(x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return ops.max_pool2d(x, 2)
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list[int]:
+    """One entry for each call of the pooling operator that goes through the dispatcher."""
+    from fastcnn.ops.pool2d import MAX
+
+    seen: list[int] = []
+    original = MAX.functional
+    monkeypatch.setattr(MAX, "functional", lambda *args: (seen.append(1), original(*args))[1])
+    return seen
+
+
+def test_ordinary_calls_pass_the_dispatcher_by(dispatched):
+    x = torch.randn(2, 4, 6, 6)
+    expected = F.max_pool2d(x, 2)
+    assert torch.equal(ops.max_pool2d(x, 2), expected)
+    with torch.inference_mode():
+        assert torch.equal(ops.max_pool2d(x, 2), expected)
+        assert torch.equal(ops.max_pool2d(x.clone(), 2), expected)
+    with torch.no_grad():
+        assert torch.equal(ops.max_pool2d(nn.Parameter(x), 2), expected)
+    assert not dispatched
+
+
+@pytest.mark.parametrize("name", watched_calls(torch.empty(0)))
+def test_the_dispatcher_sees_what_it_must(name: str, dispatched):
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(watched_calls(x)[name](), F.max_pool2d(x, 2))
+    assert dispatched
