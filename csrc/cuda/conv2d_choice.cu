@@ -99,9 +99,10 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
 }
 
 // Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
-// cycle) and of bringing its rows of A and B; storing a tile overlaps with multiplying the next only when warpgroups
-// take turns and no residual has to come first. The constants were fitted to times of 20 layers at batch 1, 32 and 256
-// on an H100 (benchmarks/results), where the tile chosen by them is 1.3 % slower than the best one, on average.
+// cycle) and of bringing its rows of A and B. Storing a tile, and fetching its residual, overlaps with multiplying the
+// next one where warpgroups take turns. The constants here and below were fitted to the times of 38 layers at batch 1,
+// 32 and 256 on an H100 (benchmarks/results/gpu-h100-kernels.json), where the kernel chosen by them is 1.1 % slower
+// than the best one, on average.
 double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
   const ConvShape& shape = problem.shape;
   const double rows = choice.tile_rows, columns = choice.tile_columns;
@@ -110,11 +111,13 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
       static_cast<double>(ceil_divide(tiles(problem, choice.tile_rows, choice.tile_columns), multiprocessors));
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
   const double stages = static_cast<double>(taps * ceil_divide(shape.channels, kTensorMapRow));
-  const double multiplying = std::max(products / 2048, stages * (1.6 * rows + 3.5 * columns + 70));
-  // With a prologue every column tile changes its rows again.
-  const double storing = 0.25 * rows * columns, starting = problem.has_prologue() ? 2000 : 660;
-  const bool overlapped = choice.in_turns && problem.residual == nullptr;
-  return waves * (starting + (overlapped ? std::max(multiplying, storing) : multiplying + storing));
+  const double multiplying = std::max(products / 2048, stages * (1.7 * rows + 3.4 * columns + 72));
+  // With a prologue every column tile changes its rows again. The largest tile leaves room for three stages only.
+  double starting = problem.has_prologue() ? 2500 : 600;
+  if (choice.tile_rows == 256 && choice.tile_columns == 128) starting += 1800;
+  double storing = 0.22 * rows * columns;
+  if (problem.residual != nullptr) storing *= choice.in_turns ? 1.8 : 1.35;
+  return waves * (starting + (choice.in_turns ? std::max(multiplying, storing) : multiplying + storing));
 }
 
 // The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for
@@ -125,7 +128,7 @@ double patch_cycles(const ConvProblem& problem, int columns, const DeviceFacts& 
   const double waves = static_cast<double>(ceil_divide(plan.tiles, blocks));
   const int64_t taps = problem.shape.reduction / problem.shape.channels;
   const double products = static_cast<double>(taps * ceil_divide(problem.shape.channels, 16) * (kPatchRows / 64));
-  return plan.filter_bytes / 32.0 + waves * (products * (columns == 64 ? 44 : 26) + 2000);
+  return plan.filter_bytes / 32.0 + waves * (products * (columns == 64 ? 42 : 25) + 1000);
 }
 
 Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
@@ -190,11 +193,9 @@ Choice choose(const ConvProblem& problem, DType dtype, bool allow_tf32, const De
   if (stem_serves(problem, dtype, device, false)) return {Kernel::stem, path};
 
   const int64_t multiprocessors = device.multiprocessors;
-  if (device.wgmma && tma_fits(problem, dtype)) {
-    // Few channels leave most of a stage's 64 empty, which counts where a stage is one of many taps.
-    const Choice best = best_bulk(problem, dtype, device);
-    if (best.kernel == Kernel::patch || shape.channels >= 48 || shape.reduction == shape.channels) return best;
-  }
+  // Few channels leave most of a stage's 64 empty, which counts where a stage is one of many taps.
+  const bool fills_stages = shape.channels >= 48 || shape.reduction == shape.channels;
+  if (device.wgmma && fills_stages && tma_fits(problem, dtype)) return best_bulk(problem, dtype, device);
   if (device.wgmma && shape.filters > 32 && 2 * tiles(problem, 128, 64) >= multiprocessors) {
     if (dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {
       int columns = mma_columns(problem, multiprocessors);

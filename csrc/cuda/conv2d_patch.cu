@@ -1,7 +1,7 @@
 // Convolution with stride 1 on Hopper whose filter taps share one patch of the input. bf16 and fp16; few filters.
 //
-//   out[n, p, q, k] = act(sum_{r, s, c} x[n, p + r - pad, q + s - pad, c] * w[k, r, s, c] * scale[k] + bias[k] +
-//   residual)
+//   out[n, p, q, k] = act(scale[k] * sum_{r, s, c} x[n, p + r - pad, q + s - pad, c] * w[k, r, s, c]
+//                         + bias[k] + residual[n, p, q, k])
 //
 // Where filters are few, conv2d_tma.cu waits for L2: it brings every pixel once for each of the R * S taps. Here a
 // patch of the input, the tile's pixels and their halo, comes once for all taps. In shared memory a pixel's 64 channels
@@ -11,9 +11,9 @@
 // Work: one block per multiprocessor. A block keeps the filters of one column tile (32 or 64 of K) in shared memory for
 //   good and walks over tiles of pixels: tile_n images x tile_h x tile_w. The patch is multiplied as it lies, halo
 //   columns included (their results are dropped): two warpgroups take 128 rows each, a third one copies.
-// Shared memory: filters [tap][64 channels][K'], a ring of patches (one for each block of 64 channels), the output
-// tile. Registers: accumulators only. Floor: reading the input once (times the halo), writing the output; multiplying
-// 256 rows for each tile.
+// Shared memory: filters [tap][block of 64 channels][filter], a ring of patches (one for each block), the output tile.
+// Registers: accumulators only.
+// Floor: reading the input once (times the halo) and writing the output; multiplying 256 rows for each tile.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

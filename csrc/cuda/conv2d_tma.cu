@@ -1,11 +1,10 @@
-// Convolution on Hopper with bulk copies: TMA (im2col) + wgmma, warp-specialised and persistent. bf16 and fp16, groups
-// = 1.
+// Convolution on Hopper with bulk copies: TMA (im2col) + wgmma, warp-specialised and persistent. bf16 and fp16; groups
+// of whole blocks of 64 channels and filters.
 //
 //   out[m, k] = act(sum_j A[m, j] * B[k, j] * scale[k] + bias[k] + residual[m, k])       as in conv2d_mma.cuh
 //
-// Work: one block per multiprocessor walks over tiles of the output, columns (filters) first, so that blocks that run
-// at
-//   the same time share pixels in L2. Three warpgroups: one copies, two multiply, in one of two ways:
+// Work: one block per multiprocessor walks over tiles of the output, columns (filters) first, so that blocks that are
+//   at work together share pixels in L2. Three warpgroups: one copies, two multiply, in one of two ways:
 //     together   a tile is 2 x kGroupRows pixels, half of it for each warpgroup: fewest operand bytes per product
 //     in turns   a tile is kGroupRows pixels and belongs to one warpgroup; while it stores, the other multiplies. A
 //                warpgroup begins when the other has all its stages: a barrier's parity tells only neighbouring rounds
