@@ -144,7 +144,8 @@ def conv2d(
     weight, groups = _prepared(weight, groups, kernel)
     _native.cuda_conv2d(
         out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu,
-        activation == "relu", stride, padding, dilation, groups, convolutions_use_tf32(), kernel,
+        activation == "relu", stride, padding, dilation, groups,
+        input.dtype == torch.float32 and convolutions_use_tf32(), kernel,
     )  # fmt: skip
 
 
