@@ -319,8 +319,8 @@ def networks_section(stem: str, rows: Sequence[Row]) -> tuple[str, str | None]:
         f"# Networks: {stem}\n",
         conditions(rows),
         "Milliseconds of GPU time a batch, medians; in brackets images a second. Bold: the best of all but fastcnn. "
-        "*Speed-up* is its time over the best of fastcnn's. `eager_graph` is PyTorch's eager mode, channels-last, in a CUDA "
-        "graph; `fastcnn_frozen` is `fastcnn.freeze`. Each result was first compared with the fp32 network's.\n",
+        "*Speed-up* is its time over the best of fastcnn's. `eager_graph` is PyTorch's eager mode, channels-last, in a "
+        "CUDA graph; `fastcnn_frozen` is `fastcnn.freeze`. Each result was first compared with the fp32 network's.\n",
     ]
     found: dict[tuple[str, str], float] = {}
     cases = sorted(dict.fromkeys((row["dtype"], row["batch"]) for row in rows), key=lambda case: -case[1])
