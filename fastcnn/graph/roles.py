@@ -133,6 +133,18 @@ def statistics(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
     return given.target if mean is None else id(mean)
 
 
+def drops_out(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it draws a random mask, of dropout in train mode."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return module.training and "Dropout" in type(module).__name__ and getattr(module, "p", 1) != 0
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    if "dropout" not in name:
+        return False
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    return training is not False
+
+
 def makes_a_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> bool:
     """Whether the result certainly shares no memory with another value. ``modules``: to ask for those of torch.nn."""
     if node.op == "call_module":

@@ -206,6 +206,11 @@ def compute(model: nn.Module, x: Tensor) -> Results:
     returned=2,
     channels_last=False,
 )
+@hypothesis.example(  # dropout of what comes of a concatenation of both layouts: its mask follows the order of memory
+    steps=[("max", 0, 0), ("view_", 0, 0), ("iadd", 0, 0), ("iadd", 2, 4), ("conv-bn", 1, 4), ("inception", 1, 3),
+           ("dropout", 0, 4)],
+    size=(1, C, 7, 2), returned=5, channels_last=True,
+)  # fmt: skip
 @torch.no_grad()
 def test_the_same_results(steps: list[Step], size: tuple[int, ...], returned: int, channels_last: bool) -> None:
     model = RandomNet(steps, returned)
