@@ -200,7 +200,7 @@ def compute(model: nn.Module, x: Tensor) -> Results:
     returned=6,
     channels_last=True,
 )
-@hypothesis.example(  # one batch norm as a layer, then in a function, before the first one's ReLU: updates keep their order
+@hypothesis.example(  # a batch norm as a layer, then in a function, then the first one's ReLU: updates keep their order
     steps=[("conv-bn", 2, 2), ("functional", 1, 4), ("relu-method_", 1, 0)],
     size=(1, C, 6, 2),
     returned=2,

@@ -1,16 +1,16 @@
 """The accuracy rule for results that are few numbers left of larger ones: applied to a network and its neighbours.
 
-The rule compares two errors, ours and PyTorch's. Over many rounded values each is close to what is to be expected, and a
-factor of 2 says something. But a small network's result may be one value, left by a ReLU of `0.153 - 0.044 - 0.096`.
+The rule compares two errors, ours and PyTorch's. Over many rounded values each is close to what is to be expected, and
+a factor of 2 says something. But a small network's result may be one value, left by a ReLU of `0.153 - 0.044 - 0.096`.
 Then each error is a single draw, enlarged by the cancellation. Of two draws from one normal distribution one exceeds
 twice the other in 30 % of cases, and one of 5 sigma comes up among a million values: nothing is wrong with either.
 
 What is to be expected shows when the draw is repeated. A neighbour of a network has its parameters, statistics and
 inputs changed by up to NEAR: a thousand times rounding, so every rounding in it is another, and small enough that the
 same terms cancel as before. Ours, PyTorch's and float64's results of a network and its NEIGHBOURS are put together, and
-the rule holds for them as one result, with its own factor and its own `tiny`. Where PyTorch's error is the larger by luck
-the rule alone decides, as before. A mistake is made at the neighbours too, and counts in full; one made at the network
-alone is found when it is 16 times (the root of 65, doubled) PyTorch's rounding.
+the rule holds for them as one result, with its own factor and its own `tiny`. A mistake is made at the neighbours too,
+and counts in full; one made at the network alone is found when it is 16 times (the root of 65, doubled) PyTorch's
+rounding.
 """
 
 from __future__ import annotations
