@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from support.accuracy import TINY, assert_accurate, relative_error
 from torch import Tensor, nn
+
+from support.accuracy import TINY, assert_accurate, relative_error
 
 NEAR = 2.0**-14
 NEIGHBOURS = 64  # with one value each: twice the other's error by chance in one of ten million
