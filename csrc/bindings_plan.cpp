@@ -78,6 +78,7 @@ class PyPlan {
     require_shape(wv, "weight", wv.n, xv.c, 1, 1);
     require_one_dtype({y, x, w});
     const Operand b = vector(bias, "bias", yv.c);
+    workspace_->reserve(cpu::linear_workspace_bytes(xv.n, xv.c));  // here, so that its size is known before a run
     plan_->add({y, x, w}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
                               activation_of(relu), threads, workspace);

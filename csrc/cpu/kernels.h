@@ -121,6 +121,8 @@ Works avg_pool2d_work(const TensorView& out, const TensorView& input, const Pool
 Works adaptive_avg_pool2d_work(const TensorView& out, const TensorView& input, int threads);
 Works local_response_norm_work(const TensorView& out, const TensorView& input, int64_t size, float alpha, float beta,
                                float k, int threads);
+// Bytes of workspace that the works of a layer with so many rows and input features use, whatever the threads.
+int64_t linear_workspace_bytes(int64_t rows, int64_t depth);
 // `workspace` is reserved here and used by the works.
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
                   Activation activation, int threads, const std::shared_ptr<Workspace>& workspace);

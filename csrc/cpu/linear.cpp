@@ -10,6 +10,12 @@
 #include "workspace.h"
 
 namespace fastcnn::cpu {
+int64_t linear_workspace_bytes(int64_t rows, int64_t depth) {
+  if (rows <= kLinearFewRows) return 0;
+  const int64_t block = kernels().column_block;
+  return ceil_div(rows, block) * block * depth * 4;
+}
+
 Works linear_work(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,
                   Activation activation, int threads, const std::shared_ptr<Workspace>& workspace) {
   const KernelTable& table = kernels();
@@ -38,7 +44,7 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
   }
 
   const int64_t panels = ceil_div(problem.rows, table.column_block);
-  workspace->reserve(panels * problem.depth * table.column_block * 4);
+  workspace->reserve(linear_workspace_bytes(problem.rows, problem.depth));
   // At most 8 panels, whose chunk fits into L2, and 4 blocks of weight rows, which share it; fewer to give every thread
   // some tasks.
   problem.panels_per_task = ceil_div(panels, ceil_div(panels, 8));

@@ -58,7 +58,11 @@ def rewrite(
             if matched is not None:
                 new, site = _replace(graph, *matched)
                 found[new] = site
-    notes = finder.notes() | concatenate_in_place(graph, modules)
+    notes = finder.notes()
+    # A buffer is channels-last where PyTorch's concatenation of mixed layouts is contiguous. Random masks are drawn in
+    # the order of memory: where one is drawn, layouts must be PyTorch's.
+    if not any(roles.drops_out(node, modules) for node in graph.nodes):
+        notes |= concatenate_in_place(graph, modules)
     patterns = {node: site.pattern.replace("+", " ") for node, site in found.items()}
     for new, nodes in merge_pointwise(graph, modules, patterns).items():
         names = tuple(name for node in nodes for name in found[node].modules)

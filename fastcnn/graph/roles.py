@@ -120,11 +120,29 @@ def first_argument(node: fx.Node) -> Any:
 
 
 def statistics(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
-    """Whose running statistics a batch norm updates: a key that is the same for two calls of one layer."""
-    if node.op == "call_module":  # one module under two names is still one
-        return id(modules[str(node.target)])
-    mean = bound(node, "bn").get("running_mean")
-    return mean.target if isinstance(mean, fx.Node) and mean.op == "get_attr" else mean
+    """Whose running statistics a batch norm updates: a key that is the same for two calls that update the same ones."""
+    if node.op == "call_module":  # one module under two names is still one, and two may share a buffer
+        module = modules[str(node.target)]
+        mean = getattr(module, "running_mean", None)
+        return id(module if mean is None else mean)
+    given = bound(node, "bn").get("running_mean")
+    if not isinstance(given, fx.Node) or given.op != "get_attr":
+        return given
+    path, _, name = str(given.target).rpartition(".")  # a layer's, in a function: the same as the layer's own call
+    mean = getattr(modules.get(path), name, None)
+    return given.target if mean is None else id(mean)
+
+
+def drops_out(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it draws a random mask, of dropout in train mode."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return module.training and "Dropout" in type(module).__name__ and getattr(module, "p", 1) != 0
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    if "dropout" not in name:
+        return False
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    return training is not False
 
 
 def makes_a_new_tensor(node: fx.Node, modules: Mapping[str, nn.Module] | None = None) -> bool:

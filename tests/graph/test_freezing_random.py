@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
+from support.neighbours import Results, assert_accurate_here_or_nearby
 from support.plain_twin import randomise_batch_norms
 from torch import Tensor, nn
 
@@ -145,6 +145,16 @@ sizes = st.tuples(st.integers(1, 3), st.just(C), st.integers(2, 7), st.integers(
 EXAMPLES = int(os.environ.get("FASTCNN_TEST_EXAMPLES", "0"))
 
 
+def compute(model: nn.Module, x: Tensor) -> Results:
+    optimized = fastcnn.optimize(model, x)
+    frozen = fastcnn.freeze(optimized, torch.zeros_like(x))
+    frozen._plan.fill_arena(0xFF)
+    ours = frozen(x)
+    for result, unfrozen in zip(ours, optimized(x), strict=True):
+        assert result.stride() == unfrozen.stride() or 1 in result.shape
+    return Results(ours, model(x), copy.deepcopy(model).double()(x.double()))
+
+
 @hypothesis.settings(max_examples=EXAMPLES or 40, deadline=None, derandomize=not EXAMPLES, database=None)
 @hypothesis.given(steps=steps, size=sizes, channels_last=st.booleans())
 @torch.no_grad()
@@ -156,9 +166,4 @@ def test_the_same_results(steps: list[Step], size: tuple[int, ...], channels_las
     exact = copy.deepcopy(model).double()(x.double())
     # Where nothing is left of a value, rounding is all there is to compare.
     hypothesis.assume(all(t.isfinite().all() and 1e-3 < t.abs().max() < 1e4 for t in exact))
-    optimized = fastcnn.optimize(model, x)
-    frozen = fastcnn.freeze(optimized, torch.zeros_like(x))
-    frozen._plan.fill_arena(0xFF)
-    for ours, theirs, plain, precise in zip(frozen(x), optimized(x), model(x), exact, strict=True):
-        assert_accurate(ours, plain, precise)
-        assert ours.stride() == theirs.stride() or 1 in ours.shape
+    assert_accurate_here_or_nearby(compute, model, x)

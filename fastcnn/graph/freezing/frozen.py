@@ -25,15 +25,20 @@ from fastcnn.graph.optimizing import is_fastcnn, optimize
 
 
 class Memory(NamedTuple):
-    """Bytes that a frozen model holds, and what its activations would take side by side."""
+    """Bytes that a frozen model holds, and what its activations would take side by side.
+
+    The workspace is what linear layers with more than 8 rows repack their input into: as large as the largest needs.
+    """
 
     arena: int
     weights: int
     activations: int
+    workspace: int
 
     def __str__(self) -> str:
         mib = [f"{value / 2**20:.2f} MiB" for value in self]
-        return f"arena {mib[0]} for activations of {mib[2]} in all; weights {mib[1]}"
+        workspace = f"; workspace {mib[3]}" if self.workspace else ""
+        return f"arena {mib[0]} for activations of {mib[2]} in all{workspace}; weights {mib[1]}"
 
 
 class FrozenModel(nn.Module):
@@ -109,9 +114,13 @@ class FrozenModel(nn.Module):
         return torch.empty_strided(shape, strides, dtype=dtype).copy_(tensor)
 
     def memory(self) -> Memory:
-        """Bytes of the arena and of the packed weights and constants."""
+        """Bytes of the arena, of the packed weights and constants, and of the linear layers' workspace.
+
+        Not counted: the kernels' scratch memory, which belongs to the threads and serves every model that they run.
+        """
         weights = self._constants.numel() + sum(weight.bytes for weight in self._weights)
-        return Memory(self._recipe.arena_bytes, weights, self._recipe.activation_bytes)
+        recipe = self._recipe
+        return Memory(recipe.arena_bytes, weights, recipe.activation_bytes, self._plan.workspace_bytes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle."""
