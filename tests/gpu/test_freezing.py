@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 import fastcnn
 from fastcnn.backends import derived
 from fastcnn.graph.freezing import FrozenOnGpu
-from fastcnn.graph.freezing.gpu import freeze_on_gpu
+from fastcnn.graph.freezing.gpu import cuda_graph, freeze_on_gpu
 from fastcnn.graph.freezing.gpu.cuda_graph import CudaCapturer, Graph
 from fastcnn.verification import calibrate
 
@@ -51,6 +54,13 @@ def without_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def loads_where_it_rehearses(monkeypatch: pytest.MonkeyPatch) -> None:
+    if REHEARSAL:
+        capturer = FakeCapturer(times={2: 0.5, 3: 0.5, 4: 0.5})
+        monkeypatch.setattr(cuda_graph, "capturer_on", lambda device=None: capturer)
 
 
 @pytest.fixture
@@ -114,8 +124,6 @@ def test_wrong_inputs_are_named(device: torch.device, small) -> None:
             frozen(wrong)
     with pytest.raises(ValueError, match="takes 1 inputs, was given 0"):
         frozen()
-    with pytest.raises(TypeError, match="neither pickled nor copied"):
-        pickle.dumps(frozen)
 
 
 def test_the_models_changes_do_not_reach_it(device: torch.device, small) -> None:
@@ -187,6 +195,99 @@ def test_settings_are_those_of_freezing(device: torch.device) -> None:
     expected = frozen(x)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     assert torch.equal(frozen(x), expected)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def reloaded(frozen: FrozenOnGpu, path: Path) -> FrozenOnGpu:
+    frozen.save(path)
+    loaded = fastcnn.load_frozen(path)
+    assert isinstance(loaded, FrozenOnGpu)
+    return loaded
+
+
+SAVED = [
+    ("torchvision resnet18", torch.float32), ("torchvision googlenet", torch.float32),
+    ("torchvision densenet121", torch.float32), ("googlenet", BF16), ("torchvision resnet18", BF16),
+    ("torchvision densenet121", BF16), ("torchvision mobilenet_v3_small", torch.float16),
+    ("densenet_bc100_k12_cifar", BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), SAVED, ids=str)
+def test_a_loaded_network_gives_the_same_bits(
+    device: torch.device, name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    size = 32 if name.endswith("cifar") else 64
+    make = torchvision_model if name.startswith("torchvision") else fastcnn.create_model
+    model = calibrate(make(name.removeprefix("torchvision ")).eval(), torch.randn(4, 3, size, size)).to(device)
+    frozen = freeze(model, torch.randn(2, 3, size, size, device=device), dtype=dtype)
+    loaded = reloaded(frozen, tmp_path / "file")
+    assert loaded.recomputed == 0, "packed weights and converted vectors must not be computed in the graph"
+    for _ in range(2):
+        x = torch.randn(2, 3, size, size, device=device).to(dtype)
+        expected = frozen(x)
+        assert torch.equal(loaded(x), expected)
+        assert loaded(x).stride() == expected.stride()
+    assert loaded.memory().inputs == frozen.memory().inputs
+    assert 0 < loaded.memory().graph < 2 * frozen.memory().graph
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles(device: torch.device, small, again) -> None:
+    frozen, _ = small
+    x = small_input(BF16).to(device)
+    expected = frozen(x)
+    other = again(frozen)
+    assert torch.equal(other(x), expected)
+    frozen(x + 1)
+    assert torch.equal(other.replay(), expected), "it must have memory of its own"
+    assert other.inputs[0].device == frozen.inputs[0].device
+
+
+def test_a_loaded_model_has_the_settings_of_freezing(device: torch.device, tmp_path: Path) -> None:
+    model, x = small_network().to(device).eval(), small_input().to(device)
+    frozen = freeze(model, x)  # without TF32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    loaded = reloaded(frozen, tmp_path / "file")
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.equal(loaded(x), frozen(x))
+
+
+def test_saving_leaves_the_graphs_results_alone(device: torch.device, small, tmp_path: Path) -> None:
+    frozen, _ = small
+    result = frozen.replay()
+    expected = result.clone()
+    frozen.inputs[0].copy_(small_input(BF16).to(device) + 1)
+    frozen.save(tmp_path / "file")
+    assert torch.equal(result, expected)
+    assert not torch.equal(frozen.replay(), expected)
+
+
+def test_files_that_are_refused(small, tmp_path: Path) -> None:
+    frozen, _ = small
+    frozen.save(tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    end = 16 + int.from_bytes(content[8:16], "little")
+    header = json.loads(content[16:end])
+    header["gpu"] = {"name": "a GPU of the past", "capability": [1, 0]}
+    text = json.dumps(header).encode()
+    other = content[:8] + len(text).to_bytes(8, "little") + text + content[end:-32]
+    flipped = bytearray(content)
+    flipped[end + 100] ^= 1
+    for wrong, words in [
+        (other + hashlib.sha256(other).digest(), r"frozen on a GPU of the past .*1\.0\), and this is"),
+        (flipped, "is damaged"),
+        (content[:-100], "is damaged"),
+    ]:
+        (tmp_path / "file").write_bytes(wrong)
+        with pytest.raises(ValueError, match=words):
+            fastcnn.load_frozen(tmp_path / "file")
 
 
 # ---- on a GPU only ---------------------------------------------------------------------------------------------------
@@ -312,6 +413,36 @@ def test_dropped_while_it_runs() -> None:
     torch.cuda.synchronize()
     del junk
     assert torch.equal(result, expected)
+
+
+_LOADING = """
+import sys, torch, fastcnn
+frozen = fastcnn.load_frozen(sys.argv[1] + "/file")
+torch.save(frozen(torch.load(sys.argv[1] + "/x")).cpu(), sys.argv[1] + "/result")
+"""
+
+
+@needs_gpu
+def test_in_another_process_without_the_models_code(small, tmp_path: Path) -> None:
+    frozen, _ = small
+    x = small_input(BF16).cuda()
+    frozen.save(tmp_path / "file")
+    torch.save(x, tmp_path / "x")
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADING, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "result"), frozen(x).cpu())
+
+
+@needs_gpu
+def test_autocast_is_in_a_files_operators(tmp_path: Path) -> None:
+    model, x = small_network().cuda().eval(), small_input().cuda()
+    with torch.autocast("cuda", BF16):
+        frozen = fastcnn.freeze(model, x)
+    loaded = reloaded(frozen, tmp_path / "file")
+    assert loaded(x).dtype == BF16
+    assert torch.equal(loaded(x), frozen(x))
 
 
 _FAILING = """

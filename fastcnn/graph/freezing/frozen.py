@@ -17,7 +17,9 @@ from fastcnn.graph.freezing.aten import aten_rules
 from fastcnn.graph.freezing.capture import capture
 from fastcnn.graph.freezing.choosing import ByMeasurement, by_rule
 from fastcnn.graph.freezing.gpu import FrozenOnGpu, freeze_on_gpu
-from fastcnn.graph.freezing.gpu.frozen import DTYPES as GPU_DTYPES
+from fastcnn.graph.freezing.gpu.frozen import load_on_gpu
+from fastcnn.graph.freezing.gpu.storage import DTYPES as GPU_DTYPES
+from fastcnn.graph.freezing.gpu.storage import MAGIC as GPU_MAGIC
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
 from fastcnn.graph.freezing.storage import as_bytes, from_bytes
@@ -141,17 +143,21 @@ _OF_A_FROZEN_MODEL = frozenset(
 )
 
 
-def load_frozen(path: str | os.PathLike[str]) -> FrozenModel:
-    """A frozen model from a file that :meth:`FrozenModel.save` wrote.
+def load_frozen(path: str | os.PathLike[str]) -> FrozenModel | FrozenOnGpu:
+    """A frozen model from a file that its ``save`` wrote: a :class:`FrozenModel` or, if it was frozen on a GPU, a
+    :class:`FrozenOnGpu` on the current one.
 
-    Nothing in the file is executed: steps are looked up in a fixed list, and every address is checked.
+    Nothing in the file is executed: steps and operators are looked up in fixed lists, and every address is checked.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not such a file, is damaged, or was written for another format, version or instruction set.
+        ValueError: it is not such a file, is damaged, or was written for another format, version, instruction set or
+            GPU architecture; or it needs a GPU, and there is none.
     """
     with open(path, "rb") as file:
         content = file.read()
+    if content[: len(GPU_MAGIC)] == GPU_MAGIC:
+        return load_on_gpu(content, os.fspath(path))
     return from_bytes(content, os.fspath(path), lambda stored: FrozenModel(*stored))
 
 
@@ -208,7 +214,8 @@ def freeze(
 
     On a GPU: see :class:`~fastcnn.graph.freezing.FrozenOnGpu`. The kernels that ``use_backend``, the tuner's table,
     ``exact`` and PyTorch's TF32 settings say when it is frozen are launched by the graph, with nothing computed anew
-    that depends on weights alone; branches run side by side on streams of their own where that is faster here.
+    that depends on weights alone; branches run side by side on streams of their own where that is faster here. What
+    ``save`` writes there is captured again by :func:`load_frozen`, on a GPU of the same architecture.
 
     On the CPU: batch norm is folded, weights are packed for this processor, and activations share one arena whose
     memory is planned and touched here. The results are the optimized model's own, since the same kernels run; what is

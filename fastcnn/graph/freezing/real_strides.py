@@ -25,7 +25,8 @@ class WrongStrides(Interpreter):
     def __init__(self, module: GraphModule, inputs: Sequence[Tensor]) -> None:
         super().__init__(module)
         self.found: set[Any] = set()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        device = inputs[0].device if inputs else torch.device("cpu")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             self.run(*map(_zeros_like, inputs))
 
     def run_node(self, n: Node) -> Any:
@@ -48,7 +49,7 @@ class WrongStrides(Interpreter):
         if copy is not None and _strides_that_count(real) == _strides_that_count(copy):
             return real
         self.found.add(n.target)
-        return torch.empty_strided(fake.shape, fake.stride(), dtype=real.dtype).copy_(real)
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=real.dtype, device=real.device).copy_(real)
 
 
 def _copied_to(n: Node) -> list[Tensor | None]:
@@ -100,7 +101,7 @@ def _restrided(fake: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).zero_()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()
 
 
 def _tensors(value: Any) -> list[Tensor]:

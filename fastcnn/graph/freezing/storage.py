@@ -10,9 +10,10 @@ Packed weights fit one instruction set and one version of the kernels; a file of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,21 +65,28 @@ def from_bytes(content: bytes, name: str, make: Callable[[Stored], T]) -> T:
     if content[:8] != MAGIC:
         raise ValueError(f"{name} is not a frozen fastcnn model")
     end = 16 + int.from_bytes(content[8:16], "little")
-    try:
+    with reading(name):
         header = json.loads(content[16:end])
         _require_compatible(header, name)
         payload = memoryview(content)[end:]
         if sum(header["lengths"]) != len(payload) or hashlib.sha256(payload).hexdigest() != header["sha256"]:
             raise ValueError("its values are not those that were written")
         return make(_read(header, payload))
-    except _Incompatible as error:
+
+
+class Incompatible(Exception):
+    """A sound file that this fastcnn, or this processor or GPU, cannot run."""
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Around the reading of a file's content: all that can go wrong in it is a ValueError."""
+    try:
+        yield
+    except Incompatible as error:
         raise ValueError(str(error)) from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
-
-
-class _Incompatible(Exception):
-    """A sound file that this fastcnn, or this processor, cannot run."""
 
 
 def _require_compatible(header: dict[str, Any], name: str) -> None:
@@ -89,7 +97,7 @@ def _require_compatible(header: dict[str, Any], name: str) -> None:
     }
     for key, ours in here.items():
         if header[key] != ours:
-            raise _Incompatible(
+            raise Incompatible(
                 f"{name} was written for {key} {header[key]}, here it is {ours}: freeze the model again"
             )
 

@@ -184,6 +184,13 @@ class CudaCapturer:
         self.turn.over.synchronize()
 
 
+def capturer_on(device: torch.device | None = None) -> Capturer | None:
+    """For this GPU, or for the current one; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return CudaCapturer(device or torch.device("cuda", torch.cuda.current_device()))
+
+
 def _give_up(device: torch.device, pool: Any) -> None:
     """A capture that failed leaves the allocator in wait for its end, and freed memory in use."""
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastcnn.backends.derived import Kept, keeping
 from fastcnn.graph.classes import STATE
+from fastcnn.graph.freezing.gpu import cuda_graph
+from fastcnn.graph.freezing.gpu.comparing import equal, near
 from fastcnn.graph.freezing.gpu.cuda_graph import Capturer, CudaCapturer, Graph
 from fastcnn.graph.freezing.gpu.hidden import hidden_code
+from fastcnn.graph.freezing.gpu.saving import content_of
 from fastcnn.graph.freezing.gpu.schedule import Schedule
+from fastcnn.graph.freezing.gpu.settings import Settings
+from fastcnn.graph.freezing.gpu.storage import from_bytes
 from fastcnn.graph.freezing.gpu.watching import CannotBeCaptured, OneLane, Watching
 from fastcnn.graph.optimizing import is_fastcnn, optimize
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_LANES = 4  # of an inception module's four branches each has a stream of its own
 
 logger = logging.getLogger("fastcnn")
@@ -50,12 +54,21 @@ class FrozenOnGpu(nn.Module):
     Calls from several threads and on several streams are safe; they run one after the other, since there is one set of
     activations. It has no parameters; ``train``, ``to`` and changes of the original's weights do not reach it. No
     gradient is recorded.
+
+    A file (:meth:`save`), a pickle or a deep copy holds the operators that the graph was captured from, with their
+    constants, and is captured again where it is loaded.
     """
 
     def __init__(
         self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, note: str
     ) -> None:
         super().__init__()
+        self._set(capturer, graph, inputs, result, held, note)
+        self.train(False)
+
+    def _set(
+        self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, note: str
+    ) -> None:
         self._capturer, self._graph, self._held, self.branches = capturer, graph, held, note
         self._inputs = tuple(inputs)
         self._checks = tuple((i, t, t.shape, t.dtype, t.device) for i, t in enumerate(self._inputs))
@@ -64,7 +77,6 @@ class FrozenOnGpu(nn.Module):
         self._result = result
         self._lock = threading.Lock()
         self._turn = capturer.turn
-        self.train(False)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -126,18 +138,51 @@ class FrozenOnGpu(nn.Module):
         """Bytes of GPU memory that the frozen model holds."""
         return MemoryOnGpu(_bytes_of(self._inputs), _bytes_of(self._held.tensors()), self._graph.bytes())
 
-    def save(self, path: str | os.PathLike[str]) -> NoReturn:
-        """Raises ValueError: a CUDA graph is made of addresses in this process's memory."""
-        raise ValueError(
-            "a model frozen on a GPU cannot be saved: its CUDA graph holds addresses of this process's memory. "
-            "Save the model's state dict, and freeze again where it is loaded"
-        )
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the frozen model to a file for :func:`fastcnn.load_frozen`; the format needs no pickle.
 
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "a model frozen on a GPU can be neither pickled nor copied: its CUDA graph holds addresses of this "
-            "process's memory. Freeze the model again"
-        )
+        It is traced for that, and what was traced is run once and compared with the graph.
+
+        Raises:
+            ValueError: the model cannot be in a file: it holds operators that no file may hold (all are named), or
+                its forward cannot be traced, or gives another result when it is.
+        """
+        content = self._content()
+        with open(path, "wb") as file:
+            file.write(content)
+
+    def _content(self) -> bytes:
+        with self._lock, self._turn:  # nobody fills the inputs meanwhile
+            return content_of(self._held.model, self._inputs, self._held.settings, self._results)
+
+    def _results(self) -> list[Tensor]:
+        """For what the inputs hold, with the graph's own memory left as it was: somebody may be about to read it."""
+        before = [output.clone() for output in self._outputs]
+        self._graph.replay()
+        results = [output.clone() for output in self._outputs]
+        for output, value in zip(self._outputs, before, strict=True):
+            output.copy_(value)
+        return results
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles: what any module has, and the bytes of :meth:`save`'s file. Raises ValueError as that does."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_FROZEN_MODEL}
+        return {**state, "_file": self._content()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On the current GPU. Raises ValueError as :func:`fastcnn.load_frozen` does."""
+        self._restore(state, "the pickled model", cuda_graph.capturer_on())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenOnGpu:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        state = copy.deepcopy(self.__getstate__(), memo)
+        other._restore(state, "the copied model", cuda_graph.capturer_on(self._capturer.device))
+        return other
+
+    def _restore(self, state: dict[str, Any], name: str, capturer: Capturer | None) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "_file"})
+        self._set(*_loaded(state["_file"], name, capturer))
 
     def __del__(self) -> None:
         # Memory goes back to the allocator, which knows of the streams it came from, not of those of the calls.
@@ -151,11 +196,21 @@ class FrozenOnGpu(nn.Module):
         return f"inputs {inputs}; {self.branches}; {self.memory()}"
 
 
+# Attributes that the file's bytes stand for.
+_OF_A_FROZEN_MODEL = frozenset(
+    {
+        "_capturer", "_graph", "_held", "branches", "_inputs", "_checks", "_structure", "_outputs", "_result", "_lock",
+        "_turn",
+    }
+)  # fmt: skip
+
+
 class _Held(NamedTuple):
-    """What the graph reads: it must live as long, and nobody else may write or free it."""
+    """What the graph reads: it must live as long, and nobody else may write or free it. And what made the graph."""
 
     model: nn.Module
     derived: Kept
+    settings: Settings
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.model.parameters()
@@ -189,7 +244,30 @@ def freeze_on_gpu(
         for static, example in zip(inputs, examples, strict=True):
             static.copy_(example.detach())
         own = _own(model, inputs, dtype)
-        return _Freezing(capturer, own, inputs).frozen(most_lanes)
+        return FrozenOnGpu(*_Freezing(capturer, own, inputs).parts(most_lanes))
+
+
+def load_on_gpu(content: bytes, name: str) -> FrozenOnGpu:
+    """:func:`fastcnn.load_frozen` for the content of a file that :meth:`FrozenOnGpu.save` wrote."""
+    return FrozenOnGpu(*_loaded(content, name, cuda_graph.capturer_on()))
+
+
+def _loaded(content: bytes, name: str, capturer: Capturer | None) -> _Parts:
+    with torch.inference_mode(False), torch.no_grad():
+        model, settings = from_bytes(content, name, None if capturer is None else capturer.device)
+        assert capturer is not None
+        generator = torch.Generator().manual_seed(0)
+        inputs = []
+        try:
+            for spec in model.program.inputs:
+                static = torch.empty_strided(spec.shape, spec.strides, dtype=spec.torch_dtype, device=capturer.device)
+                inputs.append(static.copy_(torch.randn(spec.shape, generator=generator)))
+            with settings.applied(capturer.device):
+                return _Freezing(capturer, model, inputs).parts(MOST_LANES)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} cannot run here: {error}") from error
 
 
 def _own(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | None) -> nn.Module:
@@ -208,12 +286,16 @@ def _own(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | None) 
     return optimize(own, list(inputs), inplace=True)
 
 
+# What a frozen model is made of.
+_Parts = tuple[Capturer, Graph, Sequence[Tensor], Any, _Held, str]
+
+
 class _Freezing:
     """One model on its way into a graph."""
 
     def __init__(self, capturer: Capturer, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self._capturer, self._model, self._inputs = capturer, model, inputs
-        self._kept = Kept()
+        self._kept, self._settings = Kept(), Settings.now(capturer.device)
 
     def _run(self) -> Any:
         result = self._model(*self._inputs)
@@ -222,14 +304,14 @@ class _Freezing:
                 raise ValueError(f"model must return tensors, returned a {type(leaf).__name__}")
         return result
 
-    def frozen(self, most_lanes: int) -> FrozenOnGpu:
+    def parts(self, most_lanes: int) -> _Parts:
         try:
             expected, lanes = self._warm_up(most_lanes)
             graph, result = self._capture(1)
         except CannotBeCaptured as error:
             raise ValueError(f"model cannot be frozen: {error}") from error
         first = self._results_of(graph, result)
-        if not all(map(_near, first, expected)):
+        if not all(map(near, first, expected)):
             raise ValueError(
                 "model cannot be frozen: a replay of its CUDA graph gives another result than the model, which may be "
                 "because it depends on what changes from call to call"
@@ -241,7 +323,8 @@ class _Freezing:
         elif lanes > 1:
             graph, result, note = self._with_branches(graph, result, first, most_lanes)
         self._kept.values = list({id(value): value for value in self._kept.values}.values())
-        return FrozenOnGpu(self._capturer, graph, self._inputs, result, _Held(self._model, self._kept), note)
+        held = _Held(self._model, self._kept, self._settings)
+        return self._capturer, graph, self._inputs, result, held, note
 
     def _warm_up(self, most_lanes: int) -> tuple[list[Tensor], int]:
         """Kernels are compiled, weights are packed, and what a graph would do wrong is found.
@@ -302,7 +385,7 @@ class _Freezing:
         found.
         """
         other, other_result = self._capture(most_lanes)
-        if not all(map(_equal, self._results_of(other, other_result), results)):
+        if not all(map(equal, self._results_of(other, other_result), results)):
             logger.warning("freeze: with branches side by side the result is another; they run one after the other")
             return graph, result, "branches run one after the other: side by side they gave another result"
         apart, side_by_side = self._capturer.milliseconds(graph), self._capturer.milliseconds(other)
@@ -315,19 +398,3 @@ class _Freezing:
 def _generator_state(device: torch.device) -> Tensor:
     """Of the generator that a model on this device draws from."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-# How far a replay's result may be from the model's, relative: the same kernels ran, but PyTorch's libraries may choose
-# another algorithm in a capture.
-_NEAR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-
-
-def _near(ours: Tensor, theirs: Tensor) -> bool:
-    if not ours.is_floating_point() or not torch.equal(ours.isfinite(), theirs.isfinite()):
-        return _equal(ours, theirs)
-    wide, exact = (t.nan_to_num(0, 0, 0).double() for t in (ours, theirs))
-    return bool((wide - exact).norm() <= _NEAR.get(ours.dtype, 1e-9) * exact.norm())
-
-
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    return torch.equal(ours, theirs) or torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
