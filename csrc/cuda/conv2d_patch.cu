@@ -14,13 +14,11 @@
 // Shared memory: filters [tap][block of 64 channels][filter], a ring of patches (one for each block), the output tile.
 // Registers: accumulators only.
 // Floor: reading the input once (times the halo) and writing the output; multiplying 256 rows for each tile.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "conv2d_patch_plan.h"
 #include "conv2d_problem.h"
+#include "conv2d_views.h"
 #include "device/numeric.cuh"
 #include "device/ptx.cuh"
 #include "device/tile_layout.h"
@@ -304,51 +302,32 @@ __global__ void __launch_bounds__(3 * 128, 1) conv2d_patch(const __grid_constant
 
 namespace {
 
-template <typename T>
-constexpr DType kPatchType = DType::bf16;
-template <>
-constexpr DType kPatchType<__half> = DType::f16;
-
-TensorView view_of(const ConvProblem& problem, DType dtype, const void* data, int64_t h, int64_t w, int64_t c,
-                   int64_t pixel_stride) {
-  TensorView view;
-  view.data = const_cast<void*>(data);
-  view.dtype = dtype;
-  view.n = problem.shape.rows / problem.shape.by_image.divisor;
-  view.h = h;
-  view.w = w;
-  view.c = c * problem.groups;
-  view.pixel_stride = pixel_stride;
-  return view;
-}
-
 template <typename T, int kColumns>
 void launch_patch(const char* name, const ConvProblem& problem, const LaunchTarget& target) {
-  constexpr DType kDType = kPatchType<T>;
+  constexpr DType kDType = kTypeOf16Bits<T>;
   const ConvShape& shape = problem.shape;
   const DeviceFacts device = device_facts(target.device);
   const int64_t columns = shape.by_row.divisor, rows = shape.by_image.divisor / columns;
-  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  const int64_t filters = filters_of_all_groups(problem), taps = taps_of(shape);
+  const auto view_of_output = [&](const void* data, int64_t pixel_stride) {
+    return view_of(data, kDType, images_of(shape), rows, columns, filters, pixel_stride);
+  };
   PatchConvolution convolution = {};
   convolution.plan = patch_plan(problem, kColumns, device);
   const PatchPlan& plan = convolution.plan;
   convolution.filter_w = static_cast<int32_t>(shape.by_filter_w.divisor);
-  convolution.filter_h = shape.reduction / shape.channels / convolution.filter_w;
-  convolution.channel_blocks = static_cast<int32_t>(ceil_divide(shape.channels, kTensorMapRow));
-  convolution.last_steps =
-      static_cast<int32_t>(ceil_divide(shape.channels - (convolution.channel_blocks - 1) * kTensorMapRow, 16));
+  convolution.filter_h = static_cast<int32_t>(taps / convolution.filter_w);
+  convolution.channel_blocks = channel_blocks_of(shape);
+  convolution.last_steps = last_steps_of(shape);
   convolution.input =
-      image_map(view_of(problem, kDType, problem.input, shape.height, shape.width, shape.channels, shape.pixel_stride),
-                plan.patch_w, plan.tile_h + convolution.filter_h - 1, plan.tile_n);
-  convolution.weight = filter_map(problem.weight, kDType, filters, shape.reduction / shape.channels, shape.channels,
-                                  problem.weight_row_stride, kColumns);
-  convolution.out = image_map(view_of(problem, kDType, problem.out, rows, columns, shape.filters, problem.out_stride),
-                              plan.tile_w, plan.tile_h, plan.tile_n);
+      image_map(input_of(problem, kDType), plan.patch_w, plan.tile_h + convolution.filter_h - 1, plan.tile_n);
+  convolution.weight =
+      filter_map(problem.weight, kDType, filters, taps, shape.channels, problem.weight_row_stride, kColumns);
+  convolution.out = image_map(view_of_output(problem.out, problem.out_stride), plan.tile_w, plan.tile_h, plan.tile_n);
   convolution.has_residual = problem.residual != nullptr;
   if (convolution.has_residual) {
     convolution.residual =
-        image_map(view_of(problem, kDType, problem.residual, rows, columns, shape.filters, problem.residual_stride),
-                  plan.tile_w, plan.tile_h, plan.tile_n);
+        image_map(view_of_output(problem.residual, problem.residual_stride), plan.tile_w, plan.tile_h, plan.tile_n);
   }
   convolution.by_column_tiles = FastDivisor(plan.column_tiles);
   convolution.by_tiles_w = FastDivisor(ceil_divide(columns, plan.tile_w));

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "conv2d_patch_plan.h"
-#include "tensor_map.h"
+#include "conv2d_views.h"
 
 namespace fastcnn::cuda {
 
@@ -27,7 +27,7 @@ int PatchPlan::shared_bytes(int columns) const {
 
 bool patch_fits(const ConvProblem& problem, DType dtype, int columns, const DeviceFacts& device) {
   const ConvShape& shape = problem.shape;
-  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  const int64_t filters = filters_of_all_groups(problem);
   return tma_fits(problem, dtype) && !problem.has_prologue() && shape.reduction > shape.channels &&
          shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1 &&
          (columns == 64 ? filters > 32 : filters <= 32) && patch_plan(problem, columns, device).tile_n != 0;
@@ -35,12 +35,12 @@ bool patch_fits(const ConvProblem& problem, DType dtype, int columns, const Devi
 
 PatchPlan patch_plan(const ConvProblem& problem, int columns, const DeviceFacts& device) {
   const ConvShape& shape = problem.shape;
-  const int64_t taps = shape.reduction / shape.channels, filter_w = shape.by_filter_w.divisor;
+  const int64_t taps = taps_of(shape), filter_w = shape.by_filter_w.divisor;
   const int64_t filter_h = taps / filter_w;
   const int64_t width = shape.by_row.divisor, height = shape.by_image.divisor / width;
-  const int64_t images = shape.rows / shape.by_image.divisor;
-  const int64_t blocks = ceil_divide(shape.channels, kTensorMapRow);
-  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  const int64_t images = images_of(shape);
+  const int64_t blocks = channel_blocks_of(shape);
+  const int64_t filters = filters_of_all_groups(problem);
   PatchPlan best;
   if (taps * blocks * columns * 128 > device.shared_bytes) return best;
   int64_t fewest = 0;

@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "conv2d_problem.h"
+#include "conv2d_views.h"
 #include "device/numeric.cuh"
 #include "device/ptx.cuh"
 #include "device/tile_layout.h"
@@ -384,34 +385,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) conv2d_tma(const __grid_con
 
 namespace {
 
-template <typename T>
-constexpr DType kType = DType::bf16;
-template <>
-constexpr DType kType<__half> = DType::f16;
-
-TensorView input_of(const ConvProblem& problem, DType dtype) {
-  const ConvShape& shape = problem.shape;
-  TensorView view;
-  view.data = const_cast<void*>(problem.input);
-  view.dtype = dtype;
-  view.n = shape.rows / shape.by_image.divisor;
-  view.h = shape.height;
-  view.w = shape.width;
-  view.c = static_cast<int64_t>(shape.channels) * problem.groups;
-  view.pixel_stride = shape.pixel_stride;
-  return view;
-}
-
 // The output's pixels, or the residual's.
 TensorView rows_of(const ConvProblem& problem, DType dtype, const void* data, int64_t pixel_stride) {
-  TensorView view;
-  view.data = const_cast<void*>(data);
-  view.dtype = dtype;
-  view.n = problem.shape.rows;
-  view.h = view.w = 1;
-  view.c = static_cast<int64_t>(problem.shape.filters) * problem.groups;
-  view.pixel_stride = pixel_stride;
-  return view;
+  return view_of(data, dtype, problem.shape.rows, 1, 1, filters_of_all_groups(problem), pixel_stride);
 }
 
 PixelMap pixels_of(const ConvProblem& problem, int tile_pixels) {
@@ -427,15 +403,11 @@ PixelMap pixels_of(const ConvProblem& problem, int tile_pixels) {
   return pixels;
 }
 
-int64_t taps_of(const ConvShape& shape) {
-  return shape.reduction / shape.channels;
-}
-
 template <typename Tile>
 void launch_tma_tile(const char* name, const ConvProblem& problem, const LaunchTarget& target) {
-  constexpr DType kDType = kType<typename Tile::Type>;
+  constexpr DType kDType = kTypeOf16Bits<typename Tile::Type>;
   const ConvShape& shape = problem.shape;
-  const int64_t filters = static_cast<int64_t>(shape.filters) * problem.groups;
+  const int64_t filters = filters_of_all_groups(problem);
   const int64_t taps = taps_of(shape), column_tiles = ceil_divide(filters, Tile::kColumns);
   TmaConvolution convolution = {};
   convolution.input = pixel_map(input_of(problem, kDType), pixels_of(problem, Tile::kRows));
@@ -453,9 +425,8 @@ void launch_tma_tile(const char* name, const ConvProblem& problem, const LaunchT
   convolution.tiles = static_cast<int32_t>(column_tiles * ceil_divide(shape.rows, Tile::kRows));
   convolution.filter_w = static_cast<int32_t>(shape.by_filter_w.divisor);
   convolution.filter_h = static_cast<int32_t>(taps / convolution.filter_w);
-  convolution.channel_blocks = static_cast<int32_t>(ceil_divide(shape.channels, kTensorMapRow));
-  convolution.last_steps =
-      static_cast<int32_t>(ceil_divide(shape.channels - (convolution.channel_blocks - 1) * kTensorMapRow, 16));
+  convolution.channel_blocks = channel_blocks_of(shape);
+  convolution.last_steps = last_steps_of(shape);
   convolution.stride_h = shape.stride_h;
   convolution.stride_w = shape.stride_w;
   convolution.pad_top = shape.pad_top;
