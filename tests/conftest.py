@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,3 +15,10 @@ def _away_from_the_source_tree(tmp_path_factory: pytest.TempPathFactory) -> Iter
     os.chdir(tmp_path_factory.mktemp("away"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _flags_can_be_set() -> Iterator[None]:
+    """PyTorch's own test helpers, which some test modules import, forbid to set torch.backends' flags by assignment."""
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield

@@ -82,8 +82,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _exact_fp32() -> Iterator[None]:
     """fp32 is fp32 unless a test applies another precision: PyTorch lets convolutions use TF32 by default."""
-    # PyTorch's own test helpers, where something has imported them, forbid to set such flags by assignment.
-    with torch.backends.__allow_nonbracketed_mutation(), FP32.applied():
+    with FP32.applied():
         yield
 
 
