@@ -283,70 +283,6 @@ void cpu_batch_norm_vectors(py::handle centre, py::handle scale, py::handle shif
   cpu::batch_norm_vectors(m, s, t, average, variance, w, b, eps, channels);
 }
 
-uint64_t hashed(uint64_t hash, uint64_t value) {
-  return (hash ^ value) * 1099511628211u;
-}
-
-// The hash of `bytes` bytes; four sums side by side, so that one multiplication does not wait for the other.
-uint64_t hash_of_memory(const char* data, int64_t bytes) {
-  uint64_t lanes[4] = {14695981039346656037u, 1, 2, 3}, words[4];
-  for (; bytes >= 32; data += 32, bytes -= 32) {
-    std::memcpy(words, data, 32);
-    for (int i = 0; i < 4; ++i) lanes[i] = hashed(lanes[i], words[i]);
-  }
-  for (int64_t i = 0; i < bytes; ++i) lanes[0] = hashed(lanes[0], static_cast<unsigned char>(data[i]));
-  return hashed(hashed(hashed(lanes[0], lanes[1] >> 7), lanes[2] >> 13), lanes[3] >> 21);
-}
-
-// A hash of a CPU tensor's values: notices a weight that was rewritten behind autograd's back. All values of a small
-// tensor, and of any when `complete`; of a large one 64 spread evenly, and a diagonal that meets every index of every
-// dimension (a filter or an input channel set to zero).
-uint64_t cpu_fingerprint(py::handle tensor, bool complete) {
-  const Imported t(tensor, "tensor", kDLCPU);
-  const int dimensions = t.tensor.ndim;
-  const int64_t item = t.tensor.dtype.bits * t.tensor.dtype.lanes / 8;
-  int64_t count = 1, extent = 1, longest = 1;
-  for (int i = 0; i < dimensions; ++i) {
-    count *= t.size(i);
-    extent += (t.size(i) - 1) * t.stride(i);
-    longest = std::max(longest, t.size(i));
-  }
-  if (count == 0) return 0;
-  const char* data = static_cast<const char*>(t.data());
-  constexpr int64_t kSmall = 4096, kSpread = 64;
-  const bool whole = complete || count <= kSmall;
-  if (whole && extent == count) return hash_of_memory(data, count * item);
-  uint64_t hash = 14695981039346656037u;
-  const auto add = [&](int64_t offset) {
-    uint64_t value = 0;
-    std::memcpy(&value, data + offset * item, std::min<int64_t>(item, 8));
-    hash = hashed(hash, value);
-  };
-  const int64_t samples = whole ? count : kSpread;
-  for (int64_t sample = 0; sample < samples; ++sample) {
-    int64_t index = whole ? sample : sample * (count - 1) / (samples - 1), offset = 0;
-    for (int i = dimensions - 1; i >= 0; --i) {
-      offset += index % t.size(i) * t.stride(i);
-      index /= t.size(i);
-    }
-    add(offset);
-  }
-  if (whole) return hash;
-  std::vector<int64_t> index(dimensions, 0);
-  int64_t offset = 0;
-  for (int64_t sample = 0; sample < longest; ++sample) {
-    add(offset);
-    for (int i = 0; i < dimensions; ++i) {
-      offset += t.stride(i);
-      if (++index[i] == t.size(i)) {
-        index[i] = 0;
-        offset -= t.size(i) * t.stride(i);
-      }
-    }
-  }
-  return hash;
-}
-
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTCNN_VERSION;
@@ -367,11 +303,11 @@ void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 
 void bind_plan(py::module_& m);    // bindings_plan.cpp
 void bind_limits(py::module_& m);  // bindings_limits.cpp
+void bind_state(py::module_& m);   // bindings_state.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcnn's compiled kernels. Use fastcnn.ops; these functions check memory safety only.";
   m.def("build_info", &build_info);
-  m.def("cpu_fingerprint", &cpu_fingerprint, py::arg("tensor"), py::arg("complete") = false);
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("cpu_instruction_sets", &cpu::instruction_sets);
   py::class_<cpu::PackedConv2dWeight, std::shared_ptr<cpu::PackedConv2dWeight>>(m, "PackedConv2dWeight")
@@ -413,6 +349,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"));
   bind_plan(m);
   bind_limits(m);
+  bind_state(m);
 #if FASTCNN_CUDA
   bind_cuda(m);
 #endif

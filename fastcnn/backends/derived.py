@@ -32,7 +32,7 @@ _REPLACING_MODES = (_MODE_KEYS.FAKE, _MODE_KEYS.PROXY, _MODE_KEYS.FUNCTIONAL)
 class _Entry(NamedTuple):
     owner: weakref.ref[Tensor]
     identities: frozenset[int]  # of the owner and the others
-    states: list[tuple[object, ...] | None]
+    states: tuple[object, ...]
     # Keeps the storages alive: an address seen again is then the same storage, never a recycled one.
     storages: list[torch.UntypedStorage]
     value: object
@@ -63,16 +63,17 @@ def keeping() -> Iterator[Kept]:
         _kept.reset(token)
 
 
-def _state_of(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """What must be unchanged for an entry to be valid: version, address, dtype, geometry and sampled values."""
-    if tensor is None:
-        return None
+def _states_of(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:
+    """What must be unchanged for an entry to be valid: versions, addresses, dtypes, geometry and sampled values."""
     try:
-        version = tensor._version
+        return (*[None if t is None else t._version for t in tensors], _native.tensor_states(tensors))
     except RuntimeError:  # an inference tensor has no version: only its values tell
-        version = None
-    values = _native.cpu_fingerprint(tensor, version is None) if tensor.is_cpu else tensor.stride()
-    return (version, tensor.data_ptr(), tensor.shape, tensor.dtype, values)
+        pass
+    return (*[_version_of(t) for t in tensors], *[_native.tensor_states((t,), _version_of(t) is None) for t in tensors])
+
+
+def _version_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def operations_are_replaced() -> bool:
@@ -99,7 +100,7 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tens
     die with them. On a GPU an inference tensor, whose writes cannot be seen, is never cached.
     """
     tensors = (tensor, *others)
-    states = [_state_of(t) for t in tensors]
+    states = _states_of(tensors)
     identity = id(tensor)
     kept = _kept.get()
     of_owner = _entries.get(identity)

@@ -79,26 +79,3 @@ def overlaps_itself(tensor: Tensor) -> bool:
     for size, stride in sizes_strides:
         offsets = (offsets[:, None] + stride * torch.arange(size)).view(-1)
     return bool(offsets.unique().numel() < offsets.numel())
-
-
-def may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether writing ``a`` could change ``b``. Different channel slices of one buffer do not overlap."""
-    # Addresses, not storages: tensors made from NumPy arrays or DLPack may share memory but not a storage.
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    item_a, item_b = a.element_size(), b.element_size()
-    if start_a + _extent(a) * item_a <= start_b or start_b + _extent(b) * item_b <= start_a:
-        return False
-    pixel_a, pixel_b = pixel_stride(a), pixel_stride(b)
-    if pixel_a is None or pixel_b is None or pixel_a * item_a != pixel_b * item_b:
-        return True
-    # Both repeat every pixel: compare their channels on a ring of that length.
-    ring = pixel_a * item_a
-    distance = (start_b - start_a) % ring
-    return bool(distance < a.shape[1] * item_a or distance + b.shape[1] * item_b > ring)
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from the first to behind the last in memory."""
-    if tensor.numel() == 0:
-        return 0
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
