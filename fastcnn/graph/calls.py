@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn import ops
-from fastcnn.backends.derived import derived, operations_are_replaced
+from fastcnn.backends.derived import PLAIN_TENSORS, derived, operations_are_replaced
 from fastcnn.nn import fusing
-from fastcnn.nn._calls import _PLAIN_TENSORS, uses_batch_statistics
+from fastcnn.nn._calls import uses_batch_statistics
 from fastcnn.nn.fusing import Activation
 from fastcnn.nn.modules import BatchNorm2d, Conv2d
 from fastcnn.ops._registration import autocasts, records_gradient
@@ -237,7 +237,7 @@ def _folded(bn: Settings, conv_bias: Tensor | None = None) -> tuple[Tensor, Tens
         with torch.inference_mode(False), torch.no_grad():
             return fold(*tensors)
 
-    plain = all(t is None or type(t) in _PLAIN_TENSORS for t in given)
+    plain = all(t is None or type(t) in PLAIN_TENSORS for t in given)
     if not plain or operations_are_replaced() or records_gradient(given):
         return fold(*given)
     return derived(given[0], ("functional_batch_norm", eps), fold_for_keeping, *given[1:])

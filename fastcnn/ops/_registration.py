@@ -144,6 +144,10 @@ class Operator:
             self._fill_fresh(out, *args)
         return out if form.is_finished else self._finish(out, *args)
 
+    def known_form(self, args: tuple[Any, ...]) -> _Form | None:
+        """What is remembered of calls with arguments like these."""
+        return self._forms.get(_native.signature(args))
+
     def _run_new(self, signature: bytes, args: tuple[Any, ...]) -> Tensor:
         out = self._allocate(*args)
         shape, strides, is_empty = out.shape, out.stride(), out.numel() == 0

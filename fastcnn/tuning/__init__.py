@@ -25,6 +25,7 @@ _tables: dict[torch.device, dict[Key, str]] = {}
 # What they say of calls seen before, by a description that is made faster than the tables' keys.
 _found: dict[tuple[object, ...], str | None] = {}
 _MOST_FOUND = 65536
+_generation = 0
 
 
 def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> str | None:
@@ -47,6 +48,17 @@ def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args:
 def forget() -> None:
     """Drop the choices held in memory; the next operator call reads the files again."""
     _tables.clear()
+    _changed()
+
+
+def generation() -> int:
+    """A number that changes whenever choices do."""
+    return _generation
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
     _found.clear()
 
 
@@ -63,7 +75,7 @@ def _adopt(device: torch.device, choices: dict[Key, str]) -> None:
     if device not in _tables:
         _load(device)
     _tables[device].update(choices)
-    _found.clear()
+    _changed()
 
 
 def __getattr__(name: str) -> object:
