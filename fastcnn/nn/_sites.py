@@ -31,7 +31,7 @@ _MOST_FORMS = 64  # of operands, at one site
 
 
 class Fused(NamedTuple):
-    """The modules that one convolution takes in, and how: ``act(bn(conv(input_act(input_bn(x)))) * factor + residual)``."""
+    """Modules as one convolution: ``act(factor * bn(conv(input_act(input_bn(x)))) + residual)``."""
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d | None
