@@ -38,10 +38,11 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
 DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
 ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2)
+SHORT = "short"  # a fully connected weight in fewer bits, without loss
 _BY_FILTER: dict[tuple[int, ...], tuple[str, ...]] = {(3, 3): ALGORITHMS, (5, 5): (DIRECT, WINOGRAD2)}
 
 
-PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight
+PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight | _native.ShortLinearWeight
 
 
 def algorithms(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> tuple[str, ...]:
@@ -169,12 +170,20 @@ def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
     return _native.PackedConv2dWinogradWeight(weight, _TILES[algorithm])
 
 
+def pack_linear(weight: Tensor) -> PackedWeight:
+    """A fully connected weight (K, C), fp32 or bf16, stored short; ``_native.cpu_reads_short_weights`` says where."""
+    return _native.ShortLinearWeight(weight.detach())
+
+
 def packed_weight_from(
     packed: bytes | memoryview, shape: tuple[int, ...], groups: int, algorithm: str, dtype: str
 ) -> PackedWeight:
     """The same from the bytes that its ``packed()`` gave. Raises ValueError for what no packing gives."""
     if algorithm == DIRECT:
         return _native.PackedConv2dWeight.from_packed(packed, shape, groups, dtype)
+    if algorithm == SHORT:
+        columns, depth = shape
+        return _native.ShortLinearWeight.from_packed(packed, columns, depth, dtype)
     if algorithm not in _TILES or groups != 1:
         raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
     return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm], dtype)

@@ -28,6 +28,11 @@ const KernelTable& kernel_table() {
       linear_pack_task,
       linear_few_rows_task,
       linear_many_rows_task,
+#if defined(__AVX512BW__)
+      linear_short_task,
+#else
+      nullptr,
+#endif
       channel_affine_task,
       map_block,
       rows_task,

@@ -17,6 +17,7 @@ void local_response_norm_task(const LocalResponseNormProblem& problem, int64_t i
 int64_t linear_scratch_bytes(const LinearProblem& problem);
 void linear_pack_task(const LinearProblem& problem, float* packed, int64_t index);
 void linear_few_rows_task(const LinearProblem& problem, int64_t index);
+void linear_short_task(const LinearShortProblem& problem, int64_t index);
 void linear_many_rows_task(const LinearProblem& problem, const float* packed, int64_t index, void* scratch);
 void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
 void map_block(const MapProblem& problem);

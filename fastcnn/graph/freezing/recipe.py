@@ -18,13 +18,15 @@ from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.pooling import fuse_max_pooling
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
+from fastcnn.graph.freezing.short_weights import shorten_weights
 
 ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs follow the inputs
 
 # What a step may call on the native plan.
 OPERATORS = frozenset(
     {
-        "conv2d", "conv2d_winograd", "linear", "channel_affine", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+        "conv2d", "conv2d_winograd", "linear", "linear_short", "channel_affine", "max_pool2d", "avg_pool2d",
+        "adaptive_avg_pool2d",
         "local_response_norm", "copy", "fill", "map", "reduce_last", "layer_norm", "softmax",
     }
 )  # fmt: skip
@@ -123,6 +125,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     drop_unread(program)
     fuse_max_pooling(program)
     run_in_chunks(program)
+    shorten_weights(program)
     alive = lifetimes(program)
     offsets, arena_bytes = plan_offsets(list(alive.values()))
     places: dict[Buffer, tuple[int, int]] = {
