@@ -45,9 +45,9 @@ struct Points<6> {
     const Vector sum_p = a[1] + a[2], difference_p = a[1] - a[2];
     const Vector sum_q = a[3] + a[4], difference_q = a[3] - a[4];
     b[0] = a[0] + sum_p + sum_q;
-    b[1] = p * difference_p + q * difference_q;
-    b[2] = (p * p) * sum_p + (q * q) * sum_q;
-    b[3] = (p * p * p) * difference_p + (q * q * q) * difference_q + a[5];
+    b[1] = p * difference_p + rounded(q * difference_q);
+    b[2] = pp * sum_p + rounded(qq * sum_q);
+    b[3] = p * pp * difference_p + rounded(q * qq * difference_q) + a[5];
   }
   static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
     b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
