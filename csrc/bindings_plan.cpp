@@ -14,6 +14,7 @@
 #include "cpu/rows.h"
 #include "cpu/strided.h"
 #include "cpu/workspace.h"
+#include "plan_call.h"
 #include "python_tensor.h"
 
 namespace py = pybind11;
@@ -221,7 +222,50 @@ class PyPlan {
   void run(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
     const auto [in, out] = memories(inputs, outputs, threads);
     py::gil_scoped_release release;
-    plan_->run(in, out, threads);
+    plan_->run(in.data(), out.data(), threads);
+  }
+
+  // A frozen model's call (plan_call.h). inputs, outputs: (shape, strides, dtype) of each tensor, which must span its
+  // region; torch: the module.
+  static py::object caller(const py::object& self, const py::list& inputs, const py::list& outputs,
+                           const py::object& torch) {
+    auto& plan = *self.cast<PyPlan&>().plan_;
+    if (inputs.size() != plan.input_count() || outputs.size() != plan.output_count()) {
+      throw py::value_error("a plan must be given as many inputs and outputs as it has");
+    }
+    const auto described = [&](const py::tuple& tensor, const char* name, size_t region) {
+      const auto shape = tensor[0].cast<std::vector<int64_t>>(), strides = tensor[1].cast<std::vector<int64_t>>();
+      const py::object dtype = tensor[2];
+      const bool single = dtype.is(py::object(torch.attr("float32")));
+      if (!single && !dtype.is(py::object(torch.attr("bfloat16")))) {
+        throw py::type_error(std::string(name) + " must be float32 or bfloat16");
+      }
+      if (shape.size() != strides.size()) throw py::value_error(std::string(name) + " must have a stride for each size");
+      int64_t last = 0;
+      for (size_t i = 0; i < shape.size(); ++i) {
+        constexpr int64_t limit = int64_t{1} << 40;
+        if (shape[i] < 1 || strides[i] < 0 || shape[i] > limit || (strides[i] > 0 && shape[i] > limit / strides[i])) {
+          throw py::value_error(std::string(name) + " must have positive sizes and strides, and at most 2^40 values");
+        }
+        last += (shape[i] - 1) * strides[i];
+      }
+      if ((last + 1) * (single ? 4 : 2) < plan.region_bytes(region)) {
+        throw py::value_error(std::string(name) + " must fill its region");
+      }
+      return PlanCall::Input{shape, strides, static_cast<uint8_t>(single ? kDLFloat : kDLBfloat),
+                             static_cast<uint8_t>(single ? 32 : 16)};
+    };
+    std::vector<PlanCall::Input> in;
+    std::vector<PlanCall::Output> out;
+    for (const py::handle tensor : inputs) in.push_back(described(tensor.cast<py::tuple>(), "input", 2 + in.size()));
+    for (const py::handle handle : outputs) {
+      const auto tensor = handle.cast<py::tuple>();
+      described(tensor, "output", 2 + in.size() + out.size());
+      out.push_back({tensor[0], tensor[1], tensor[2]});
+    }
+    return PlanCall::function(std::make_unique<PlanCall>(self, plan, std::move(in), std::move(out),
+                                                         torch.attr("Tensor"), torch.attr("empty_strided"),
+                                                         torch.attr("get_num_threads")));
   }
 
   // [([step, ...], seconds), ...]: see cpu/plan.h.
@@ -230,7 +274,7 @@ class PyPlan {
     std::vector<cpu::Plan::Timed> timed;
     {
       py::gil_scoped_release release;
-      timed = plan_->profile(in, out, threads);
+      timed = plan_->profile(in.data(), out.data(), threads);
     }
     py::list result;
     for (const cpu::Plan::Timed& entry : timed) result.append(py::make_tuple(entry.steps, entry.seconds));
@@ -462,6 +506,7 @@ void bind_plan(py::module_& m) {
       .def("layer_norm", &PyPlan::layer_norm)
       .def("softmax", &PyPlan::softmax)
       .def("run", &PyPlan::run)
+      .def("caller", &PyPlan::caller)
       .def("profile", &PyPlan::profile)
       .def("fill_arena", &PyPlan::fill_arena)
       .def_property_readonly("arena_bytes", &PyPlan::arena_bytes)

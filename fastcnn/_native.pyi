@@ -1,8 +1,11 @@
 """Types of the compiled module: csrc/bindings.cpp, and the cuda_ functions of csrc/bindings_cuda.cpp in CUDA builds."""
 
 import builtins
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
@@ -69,6 +72,12 @@ class Plan:
     def map(self, out: PlanOperand, a: PlanOperand, b: PlanOperand | None, name: str) -> None: ...
     def sum_last(self, out: PlanOperand, input: PlanOperand) -> None: ...
     def run(self, inputs: list[Tensor], outputs: list[Tensor], threads: int) -> None: ...
+    def caller(
+        self,
+        inputs: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+        torch: ModuleType,
+    ) -> Callable[..., Tensor | list[Tensor] | None]: ...
     def profile(
         self, inputs: list[Tensor], outputs: list[Tensor], threads: int
     ) -> list[tuple[list[int], float]]: ...

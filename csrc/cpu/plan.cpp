@@ -87,8 +87,11 @@ void Plan::check(const Operand& operand, const char* name) const {
 
 void Plan::add(const std::vector<Operand>& operands, Prepare prepare) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const bool external = std::any_of(operands.begin(), operands.end(), [](const Operand& o) { return o.region >= 2; });
-  steps_.push_back({std::move(prepare), operands, external, {}});
+  std::vector<size_t> external;
+  for (const Operand& operand : operands) {
+    if (operand.region >= 2) external.push_back(static_cast<size_t>(operand.region));
+  }
+  steps_.push_back({std::move(prepare), operands, external, {}, {}, {}});
   threads_ = 0;
 }
 
@@ -104,9 +107,11 @@ void Plan::prepare(int threads, bool moved) {
   for (Step& step : steps_) {
     if (all) {
       step.works = step.prepare(bases_, threads);
-    } else if (step.external) {  // the same works at other addresses: phases_ keeps its pointers to them
-      Works works = step.prepare(bases_, threads);
-      std::move(works.begin(), works.end(), step.works.begin());
+      step.at.clear();
+      for (const size_t region : step.external) step.at.push_back(bases_[region]);
+      step.elsewhere.clear();
+    } else {
+      move(step, threads);
     }
   }
   if (!all) {
@@ -140,6 +145,31 @@ void Plan::prepare(int threads, bool moved) {
     }
   }
   threads_ = threads;
+}
+
+// The same works at other addresses: phases_ keeps its pointers to them.
+void Plan::move(Step& step, int threads) {
+  constexpr size_t kMostPlaces = 4;
+  const auto here = [&](const std::vector<char*>& at) {
+    for (size_t i = 0; i < at.size(); ++i) {
+      if (at[i] != bases_[step.external[i]]) return false;
+    }
+    return true;
+  };
+  if (here(step.at)) return;
+  auto known = std::find_if(step.elsewhere.begin(), step.elsewhere.end(),
+                            [&](const auto& place) { return here(place.first); });
+  if (known == step.elsewhere.end()) {
+    std::vector<char*> at;
+    for (const size_t region : step.external) at.push_back(bases_[region]);
+    Works works = step.prepare(bases_, threads);
+    if (step.elsewhere.size() == kMostPlaces) step.elsewhere.erase(step.elsewhere.begin());
+    step.elsewhere.emplace_back(std::move(at), std::move(works));
+    known = step.elsewhere.end() - 1;
+  }
+  std::swap_ranges(step.works.begin(), step.works.end(), known->second.begin());
+  step.at.swap(known->first);
+  std::rotate(known, known + 1, step.elsewhere.end());  // the last one left stays longest
 }
 
 // Whether a step neither writes what a group touches nor touches what it writes.
@@ -270,25 +300,24 @@ void Plan::execute(Stamps* stamps) {
   if (out_of_memory) throw std::bad_alloc();
 }
 
-void Plan::place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
+void Plan::place_and_prepare(Addresses inputs, Addresses outputs, int threads) {
   bool moved = false;
   const auto place = [&](size_t region, void* data) {
     moved = moved || bases_[region] != data;
     bases_[region] = static_cast<char*>(data);
   };
-  for (size_t i = 0; i < inputs.size(); ++i) place(2 + i, inputs[i]);
-  for (size_t i = 0; i < outputs.size(); ++i) place(2 + inputs_ + i, outputs[i]);
+  for (size_t i = 0; i < input_count(); ++i) place(2 + i, inputs[i]);
+  for (size_t i = 0; i < output_count(); ++i) place(2 + inputs_ + i, outputs[i]);
   prepare(threads, moved);
 }
 
-void Plan::run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads) {
+void Plan::run(Addresses inputs, Addresses outputs, int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   place_and_prepare(inputs, outputs, threads);
   execute();
 }
 
-std::vector<Plan::Timed> Plan::profile(const std::vector<void*>& inputs, const std::vector<void*>& outputs,
-                                       int threads) {
+std::vector<Plan::Timed> Plan::profile(Addresses inputs, Addresses outputs, int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   place_and_prepare(inputs, outputs, threads);
   std::vector<Timed> timed;

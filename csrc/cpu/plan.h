@@ -3,7 +3,7 @@
 // Memory is a set of regions: 0 the arena (activations; their places were planned, fastcnn/graph/freezing/memory.py),
 // 1 constants, then the caller's inputs and outputs. Steps name tensors by region and offset. Preparing a step (padded
 // epilogue vectors, the cut into tasks, addresses) happens once for a number of threads; only steps that touch inputs
-// or outputs are prepared again, when those lie elsewhere than in the last run.
+// or outputs are prepared again, when those lie where they did not lie in one of the last runs.
 //
 // A run opens one parallel region. Works follow each other in phases with a barrier between them; threads draw a
 // phase's tasks from counters, each from its own part first. Neighbouring steps that share no memory make one phase
@@ -46,14 +46,15 @@ class Plan {
   void check(const Operand& operand, const char* name) const;
   void add(const std::vector<Operand>& operands, Prepare prepare);
 
-  // inputs and outputs: as many, and as long, as were announced. One run at a time: others wait.
-  void run(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  // inputs and outputs: as many addresses, of memory as long, as were announced. One run at a time: others wait.
+  using Addresses = void* const*;
+  void run(Addresses inputs, Addresses outputs, int threads);
   // run() with a watch: what each phase took. Works that one thread ran in a row have an entry each.
   struct Timed {
     std::vector<int64_t> steps;  // whose works these are; several where steps ran side by side
     double seconds;
   };
-  std::vector<Timed> profile(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  std::vector<Timed> profile(Addresses inputs, Addresses outputs, int threads);
   void fill_arena(int value);
 
   int64_t arena_bytes() const { return sizes_[0]; }
@@ -67,8 +68,11 @@ class Plan {
   struct Step {
     Prepare prepare;
     std::vector<Operand> operands;  // the first is written
-    bool external;                  // touches an input or an output
+    std::vector<size_t> external;   // the inputs and outputs among its regions
     Works works;
+    std::vector<char*> at;  // where the external regions lie that `works` are for
+    // The same for other places: a caller that keeps some results meets few addresses in turn.
+    std::vector<std::pair<std::vector<char*>, Works>> elsewhere;
   };
   // Works whose tasks may run side by side; in a serial phase, works that one thread runs in order.
   struct Phase {
@@ -87,7 +91,8 @@ class Plan {
   bool may_join(const std::vector<const Step*>& group, const Step& step) const;
   void append(const std::vector<const Step*>& group, int threads);
   void prepare(int threads, bool moved);
-  void place_and_prepare(const std::vector<void*>& inputs, const std::vector<void*>& outputs, int threads);
+  void move(Step& step, int threads);
+  void place_and_prepare(Addresses inputs, Addresses outputs, int threads);
   using Stamps = std::vector<std::chrono::steady_clock::time_point>;  // the start, then the end of each entry
   void fetch_ahead(const Phase& phase, int64_t task) const;
   void draw_tasks(const Phase& phase, void* scratch);

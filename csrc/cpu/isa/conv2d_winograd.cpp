@@ -48,7 +48,7 @@ struct Fp32Products {
   static constexpr int64_t kChunkVectors = 32 / kVectorWidth;
 
   template <typename T, int kTile>
-  static inline void transform(const WinogradProblem& problem, TilePlace place, int64_t v, int64_t point_stride,
+  static inline void transform(const WinogradProblem& problem, const TilePlace& place, int64_t v, int64_t point_stride,
                                float* to) {
     const auto put = [&](int i, int j, Vector value)
                          __attribute__((always_inline)) { store(to + (i * kTile + j) * point_stride, value); };

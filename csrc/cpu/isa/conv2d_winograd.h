@@ -10,6 +10,8 @@
 //   kChunkVectors                                          channel vectors that are summed without a break
 #pragma once
 
+#include <type_traits>
+
 #include "table.h"
 #include "vector.h"
 
@@ -23,27 +25,29 @@ struct Points;
 
 template <>
 struct Points<6> {
-  // b = B^T a
-  static inline void input(const Vector (&a)[6], Vector (&b)[6]) {
-    constexpr float p = 0.625f, q = 1.5f, pp = p * p, qq = q * q;
-    const Vector even_p = a[4] - qq * a[2], odd_p = p * (a[3] - qq * a[1]);
-    const Vector even_q = a[4] - pp * a[2], odd_q = q * (a[3] - pp * a[1]);
-    b[0] = (pp * qq) * a[0] + (a[4] - (pp + qq) * a[2]);
-    b[1] = even_p + odd_p;
-    b[2] = even_p - odd_p;
-    b[3] = even_q + odd_q;
-    b[4] = even_q - odd_q;
-    b[5] = (pp * qq) * a[1] + (a[5] - (pp + qq) * a[3]);
+  static constexpr float p = 0.625f, q = 1.5f, pp = p * p, qq = q * q;
+  // b = B^T a, in pairs that have terms in common: kPairs says which two of b a pair holds.
+  static constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+  template <int Pair>
+  static inline void input(const Vector (&a)[6], Vector& first, Vector& second) {
+    if constexpr (Pair == 0) {
+      first = (pp * qq) * a[0] + (a[4] - (pp + qq) * a[2]);
+      second = (pp * qq) * a[1] + (a[5] - (pp + qq) * a[3]);
+    } else {
+      constexpr float own = Pair == 1 ? p : q, other = Pair == 1 ? qq : pp;
+      const Vector even = a[4] - other * a[2], odd = own * (a[3] - other * a[1]);
+      first = even + odd;
+      second = even - odd;
+    }
   }
   // b = A^T a, for 4 outputs and 2
   static inline void output(const Vector (&a)[6], Vector (&b)[4]) {
-    constexpr float p = 0.625f, q = 1.5f;
     const Vector sum_p = a[1] + a[2], difference_p = a[1] - a[2];
     const Vector sum_q = a[3] + a[4], difference_q = a[3] - a[4];
     b[0] = a[0] + sum_p + sum_q;
-    b[1] = p * difference_p + q * difference_q;
-    b[2] = (p * p) * sum_p + (q * q) * sum_q;
-    b[3] = (p * p * p) * difference_p + (q * q * q) * difference_q + a[5];
+    b[1] = p * difference_p + rounded(q * difference_q);
+    b[2] = pp * sum_p + rounded(qq * sum_q);
+    b[3] = p * pp * difference_p + rounded(q * qq * difference_q) + a[5];
   }
   static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
     b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
@@ -54,11 +58,11 @@ struct Points<6> {
 
 template <>
 struct Points<4> {
-  static inline void input(const Vector (&a)[4], Vector (&b)[4]) {
-    b[0] = a[2] - a[0];
-    b[1] = a[2] + a[1];
-    b[2] = a[2] - a[1];
-    b[3] = a[3] - a[1];
+  static constexpr int kPairs[2][2] = {{0, 3}, {1, 2}};
+  template <int Pair>
+  static inline void input(const Vector (&a)[4], Vector& first, Vector& second) {
+    first = Pair == 0 ? a[2] - a[0] : a[2] + a[1];
+    second = Pair == 0 ? a[3] - a[1] : a[2] - a[1];
   }
   static inline void output(const Vector (&a)[4], Vector (&b)[2]) {
     b[0] = a[0] + a[1] + a[2];
@@ -105,52 +109,104 @@ static inline Vector load_lanes(const T* from, int64_t lanes) {
   return lanes < kVectorWidth ? load_some(from, lanes) : load(from);
 }
 
-// 16 (or 8, or 4) channels of one tile from `channel` on: put(i, j, values) takes point (i, j)'s.
-template <typename T, int kTile, typename Put>
-static inline __attribute__((always_inline)) void transform_vector(const WinogradProblem& problem, TilePlace place,
-                                                                   int64_t channel, Put put) {
-  const TensorView& x = problem.input;
-  const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left;
-  const int64_t row_stride = x.w * x.pixel_stride;
-  const int64_t origin = (place.image * x.h + h0) * row_stride + w0 * x.pixel_stride;  // may lie outside
-  const bool inside = h0 >= 0 && w0 >= 0 && h0 + kTile <= x.h && w0 + kTile <= x.w;
-  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
-  const int64_t lanes = x.c - channel;
-  Vector half[kTile][kTile];
-  const bool plain = inside && lanes >= kVectorWidth && !has_prologue;
+// Two rows of B^T d B: put(j, values) takes the rows' point j. The rows below it are read again for every pair of rows:
+// twice as many loads as values, but what lies between the two directions stays in registers.
+template <int kTile, int Pair, typename Put>
+static inline __attribute__((always_inline)) void transform_rows(const float* from, int64_t row_stride,
+                                                                 int64_t column_stride, Put put) {
+  Vector down[2][kTile];
+  constexpr int kHalf = kTile / 2;
+  const float* x[2] = {from, from + kHalf * row_stride};
+#pragma GCC unroll 6
+  for (int j = 0; j < kTile; ++j) {
+    __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(row_stride));  // keeps the compiler from making a pointer for every pixel
+    Vector column[kTile];
+#pragma GCC unroll 6
+    for (int i = 0; i < kTile; ++i) column[i] = load(x[i / kHalf] + i % kHalf * row_stride);
+    Points<kTile>::template input<Pair>(column, down[0][j], down[1][j]);
+    x[0] += column_stride, x[1] += column_stride;
+  }
+#pragma GCC unroll 2
+  for (int row = 0; row < 2; ++row) {
+    Vector across[kTile];
+    Points<kTile>::template input<0>(down[row], across[Points<kTile>::kPairs[0][0]], across[Points<kTile>::kPairs[0][1]]);
+    Points<kTile>::template input<1>(down[row], across[Points<kTile>::kPairs[1][0]], across[Points<kTile>::kPairs[1][1]]);
+    if constexpr (kTile == 6) {
+      Points<kTile>::template input<2>(down[row], across[Points<kTile>::kPairs[2][0]], across[Points<kTile>::kPairs[2][1]]);
+    }
+#pragma GCC unroll 6
+    for (int j = 0; j < kTile; ++j) put(Points<kTile>::kPairs[Pair][row], j, across[j]);
+  }
+}
+
+// A vector of channels of a tile, from `channel` on, as fp32, pixel by pixel: where the input itself does not serve,
+// because it is bf16, needs the prologue, or because the tile or the vector reaches beyond its end.
+template <typename T, int kTile>
+static void gather_tile(const WinogradProblem& problem, const TilePlace& place, int64_t channel, float* to) {
+  alignas(64) static const T zeros[kVectorWidth] = {};
+  const TensorView x = problem.input;
+  const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left, lanes = x.c - channel;
+  const bool input_relu = problem.input_relu;
+  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || input_relu;
+  const auto outside = [](int64_t at, int64_t size) { return static_cast<uint64_t>(at) >= static_cast<uint64_t>(size); };
+  const T* from = static_cast<const T*>(x.data) + ((place.image * x.h + h0) * x.w + w0) * x.pixel_stride + channel;
+  if (lanes >= kVectorWidth && !has_prologue) {
+    // Without branches, which would be mispredicted at every edge: what lies outside is read from `zeros`.
+    uintptr_t inside[kTile];
+#pragma GCC unroll 6
+    for (int j = 0; j < kTile; ++j) inside[j] = outside(w0 + j, x.w) ? 0 : ~uintptr_t{0};
+    const uintptr_t nothing = reinterpret_cast<uintptr_t>(zeros);
+    for (int i = 0; i < kTile; ++i, from += x.w * x.pixel_stride) {
+      const uintptr_t row = reinterpret_cast<uintptr_t>(from) - nothing;
+      const uintptr_t row_inside = outside(h0 + i, x.h) ? 0 : ~uintptr_t{0};
+#pragma GCC unroll 6
+      for (int j = 0; j < kTile; ++j, to += kVectorWidth) {
+        const uintptr_t pixel = row + static_cast<uintptr_t>(j * x.pixel_stride) * sizeof(T);
+        store(to, load(reinterpret_cast<const T*>(nothing + (pixel & inside[j] & row_inside))));
+      }
+    }
+    return;
+  }
   Vector scale = broadcast(1.0f), shift{};
   if (problem.input_scale != nullptr) scale = load_lanes(problem.input_scale + channel, lanes);
   if (problem.input_shift != nullptr) shift = load_lanes(problem.input_shift + channel, lanes);
-  for (int j = 0; j < kTile; ++j) {
-    Vector column[kTile], down[kTile];
-    if (plain) {
-      const T* from = static_cast<const T*>(x.data) + origin + j * x.pixel_stride + channel;
-#pragma GCC unroll 6
-      for (int i = 0; i < kTile; ++i) column[i] = load(from + i * row_stride);
-    } else {
-      const bool column_inside = w0 + j >= 0 && w0 + j < x.w;
-      for (int i = 0; i < kTile; ++i) {
-        column[i] = Vector{};
-        if (!column_inside || h0 + i < 0 || h0 + i >= x.h) continue;
-        const T* from = static_cast<const T*>(x.data) + (origin + i * row_stride + j * x.pixel_stride + channel);
-        Vector value = load_lanes(from, lanes);
-        if (has_prologue) {
-          value = value * scale + shift;
-          if (problem.input_relu) value = relu(value);
-        }
-        column[i] = value;
+  for (int i = 0; i < kTile; ++i, from += x.w * x.pixel_stride) {
+    for (int j = 0; j < kTile; ++j, to += kVectorWidth) {
+      Vector value{};
+      if (!outside(h0 + i, x.h) && !outside(w0 + j, x.w)) {
+        value = load_lanes(from + j * x.pixel_stride, lanes);
+        if (has_prologue) value = value * scale + shift;
+        if (input_relu) value = relu(value);
       }
+      store(to, value);
     }
-    Points<kTile>::input(column, down);
-#pragma GCC unroll 6
-    for (int i = 0; i < kTile; ++i) half[i][j] = down[i];
   }
-  for (int i = 0; i < kTile; ++i) {
-    Vector across[kTile];
-    Points<kTile>::input(half[i], across);
-#pragma GCC unroll 6
-    for (int j = 0; j < kTile; ++j) put(i, j, across[j]);
+}
+
+// 16 (or 8, or 4) channels of one tile from `channel` on: put(i, j, values) takes point (i, j)'s.
+template <typename T, int kTile, typename Put>
+static inline __attribute__((always_inline)) void transform_vector(const WinogradProblem& problem, const TilePlace& place,
+                                                                   int64_t channel, Put put) {
+  const TensorView& x = problem.input;
+  const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left;
+  const bool inside = h0 >= 0 && w0 >= 0 && h0 + kTile <= x.h && w0 + kTile <= x.w;
+  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
+  alignas(64) float gathered[kTile * kTile * kVectorWidth];
+  const float* from = gathered;
+  int64_t row_stride = kTile * kVectorWidth, column_stride = kVectorWidth;
+  bool in_place = false;
+  if constexpr (std::is_same<T, float>::value) {
+    in_place = inside && x.c - channel >= kVectorWidth && !has_prologue;
+    if (in_place) {
+      row_stride = x.w * x.pixel_stride;
+      column_stride = x.pixel_stride;
+      from = static_cast<const float*>(x.data) + (place.image * x.h + h0) * row_stride + w0 * column_stride + channel;
+    }
   }
+  if (!in_place) gather_tile<T, kTile>(problem, place, channel, gathered);
+  transform_rows<kTile, 0>(from, row_stride, column_stride, put);
+  transform_rows<kTile, 1>(from, row_stride, column_stride, put);
+  if constexpr (kTile == 6) transform_rows<kTile, 2>(from, row_stride, column_stride, put);
 }
 
 template <typename Products, int kTile>
@@ -186,7 +242,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
     const int64_t left = channel_vectors - begin;
     const int64_t count = left < Products::kChunkVectors ? left : Products::kChunkVectors;
     Vector sum[Rows][Vectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
@@ -196,7 +252,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
         Vector w[Vectors];
 #pragma GCC unroll 2
         for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kVectorWidth);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int i = 0; i < Rows; ++i) {
           const Vector x = Products::spread(panel + i * kVectorWidth + lane);
 #pragma GCC unroll 2
@@ -204,20 +260,21 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
         }
         weight += kColumnBlock;
         __builtin_prefetch(first.at, 0, 2);
-        __builtin_prefetch(second.at, 0, 2);
         first.at += first.step;
+        if (Vectors == 1) continue;  // where loads are as many as products, and half of a column block is zeros
+        __builtin_prefetch(second.at, 0, 2);
         second.at += second.step;
       }
       panel += vector_stride;
     }
     if (begin > 0) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < Vectors; ++j) sum[i][j] += load(sums + i * kColumnBlock + j * kVectorWidth);
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) store(sums + i * kColumnBlock + j * kVectorWidth, sum[i][j]);
@@ -227,10 +284,12 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
 
 using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, Stream, Stream);
 
+// One vector of columns leaves registers for twice as many tiles.
 template <typename Products, int Vectors>
 struct MicroKernels {
-  MicroKernel by_rows[kMicroRows + 1] = {};
-  constexpr MicroKernels() { fill<kMicroRows>(); }
+  static constexpr int kRows = kMicroRows * kMicroVectors / Vectors;
+  MicroKernel by_rows[kRows + 1] = {};
+  constexpr MicroKernels() { fill<kRows>(); }
   template <int Rows>
   constexpr void fill() {
     by_rows[Rows] = micro_kernel<Products, Rows, Vectors>;
@@ -249,6 +308,7 @@ constexpr int64_t kWeightsInL2 = 640 << 10;
 
 template <int M, int kTile>
 static inline void transform_columns(const float* products, int64_t point_stride, Vector (&half)[M][kTile]) {
+#pragma GCC unroll 6
   for (int j = 0; j < kTile; ++j) {
     Vector column[kTile], down[M];
 #pragma GCC unroll 6
@@ -266,7 +326,7 @@ static inline Vector larger(Vector a, Vector b) {
 
 // transform_output() where `out` holds the maximum of each 2x2 window.
 template <typename T, int M, int kTile>
-static void transform_output_pooled(const WinogradProblem& problem, TilePlace place, int64_t channel, int64_t lanes,
+static void transform_output_pooled(const WinogradProblem& problem, const TilePlace& place, int64_t channel, int64_t lanes,
                                     Vector scale, Vector bias, const float* products, int64_t point_stride) {
   Vector half[M][kTile];
   transform_columns<M, kTile>(products, point_stride, half);
@@ -295,7 +355,7 @@ static void transform_output_pooled(const WinogradProblem& problem, TilePlace pl
 
 // One tile, one vector of output channels, `lanes` of them valid.
 template <typename T, int M, int kTile>
-static void transform_output(const WinogradProblem& problem, TilePlace place, int64_t channel, int64_t lanes,
+static void transform_output(const WinogradProblem& problem, const TilePlace& place, int64_t channel, int64_t lanes,
                              Vector scale, Vector bias, const float* products, int64_t point_stride) {
   if (problem.max_pool) {
     transform_output_pooled<T, M, kTile>(problem, place, channel, lanes, scale, bias, products, point_stride);
@@ -303,29 +363,37 @@ static void transform_output(const WinogradProblem& problem, TilePlace place, in
   }
   Vector half[M][kTile];
   transform_columns<M, kTile>(products, point_stride, half);
-  const TensorView& y = problem.out;
+  // Copies: a store of a vector may be to anything, as far as the compiler knows.
+  const TensorView y = problem.out, added = problem.residual;
+  const bool has_relu = problem.relu;
   const int64_t rows = y.h - place.p < M ? y.h - place.p : M;
   const int64_t columns = y.w - place.q < M ? y.w - place.q : M;
-  for (int i = 0; i < rows; ++i) {
+  const int64_t pixel = (place.image * y.h + place.p) * y.w + place.q;
+  T* out = static_cast<T*>(y.data) + pixel * y.pixel_stride + channel;
+  const T* residual = added ? static_cast<const T*>(added.data) + pixel * added.pixel_stride + channel : nullptr;
+  const auto finish = [&](Vector value, int j) __attribute__((always_inline)) {
+    value = value * scale + bias;
+    if (residual != nullptr) value += load_lanes(residual + j * added.pixel_stride, lanes);
+    if (has_relu) value = relu(value);
+    if (lanes < kVectorWidth) {
+      store_some(out + j * y.pixel_stride, value, lanes);
+    } else {
+      store(out + j * y.pixel_stride, value);
+    }
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+    if (i == rows) break;
     Vector across[M];
     Points<kTile>::output(half[i], across);
-    const int64_t pixel = (place.image * y.h + place.p + i) * y.w + place.q;
-    T* out = static_cast<T*>(y.data) + pixel * y.pixel_stride + channel;
-    const int64_t residual_stride = problem.residual.pixel_stride;
-    const T* residual =
-        problem.residual ? static_cast<const T*>(problem.residual.data) + pixel * residual_stride + channel : nullptr;
+    if (columns == M) {
 #pragma GCC unroll 4
-    for (int j = 0; j < M; ++j) {
-      if (j >= columns) break;
-      Vector value = across[j] * scale + bias;
-      if (residual != nullptr) value += load_lanes(residual + j * residual_stride, lanes);
-      if (problem.relu) value = relu(value);
-      if (lanes < kVectorWidth) {
-        store_some(out + j * y.pixel_stride, value, lanes);
-      } else {
-        store(out + j * y.pixel_stride, value);
-      }
+      for (int j = 0; j < M; ++j) finish(across[j], j);
+    } else {
+      for (int j = 0; j < columns; ++j) finish(across[j], j);
     }
+    out += y.w * y.pixel_stride;
+    if (residual != nullptr) residual += y.w * added.pixel_stride;
   }
 }
 
@@ -360,10 +428,12 @@ static void column_block(const WinogradProblem& problem, int64_t block, int64_t 
   const float* weight = problem.packed_weight + column * kPoints * channels * kColumnBlock;
   const int64_t first = column * kColumnBlock;
   const int64_t columns = problem.out.c - first < kColumnBlock ? problem.out.c - first : kColumnBlock;
-  const MicroKernel* kernels = columns <= kVectorWidth ? kOneVector<Products>.by_rows : kTwoVectors<Products>.by_rows;
+  const bool narrow = columns <= kVectorWidth;
+  const MicroKernel* kernels = narrow ? kOneVector<Products>.by_rows : kTwoVectors<Products>.by_rows;
   // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
   // weights, so that reading them from memory takes its time beside the products, not before.
-  const int64_t micro_tiles = (tiles.count + kMicroRows - 1) / kMicroRows;
+  const int64_t most = narrow ? MicroKernels<Products, 1>::kRows : MicroKernels<Products, 2>::kRows;
+  const int64_t micro_tiles = (tiles.count + most - 1) / most;
   // Weights that stay in L2 need no fetching; nor does half of the second stream where micro-tiles share the work.
   const bool input_first = problem.columns_per_task * kPoints * channels * kColumnBlock * 4 <= kWeightsInL2;
   const int64_t input_step = next.bytes / (kTile * parts * channels * micro_tiles);

@@ -25,7 +25,7 @@ struct Bf16Products {
   static constexpr int64_t kChunkVectors = INT64_MAX / 2;  // an fp32 sum's rounding does not count here
 
   template <typename T, int kTile>
-  static inline void transform(const WinogradProblem& problem, TilePlace place, int64_t v, int64_t point_stride,
+  static inline void transform(const WinogradProblem& problem, const TilePlace& place, int64_t v, int64_t point_stride,
                                float* to) {
     const int64_t channel = 2 * v * kVectorWidth;
     Vector low[kTile][kTile];

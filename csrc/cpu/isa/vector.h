@@ -47,6 +47,19 @@ static inline Vector broadcast(float x) {
   return x - Vector{};
 }
 
+// The same value. A product that passes through is rounded for itself: where a sum has two of them, the compiler would
+// choose which one to contract into FMA, and could choose otherwise in another function.
+static inline Vector rounded(Vector x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+  return x;
+}
+
 // max(x, 0) that lets NaN through, as torch.relu does.
 static inline Vector relu(Vector x) {
 #if defined(__AVX512F__)

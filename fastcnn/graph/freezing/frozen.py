@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_unflatten, treespec_loads
 
 from fastcnn.backends import cpp
@@ -65,7 +66,10 @@ class FrozenModel(nn.Module):
         self._output_memory = [(length, dtype_of(dtype)) for length, dtype in recipe.output_memory]
         for spec in recipe.outputs:
             _require_within(spec, self._output_memory)
-        self._whole_results = _whole_results(recipe.outputs, self._output_memory)
+        whole = _whole_results(recipe.outputs, self._output_memory)
+        # One native function for inputs that lie as the example's; it returns None for others.
+        self._call = None if whole is None else self._plan.caller(self._input_checks, whole, torch)
+        self._is_leaf = self._structure.is_leaf()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file."""
@@ -77,6 +81,13 @@ class FrozenModel(nn.Module):
         super().__setstate__({name: value for name, value in state.items() if name != "_file"})
         from_bytes(state["_file"], "the pickled model", lambda stored: self._set(*stored))
 
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What ``nn.Module`` does, without its half a microsecond where there are no hooks."""
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if kwargs or hooked or self._compiled_call_impl is not None or any(_GLOBAL_HOOKS):
+            return super().__call__(*inputs, **kwargs)
+        return self.forward(*inputs)
+
     def forward(self, *inputs: Tensor) -> Any:
         """The model's result for inputs of the example's shapes and dtypes.
 
@@ -87,19 +98,19 @@ class FrozenModel(nn.Module):
             TypeError: an input is no tensor.
             ValueError: a wrong number of inputs, or one of a wrong shape, dtype or device.
         """
+        if self._call is not None:
+            found = self._call(*inputs)
+            if found is not None:
+                return found if self._is_leaf else tree_unflatten(found, self._structure)
         if len(inputs) != len(self._input_checks):
             raise ValueError(f"the frozen model takes {len(self._input_checks)} inputs, was given {len(inputs)}")
         given = [self._checked(i, tensor) for i, tensor in enumerate(inputs)]
-        if self._whole_results is not None:
-            results = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self._whole_results]
-            self._plan.run(given, results, torch.get_num_threads())
-        else:
-            memory = [torch.empty(length, dtype=dtype) for length, dtype in self._output_memory]
-            self._plan.run(given, memory, torch.get_num_threads())
-            results = [
-                memory[spec.memory].as_strided(spec.shape, spec.strides, spec.offset) for spec in self._recipe.outputs
-            ]
-        return results[0] if self._structure.is_leaf() else tree_unflatten(results, self._structure)
+        memory = [torch.empty(length, dtype=dtype) for length, dtype in self._output_memory]
+        self._plan.run(given, memory, torch.get_num_threads())
+        results = [
+            memory[spec.memory].as_strided(spec.shape, spec.strides, spec.offset) for spec in self._recipe.outputs
+        ]
+        return results[0] if self._is_leaf else tree_unflatten(results, self._structure)
 
     def _checked(self, index: int, tensor: Tensor) -> Tensor:
         shape, strides, dtype = self._input_checks[index]
@@ -135,10 +146,19 @@ class FrozenModel(nn.Module):
         return f"inputs {inputs}; {len(self._recipe.steps)} steps; {self.memory()}"
 
 
+# Hooks of all modules: torch changes these dictionaries in place.
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
 # Attributes that the file's bytes stand for.
 _OF_A_FROZEN_MODEL = frozenset(
     {
-        "_recipe", "_constants", "_weights", "_plan", "_structure", "_input_checks", "_output_memory", "_whole_results"
+        "_recipe", "_constants", "_weights", "_plan", "_structure", "_input_checks", "_output_memory", "_call",
+        "_is_leaf",
     }
 )
 
