@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/conv2d_winograd_cut.h"
+#include "cpu/conv2d_winograd_plain.h"
 #include "cpu/kernels.h"
 #include "python_tensor.h"
 
@@ -159,6 +160,65 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
+}
+
+// ---- Winograd with plain weights
+
+void require_plain_winograd(const int64_t shape[4], int64_t groups) {
+  if (shape[0] < 1 || shape[1] < 1 || shape[2] != 3 || shape[3] != 3) {
+    throw py::value_error("weight must have shape (K, C/groups, 3, 3) and not be empty, has shape " +
+                          describe(shape, 4));
+  }
+  if (groups < 1 || shape[0] % groups != 0 || !cpu::PlainWinogradWeight::covers(shape[0], shape[1] * groups, groups)) {
+    throw py::value_error("groups must be 1, or divide the channels into whole vectors, is " + std::to_string(groups));
+  }
+}
+
+std::shared_ptr<cpu::PlainWinogradWeight> plain_winograd_weight_from(const py::buffer& packed,
+                                                                     const std::array<int64_t, 4>& shape,
+                                                                     int64_t groups) {
+  const py::buffer_info info = packed.request();
+  require_packable(shape, info);
+  require_plain_winograd(shape.data(), groups);
+  auto weight = std::make_shared<cpu::PlainWinogradWeight>(shape[0], shape[1] * groups, groups);
+  assign_packed(*weight, info);
+  return weight;
+}
+
+std::shared_ptr<cpu::PlainWinogradWeight> pack_plain_winograd_weight(py::handle weight, int64_t groups) {
+  const Imported t(weight, "weight", kDLCPU);
+  t.require_dimensions(4);
+  const DType dtype = t.dtype();
+  if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
+  require_plain_winograd(t.tensor.shape, groups);
+  py::gil_scoped_release release;
+  return std::make_shared<cpu::PlainWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, groups);
+}
+
+void cpu_conv2d_winograd_plain(py::handle out, py::handle input, const cpu::PlainWinogradWeight& weight,
+                               py::handle scale, py::handle bias, py::handle residual, py::handle input_scale,
+                               py::handle input_shift, bool input_relu, bool relu, Pair padding, int threads) {
+  require_threads(threads);
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_cpu_dtype(x);
+  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
+  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
+  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Conv2dGeometry geometry = conv2d_geometry(3, 3, weight.groups, {1, 1}, padding, {1, 1});
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cpu::run_now(cpu::conv2d_winograd_plain_work(y, x, weight, prologue, epilogue, geometry, threads));
+}
+
+double cpu_conv2d_winograd_plain_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int64_t groups) {
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+  if (in_channels < 1 || groups < 1) throw py::value_error("in_channels and groups must be positive");
+  const auto [n, k, p, q] = out_shape;
+  return cpu::conv2d_winograd_plain_cycles(n, k, p, q, in_channels, groups);
 }
 
 double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int tile,
@@ -329,6 +389,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  py::class_<cpu::PlainWinogradWeight, std::shared_ptr<cpu::PlainWinogradWeight>>(m, "PlainWinogradWeight")
+      .def(py::init(&pack_plain_winograd_weight), py::arg("weight"), py::arg("groups"))
+      .def_static("from_packed", &plain_winograd_weight_from, py::arg("packed"), py::arg("shape"), py::arg("groups"))
+      .def_static("covers", &cpu::PlainWinogradWeight::covers, py::arg("out_channels"), py::arg("in_channels"),
+                  py::arg("groups"))
+      .def("packed", &packed_bytes<cpu::PlainWinogradWeight>)
+      .def_property_readonly("bytes", &cpu::PlainWinogradWeight::bytes);
+  m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd_plain, py::arg("out"), py::arg("input"), py::arg("weight"),
+        py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+        py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  m.def("cpu_conv2d_winograd_plain_cycles", &cpu_conv2d_winograd_plain_cycles, py::arg("out_shape"),
+        py::arg("in_channels"), py::arg("groups"));
   m.def("cpu_conv2d_cycles", &cpu_conv2d_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("filter"),
         py::arg("tile"), py::arg("bf16"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

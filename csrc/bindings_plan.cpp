@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/conv2d_winograd_plain.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_short.h"
 #include "cpu/plan.h"
@@ -69,6 +70,19 @@ class PyPlan {
         out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
         [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
           return cpu::conv2d_winograd_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
+        });
+  }
+
+  void conv2d_winograd_plain(const py::tuple& out, const py::tuple& input,
+                             std::shared_ptr<cpu::PlainWinogradWeight> weight, const py::object& scale,
+                             const py::object& bias, const py::object& residual, const py::object& input_scale,
+                             const py::object& input_shift, bool input_relu, bool relu, Pair padding, bool max_pool) {
+    if (max_pool && !residual.is_none()) throw py::value_error("residual must be None where max_pool is set");
+    const Conv2dGeometry geometry = conv2d_geometry(3, 3, weight->groups, {1, 1}, padding, {1, 1});
+    convolution(
+        out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+        [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
+          return cpu::conv2d_winograd_plain_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
         });
   }
 
@@ -490,6 +504,9 @@ void bind_plan(py::module_& m) {
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
       .def("conv2d", &PyPlan::conv2d)
       .def("conv2d_winograd", &PyPlan::conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
+           py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+           py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
+      .def("conv2d_winograd", &PyPlan::conv2d_winograd_plain, py::arg("out"), py::arg("input"), py::arg("weight"),
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
       .def("linear", &PyPlan::linear)

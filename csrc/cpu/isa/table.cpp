@@ -21,6 +21,8 @@ const KernelTable& kernel_table() {
       conv2d_grouped_task,
       winograd_scratch_bytes,
       winograd_task,
+      winograd_plain_scratch_bytes,
+      winograd_plain_task,
       pool2d_task,
       local_response_norm_scratch_bytes,
       local_response_norm_task,

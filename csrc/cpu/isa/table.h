@@ -52,6 +52,7 @@ struct WinogradProblem {
   int64_t pad_top, pad_left;
   int tile, side;  // to a tile's side: outputs, 4 or 2; inputs, 6 or 4
   const float* packed_weight;
+  int64_t groups;                          // of isa/conv2d_winograd_plain.cpp only, whose column block is a vector
   int64_t channel_vectors, column_blocks;  // a vector holds twice as many channels where weights are bf16 pairs
   // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
   const float* input_scale;
@@ -232,6 +233,8 @@ struct KernelTable {
   void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
   int64_t (*winograd_scratch_bytes)(const WinogradProblem&);
   void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
+  int64_t (*winograd_plain_scratch_bytes)(const WinogradProblem&);
+  void (*winograd_plain_task)(const WinogradProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);
