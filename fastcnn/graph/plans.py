@@ -107,6 +107,7 @@ class Plan:
     graph: fx.Graph | None = None
     function: Callable[..., Any] | None = None
     rebuild: Callable[[list[Any]], Any] | None = None
+    layouts: tuple[tuple[nn.Module, tuple[int, ...]], ...] = ()  # layers, and the strides of their weights
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.function is not None
@@ -121,7 +122,10 @@ class Plan:
         return result if self.rebuild is None else self.rebuild(result)
 
     def holds(self) -> bool:
-        return all(guard.holds() for guard in self.guards)
+        return all(guard.holds() for guard in self.guards) and all(
+            (weight := module._parameters.get("weight")) is not None and weight.stride() == strides
+            for module, strides in self.layouts
+        )
 
 
 class _Watched(fx.Interpreter):
@@ -219,9 +223,10 @@ def make(module: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Plan:
         return Plan((Guard.of(module, True),), refused=str(error))
     guards = tuple(Guard.of(m, path == "") for path, m in traced.inlined.items())
     modules = dict(module.named_modules(remove_duplicate=False))
-    sites, left = rewrite(traced.graph, modules, traced.opaque)
+    sites, left, assumed = rewrite(traced.graph, modules, traced.opaque)
+    layouts = tuple((modules[path], modules[path].weight.stride()) for path in sorted(assumed))
     return Plan(
-        guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced), traced.rebuild
+        guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced), traced.rebuild, layouts
     )  # fmt: skip
 
 

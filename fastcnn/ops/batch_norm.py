@@ -284,8 +284,17 @@ def _backward(
     return grads
 
 
-def _finish(out: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return finish_affine(out, input)
+def _finish(
+    out: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return finish_affine(out, input, residual)
 
 
 OPERATOR = Operator(
