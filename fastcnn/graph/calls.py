@@ -143,7 +143,7 @@ def bn_act_conv(
     if name is None or (residual is not None and not _fits(residual, conv_shape(x, conv), x)):
         first: Settings = {"preactivation": preactivation, "preactivation_in_place": preactivation_in_place}
         return end.after(bn_act_conv(x, bn, conv, next_bn=next_bn, **first))
-    # Of an image that is contiguous and channels-last at once, it depends on the ReLU which of them the convolution sees.
+    # Of an image that is contiguous and channels-last at once, the ReLU decides which of them the convolution sees.
     together = before is not None and not _strides.is_ambiguous(x)
     if together and not (isinstance(bn, dict) or isinstance(conv, dict) or isinstance(next_bn, dict)):
         y = fusing.bn_act_conv(

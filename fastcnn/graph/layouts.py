@@ -224,9 +224,7 @@ def _whole(node: fx.Node, members: set[fx.Node]) -> bool:
         return node.users.keys() <= members
     if node.target is not concatenation.begin:
         return True
-    return all(
-        (user.users.keys() if user.target is concatenation.target else {user}) <= members for user in node.users
-    )
+    return all((user.users.keys() if user.target is concatenation.target else {user}) <= members for user in node.users)
 
 
 def _images(node: fx.Node) -> list[fx.Node]:
@@ -265,4 +263,3 @@ def _last_of_placeholders(value: fx.Node) -> fx.Node:
     while value.op == "placeholder" and value.next.op == "placeholder":
         value = value.next
     return value
-

@@ -10,7 +10,6 @@ In evaluation they are the running statistics, folded: :func:`~fastcnn.ops.chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -6,7 +6,6 @@ y = act(x * scale[c] + shift[c] + residual)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

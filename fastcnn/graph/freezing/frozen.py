@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten, treespec_loads
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
@@ -23,6 +23,7 @@ from fastcnn.graph.freezing.gpu.storage import MAGIC as GPU_MAGIC
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
 from fastcnn.graph.freezing.storage import as_bytes, from_bytes
+from fastcnn.graph.freezing.structures import filled, structure_as_data
 from fastcnn.graph.optimizing import is_fastcnn, optimize
 
 
@@ -50,17 +51,29 @@ class FrozenModel(nn.Module):
     threads are safe; they run one after the other, since there is one arena. No gradient is recorded.
     """
 
-    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        constants: Tensor,
+        weights: Sequence[cpp.PackedWeight],
+        structure: TreeSpec | None = None,
+    ) -> None:
         super().__init__()
-        self._set(recipe, constants, weights)
+        self._set(recipe, constants, weights, structure)
         self.train(False)
 
-    def _set(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
+    def _set(
+        self,
+        recipe: Recipe,
+        constants: Tensor,
+        weights: Sequence[cpp.PackedWeight],
+        structure: TreeSpec | None = None,  # of the result, where it does not come from a file
+    ) -> None:
         self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
         self._plan = build_plan(recipe, constants, self._weights)
-        self._structure = treespec_loads(recipe.structure)
-        if self._structure.num_leaves != len(recipe.outputs):
-            raise ValueError("the result's structure does not fit its tensors")
+        self._structure = structure
+        if structure is None:
+            filled(recipe.structure, [None] * len(recipe.outputs))  # raises where a file's does not fit
         self._input_checks = [(spec.shape, spec.strides, dtype_of(spec.dtype)) for spec in recipe.inputs]
         self._output_memory = [(length, dtype_of(dtype)) for length, dtype in recipe.output_memory]
         for spec in recipe.outputs:
@@ -68,9 +81,12 @@ class FrozenModel(nn.Module):
         self._whole_results = _whole_results(recipe.outputs, self._output_memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file."""
+        """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file.
+
+        Raises ValueError as :meth:`save` does.
+        """
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_FROZEN_MODEL}
-        return {**state, "_file": b"".join(as_bytes(self._recipe, self._constants, self._weights))}
+        return {**state, "_file": b"".join(self._as_bytes())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Raises ValueError as :func:`load_frozen` does, on a processor of another instruction set for example."""
@@ -99,7 +115,11 @@ class FrozenModel(nn.Module):
             results = [
                 memory[spec.memory].as_strided(spec.shape, spec.strides, spec.offset) for spec in self._recipe.outputs
             ]
-        return results[0] if self._structure.is_leaf() else tree_unflatten(results, self._structure)
+        if self._recipe.structure == 0:
+            return results[0]
+        if self._structure is None:
+            return filled(self._recipe.structure, results)
+        return tree_unflatten(results, self._structure)
 
     def _checked(self, index: int, tensor: Tensor) -> Tensor:
         shape, strides, dtype = self._input_checks[index]
@@ -125,10 +145,21 @@ class FrozenModel(nn.Module):
         return Memory(recipe.arena_bytes, weights, recipe.activation_bytes, self._plan.workspace_bytes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle."""
+        """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle.
+
+        Raises:
+            ValueError: the result is no tensor, and made of other than tuples, lists and dictionaries with strings as
+                keys.
+        """
+        parts = self._as_bytes()
         with open(path, "wb") as file:
-            for part in as_bytes(self._recipe, self._constants, self._weights):
+            for part in parts:
                 file.write(part)
+
+    def _as_bytes(self) -> list[bytes]:
+        if self._structure is not None:
+            structure_as_data(self._structure)
+        return as_bytes(self._recipe, self._constants, self._weights)
 
     def extra_repr(self) -> str:
         inputs = ", ".join(str(spec.shape) for spec in self._recipe.inputs)
@@ -137,9 +168,7 @@ class FrozenModel(nn.Module):
 
 # Attributes that the file's bytes stand for.
 _OF_A_FROZEN_MODEL = frozenset(
-    {
-        "_recipe", "_constants", "_weights", "_plan", "_structure", "_input_checks", "_output_memory", "_whole_results"
-    }
+    {"_recipe", "_constants", "_weights", "_plan", "_structure", "_input_checks", "_output_memory", "_whole_results"}
 )
 
 
@@ -267,4 +296,4 @@ def freeze(
         choose = ByMeasurement() if tune else by_rule
         program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}, choose).run()
         recipe, constants = make_recipe(program, captured.spec)
-    return FrozenModel(recipe, constants, packed(program.weights))
+    return FrozenModel(recipe, constants, packed(program.weights), captured.spec)
