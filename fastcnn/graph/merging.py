@@ -132,7 +132,7 @@ def merge_pointwise(
 
 
 def _can_be_a_part(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if not node.kwargs.keys() <= {"activation"} or not isinstance(node.args[0], fx.Node) or not node.users:
+    if not node.kwargs.keys() <= {"activation", "in_place"} or not isinstance(node.args[0], fx.Node) or not node.users:
         return False
     layer: Any = node.args[1]
     if isinstance(layer, fx.Node):

@@ -109,6 +109,7 @@ class Plan:
     function: Callable[..., Any] | None = None  # of the module and the tensors
     function_of_owner: Callable[..., Any] | None = None  # the same, faster, for the module that was traced
     rebuild: Callable[[list[Any]], Any] | None = None
+    layouts: tuple[tuple[nn.Module, tuple[int, ...]], ...] = ()  # layers, and the strides of their weights
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs or not all(type(a) is Tensor for a in args):
@@ -124,7 +125,10 @@ class Plan:
         return result if self.rebuild is None else self.rebuild(result)
 
     def holds(self) -> bool:
-        return all(guard.holds() for guard in self.guards)
+        return all(guard.holds() for guard in self.guards) and all(
+            (weight := module._parameters.get("weight")) is not None and weight.stride() == strides
+            for module, strides in self.layouts
+        )
 
 
 class _Watched(fx.Interpreter):
@@ -222,11 +226,12 @@ def make(module: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Plan:
         return Plan((Guard.of(module, True),), refused=str(error))
     guards = tuple(Guard.of(m, path == "") for path, m in traced.inlined.items())
     modules = dict(module.named_modules(remove_duplicate=False))
-    sites, left = rewrite(traced.graph, modules, traced.opaque)
+    sites, left, assumed = rewrite(traced.graph, modules, traced.opaque)
+    layouts = tuple((modules[path], modules[path].weight.stride()) for path in sorted(assumed))
     known = {path: m for path, m in modules.items() if _ancestors(path) <= traced.inlined.keys()}
     return Plan(
         guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced, {}), _compiled(traced, known),
-        traced.rebuild,
+        traced.rebuild, layouts,
     )  # fmt: skip
 
 

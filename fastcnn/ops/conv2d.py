@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcnn import backends
 from fastcnn.backends.reference import per_channel, prologue
+from fastcnn.ops import _strides
 from fastcnn.ops._arguments import (
     IntOrPair,
     kernel_vector,
@@ -29,7 +30,7 @@ from fastcnn.ops._arguments import (
     require_tensor,
     require_vector,
 )
-from fastcnn.ops._layout import empty_channels_last, in_layout, is_channels_last, to_kernel_layout
+from fastcnn.ops._layout import empty_channels_last, is_channels_last, lies_alike, to_kernel_layout
 from fastcnn.ops._registration import Operator, Unread
 
 # Operator arguments, in schema order. padding is (top, left, bottom, right).
@@ -212,8 +213,25 @@ def _allocate(
     return empty_channels_last(shape, input)
 
 
-def _finish(out: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return in_layout(out, is_channels_last(input) or is_channels_last(weight))
+def _finish(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    if is_channels_last(input) and (residual is None or lies_alike(out, residual)):  # the common case
+        return out
+    strides = _strides.of_convolution(out.shape, input.shape, input.stride(), weight)
+    if residual is not None:
+        strides = _strides.elementwise(out.shape, strides, residual.stride())
+    return _strides.in_strides(out, strides)
 
 
 def _fill(

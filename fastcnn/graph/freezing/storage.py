@@ -97,9 +97,7 @@ def _require_compatible(header: dict[str, Any], name: str) -> None:
     }
     for key, ours in here.items():
         if header[key] != ours:
-            raise Incompatible(
-                f"{name} was written for {key} {header[key]}, here it is {ours}: freeze the model again"
-            )
+            raise Incompatible(f"{name} was written for {key} {header[key]}, here it is {ours}: freeze the model again")
 
 
 def _read(header: dict[str, Any], payload: memoryview) -> Stored:
