@@ -145,7 +145,7 @@ class View:
 class Step:
     """One call of the native plan: ``plan.operator(out, *inputs, *attributes)``.
 
-    For convolutions and ``linear_short`` the packed weight ``weight`` (its place in :attr:`Program.weights`) follows the
+    For convolutions and ``linear_short`` the packed weight (its place in :attr:`Program.weights`) follows the
     first input.
     """
 
