@@ -18,6 +18,7 @@ const KernelTable& kernel_table() {
       kConv2dMaxChunk,
       conv2d_scratch_bytes,
       conv2d_task,
+      conv2d_grouped_scratch_bytes,
       conv2d_grouped_task,
       winograd_scratch_bytes,
       winograd_task,

@@ -30,7 +30,7 @@ struct Conv2dProblem {
   const float* bias;
   TensorView residual;
   bool relu;
-  // How the work is cut: see isa/conv2d.cpp.
+  // How the work is cut: see isa/conv2d.cpp and isa/conv2d_grouped.cpp.
   ConvSource source;
   int64_t chunk;                      // reduction values per pass; not of a strip
   int64_t tile_rows;                  // per task: output pixels, or output rows of a strip
@@ -230,7 +230,8 @@ struct KernelTable {
   int64_t (*conv2d_scratch_bytes)(const Conv2dProblem&);
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).
   void (*conv2d_task)(const Conv2dProblem&, int64_t index, void* scratch);
-  void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
+  int64_t (*conv2d_grouped_scratch_bytes)(const Conv2dProblem&);
+  void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index, void* scratch);
   int64_t (*winograd_scratch_bytes)(const WinogradProblem&);
   void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   int64_t (*winograd_plain_scratch_bytes)(const WinogradProblem&);

@@ -8,7 +8,8 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 constexpr int kConv2dMaxChunk = 384;
 int64_t conv2d_scratch_bytes(const Conv2dProblem& problem);
 void conv2d_task(const Conv2dProblem& problem, int64_t index, void* scratch);
-void conv2d_grouped_task(const Conv2dProblem& problem, int64_t index);
+int64_t conv2d_grouped_scratch_bytes(const Conv2dProblem& problem);
+void conv2d_grouped_task(const Conv2dProblem& problem, int64_t index, void* scratch);
 int64_t winograd_scratch_bytes(const WinogradProblem& problem);
 void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch);
 int64_t winograd_plain_scratch_bytes(const WinogradProblem& problem);
