@@ -22,7 +22,7 @@ SHAPES = [
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU benchmark")
 
 
-@pytest.mark.parametrize("candidate", ["pytorch", "cpp", "cpp:direct", "cpp:winograd4", "cpp:winograd2"])
+@pytest.mark.parametrize("candidate", ["pytorch", "cpp", "cpp:direct", "cpp:winograd4", "cpp:winograd2", "cpp:winograd4_plain"])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[1]}x{s[1]}x{s[0]}")
 def test_conv3x3_bias_relu(measure, benchmark, shape: tuple[int, int], batch: int, candidate: str):

@@ -56,8 +56,9 @@ def algorithms(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int)
     if stride != (1, 1) or dilation != (1, 1):
         return (DIRECT,)
     if groups != 1:
-        plain = tuple(weight[2:]) == (3, 3) and _native.PlainWinogradWeight.covers(weight[0], weight[1] * groups, groups)
-        return (DIRECT, WINOGRAD4_PLAIN) if plain else (DIRECT,)
+        out_channels, in_channels = weight[0], weight[1] * groups
+        plain = _native.PlainWinogradWeight.covers(out_channels, in_channels, groups)
+        return (DIRECT, WINOGRAD4_PLAIN) if plain and tuple(weight[2:]) == (3, 3) else (DIRECT,)
     return _BY_FILTER.get(tuple(weight[2:]), (DIRECT,))
 
 

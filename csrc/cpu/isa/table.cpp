@@ -1,6 +1,5 @@
 // The table of one instruction-set variant.
 #include "table.h"
-
 #include "variant.h"
 #include "vector.h"
 

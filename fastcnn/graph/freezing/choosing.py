@@ -117,7 +117,9 @@ class ByMeasurement:
 class _Layer:
     """One convolution by one algorithm, as a plan of a single step."""
 
-    def __init__(self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair, groups: int) -> None:
+    def __init__(
+        self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair, groups: int
+    ) -> None:
         self.algorithm, self._x = algorithm, x
         self._y = torch.empty(tuple(out), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
         self._weight = cpp.pack_weight(weight, groups, algorithm)
