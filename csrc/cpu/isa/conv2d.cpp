@@ -28,6 +28,7 @@
 
 #include "conv2d_gather.h"
 #include "conv2d_micro.h"
+#include "conv2d_narrow.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -242,6 +243,10 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
     fill_strip<float>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
   } else {
     fill_strip<uint16_t>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
+  }
+  if (problem.narrow_table != nullptr) {
+    run_narrow(problem, n, p0, rows, strip);
+    return;
   }
   StripTile tiles[kMaxMicroTiles];
   const int64_t count = cut_strip(problem, rows, tiles);

@@ -38,6 +38,10 @@ struct Conv2dProblem {
   int64_t blocks_per_task;            // column blocks per task
   int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
   bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
+  // Few output channels, from a strip: see isa/conv2d_narrow.h. Per phase a vector for each reduction value, then scale
+  // and bias. Else null.
+  const float* narrow_table;
+  int64_t narrow_phases;
 
   bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
   // Input rows that `rows` output rows read.
@@ -198,6 +202,7 @@ struct KernelTable {
   int micro_rows;    // output pixels per micro-tile
   int column_block;  // output channels per micro-tile
   int max_chunk;     // largest reduction chunk a gathered panel holds
+  bool permutes;     // whether vectors can be permuted by one instruction: isa/conv2d_narrow.h
   // Bytes of scratch one thread needs for a problem.
   int64_t (*conv2d_scratch_bytes)(const Conv2dProblem&);
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).
