@@ -118,23 +118,31 @@ bool is_narrow(Conv2dProblem& problem) {
   }
   problem.narrow_phases = channels / std::gcd(channels, width);
   const int64_t span = (width + channels - 2) / channels * problem.geometry.stride_w * problem.group_in;
-  return span < width && problem.narrow_phases * (reduction + 2) * width * 4 <= kTableBytes;
+  const int64_t row_values = problem.geometry.filter_w * problem.group_in;
+  return span < width && problem.narrow_phases * (reduction + kNarrowExtraRows) * width * 4 <= kTableBytes &&
+         row_values * problem.input_rows(table.micro_rows) * width * 4 <= kConv2dNarrowBytes;
 }
 
-// [phase][reduction value, then scale and bias][lane]
+// [phase][reduction value, then scale, bias and the lanes' pixels][lane]
 std::shared_ptr<float> narrow_table(const Conv2dProblem& problem) {
   const KernelTable& table = kernels();
   const int64_t channels = problem.group_out, width = table.vector_width;
   const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
-  const int64_t bytes = problem.narrow_phases * (reduction + 2) * width * 4;
+  const int64_t step = problem.geometry.stride_w * problem.group_in;
+  const int64_t bytes = problem.narrow_phases * (reduction + kNarrowExtraRows) * width * 4;
   std::shared_ptr<float> memory(static_cast<float*>(allocate_aligned(bytes)), std::free);
   float* to = memory.get();
   for (int64_t phase = 0; phase < problem.narrow_phases; ++phase) {
-    for (int64_t row = 0; row < reduction + 2; ++row) {
-      const float* from = row < reduction    ? problem.packed_weight + row * table.column_block
-                          : row == reduction ? problem.scale
-                                             : problem.bias;
-      for (int64_t lane = 0; lane < width; ++lane) *to++ = from[(phase * width + lane) % channels];
+    const int64_t first = phase * width;
+    const auto put = [&](const float* values) {
+      for (int64_t lane = 0; lane < width; ++lane) *to++ = values[(first + lane) % channels];
+    };
+    for (int64_t row = 0; row < reduction; ++row) put(problem.packed_weight + row * table.column_block);
+    put(problem.scale);
+    put(problem.bias);
+    for (int64_t lane = 0; lane < width; ++lane, ++to) {
+      const auto index = static_cast<uint32_t>(((first + lane) / channels - first / channels) * step);
+      std::memcpy(to, &index, 4);
     }
   }
   return memory;
