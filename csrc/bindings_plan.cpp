@@ -224,7 +224,8 @@ class PyPlan {
       if (!single && !dtype.is(py::object(torch.attr("bfloat16")))) {
         throw py::type_error(std::string(name) + " must be float32 or bfloat16");
       }
-      if (shape.size() != strides.size()) throw py::value_error(std::string(name) + " must have a stride for each size");
+      if (shape.size() != strides.size())
+        throw py::value_error(std::string(name) + " must have a stride for each size");
       int64_t last = 0;
       for (size_t i = 0; i < shape.size(); ++i) {
         constexpr int64_t limit = int64_t{1} << 40;

@@ -111,9 +111,9 @@ bool is_narrow(Conv2dProblem& problem) {
   constexpr int64_t kTableBytes = 16 << 10;
   const int64_t channels = problem.group_out, width = table.vector_width;
   const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
-  if (!table.permutes || problem.source != ConvSource::strip || problem.geometry.groups != 1 ||
-      2 * channels > width || problem.out.pixel_stride != channels || problem.out.dtype != DType::f32 ||
-      problem.residual || reduction > table.max_chunk) {
+  if (!table.permutes || problem.source != ConvSource::strip || problem.geometry.groups != 1 || 2 * channels > width ||
+      problem.out.pixel_stride != channels || problem.out.dtype != DType::f32 || problem.residual ||
+      reduction > table.max_chunk) {
     return false;
   }
   problem.narrow_phases = channels / std::gcd(channels, width);
@@ -166,7 +166,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   // Units of pixels that a task is made of: output rows of a strip, else micro-tiles.
   const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
   const int64_t units = strip ? out.h : ceil_div(out.pixels(), table.micro_rows);
-  const int64_t most_units = narrow ? 2 * table.micro_rows
+  const int64_t most_units = narrow  ? 2 * table.micro_rows
                              : strip ? std::max<int64_t>(1, kMaxMicroTiles / row_tiles)
                                      : kMaxMicroTiles / 2;
   double best = 0;

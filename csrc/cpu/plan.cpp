@@ -163,8 +163,8 @@ void Plan::move(Step& step, int threads) {
     return true;
   };
   if (here(step.at)) return;
-  auto known = std::find_if(step.elsewhere.begin(), step.elsewhere.end(),
-                            [&](const auto& place) { return here(place.first); });
+  auto known =
+      std::find_if(step.elsewhere.begin(), step.elsewhere.end(), [&](const auto& place) { return here(place.first); });
   if (known == step.elsewhere.end()) {
     std::vector<char*> at;
     for (const size_t region : step.external) at.push_back(bases_[region]);

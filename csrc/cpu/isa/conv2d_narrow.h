@@ -1,10 +1,11 @@
-// Direct convolution into few output channels, fewer than half a vector: output values in memory order across the lanes.
+// Direct convolution into few output channels, fewer than half a vector: output values in memory order across the
+// lanes.
 //
 // A micro-tile of conv2d_micro.h puts output channels across the lanes: of 16 lanes the 6 channels of a first layer
 // (LeNet-5) leave 10 idle. Here a vector is 16 adjacent values of an output row, lane f of vector v channel (16 v + f)
 // mod K of pixel (16 v + f) div K. After K vectors, or a divisor of that, the pattern repeats; `phase` is a vector's
-// place in it. For each filter tap the lanes' input pixels are a permutation of one vector of the strip. Of an input row
-// these are brought once for all filter rows that meet it. The lanes' weights are vectors of a table
+// place in it. For each filter tap the lanes' input pixels are a permutation of one vector of the strip. Of an input
+// row these are brought once for all filter rows that meet it. The lanes' weights are vectors of a table
 // [phase][reduction][lane] that is filled beforehand (conv2d.cpp).
 //
 // The reduction is summed in the order of conv2d_micro.h, one FMA after the other, so results have the same bits.

@@ -252,7 +252,8 @@ static void max_pixels_2x2(const T* from, int64_t row_stride, int64_t pixel_stri
         store(out + c, larger(larger(top, load(below + c)), load(below + pixel_stride + c)));
       } else {
         const Vector top = larger(load_some(above + c, lanes), load_some(above + pixel_stride + c, lanes));
-        const Vector value = larger(larger(top, load_some(below + c, lanes)), load_some(below + pixel_stride + c, lanes));
+        const Vector value =
+            larger(larger(top, load_some(below + c, lanes)), load_some(below + pixel_stride + c, lanes));
         store_some(out + c, value, lanes);
       }
     }
@@ -294,8 +295,8 @@ static void pool_rows(const Pool2dProblem& problem, int64_t first_row, int64_t l
     int64_t q = 0;
     if (halves && rows.count == 2) {
       const int64_t whole = x.w / 2 < y.w ? x.w / 2 : y.w;
-      max_pixels_2x2(data + (n * x.h + rows.first) * x.w * x.pixel_stride, window.row_stride, x.pixel_stride, begin, end,
-                     whole, out, y.pixel_stride);
+      max_pixels_2x2(data + (n * x.h + rows.first) * x.w * x.pixel_stride, window.row_stride, x.pixel_stride, begin,
+                     end, whole, out, y.pixel_stride);
       q = whole;
       out += whole * y.pixel_stride;
     }

@@ -14,7 +14,7 @@ namespace fastcnn::cpu {
 
 // Where a direct convolution's inner loop reads its input: see isa/conv2d.cpp.
 enum class ConvSource : int32_t { in_place, strip, panel };
-constexpr int kMaxMicroTiles = 16;  // of output pixels, in a task
+constexpr int kMaxMicroTiles = 16;                                      // of output pixels, in a task
 constexpr int64_t kConv2dNarrowBytes = 24 << 10, kNarrowExtraRows = 3;  // isa/conv2d_narrow.h
 
 // One convolution, ready to run. Filled by conv2d.cpp.
@@ -39,8 +39,8 @@ struct Conv2dProblem {
   int64_t blocks_per_task;            // column blocks per task
   int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
   bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
-  // Few output channels, from a strip: see isa/conv2d_narrow.h. Per phase a vector for each reduction value, then scale,
-  // bias, and where in a vector of the strip each lane's pixel lies. Else null.
+  // Few output channels, from a strip: see isa/conv2d_narrow.h. Per phase a vector for each reduction value, then
+  // scale, bias, and where in a vector of the strip each lane's pixel lies. Else null.
   const float* narrow_table;
   int64_t narrow_phases;
 
