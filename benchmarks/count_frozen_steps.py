@@ -24,7 +24,8 @@ from fastcnn import _native
 from fastcnn.measurement.conditions import conditions
 
 KINDS = {
-    "conv2d": "convolutions", "conv2d_winograd": "convolutions", "linear": "linear", "map": "functions of values",
+    "conv2d": "convolutions", "conv2d_winograd": "convolutions", "linear": "linear", "linear_short": "linear",
+    "map": "functions of values",
     "copy": "copies", "fill": "copies",
 }  # fmt: skip
 

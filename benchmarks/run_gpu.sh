@@ -78,10 +78,14 @@ verify_one() {  # backend dtype network
   fi
 }
 
+# In the order of importance; after each network, choices.json holds all choices so far, ready to ship with the package.
 stage_tune() {
-  local networks=(resnet50 resnext50_32x4d) options=(--dtype bf16 --batch 32)
+  local networks=(resnet50 densenet121 googlenet vgg16 resnext50_32x4d wide_resnet50_2 resnet18 alexnet_owt)
+  local options=(--dtype bf16 --batch 1,32,256 --effort quick)
   if [ "$FASTCNN_REHEARSE" = 1 ]; then networks=(resnet20_cifar) options=(--size 16); fi
-  for network in "${networks[@]}"; do fastcnn tune "$network" "${options[@]}" || return 1; done
+  for network in "${networks[@]}"; do
+    fastcnn tune "$network" "${options[@]}" --export "$OUT/choices.json" || return 1
+  done
   fastcnn tune --show | tee "$OUT/tuned.txt"
 }
 
@@ -142,9 +146,10 @@ stage_bench() {
 }
 
 # Whole networks against eager mode, CUDA graphs and torch.compile. Status 3: a candidate broke the process; the next one
-# goes on behind it.
+# goes on behind it. torch.compile's autotuning takes a minute and more a case: keep TORCHINDUCTOR_CACHE_DIR from one visit
+# to the next, and it goes on where it was.
 stage_networks() {
-  export PYTHONPATH="$PWD/benchmarks"
+  export PYTHONPATH="$PWD/benchmarks" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$OUT/inductor}"
   local options=() code=3
   if [ "$FASTCNN_REHEARSE" = 1 ]; then options=(--rehearse --networks resnet18 --batches 1 --rounds 5); fi
   while [ $code = 3 ] && [ $((${NETWORKS_SECONDS:-480} - SECONDS)) -gt 10 ]; do

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/conv2d_winograd_cut.h"
+#include "cpu/conv2d_winograd_plain.h"
 #include "cpu/kernels.h"
 #include "python_tensor.h"
 
@@ -161,6 +162,65 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
 }
 
+// ---- Winograd with plain weights
+
+void require_plain_winograd(const int64_t shape[4], int64_t groups) {
+  if (shape[0] < 1 || shape[1] < 1 || shape[2] != 3 || shape[3] != 3) {
+    throw py::value_error("weight must have shape (K, C/groups, 3, 3) and not be empty, has shape " +
+                          describe(shape, 4));
+  }
+  if (groups < 1 || shape[0] % groups != 0 || !cpu::PlainWinogradWeight::covers(shape[0], shape[1] * groups, groups)) {
+    throw py::value_error("groups must be 1, or divide the channels into whole vectors, is " + std::to_string(groups));
+  }
+}
+
+std::shared_ptr<cpu::PlainWinogradWeight> plain_winograd_weight_from(const py::buffer& packed,
+                                                                     const std::array<int64_t, 4>& shape,
+                                                                     int64_t groups) {
+  const py::buffer_info info = packed.request();
+  require_packable(shape, info);
+  require_plain_winograd(shape.data(), groups);
+  auto weight = std::make_shared<cpu::PlainWinogradWeight>(shape[0], shape[1] * groups, groups);
+  assign_packed(*weight, info);
+  return weight;
+}
+
+std::shared_ptr<cpu::PlainWinogradWeight> pack_plain_winograd_weight(py::handle weight, int64_t groups) {
+  const Imported t(weight, "weight", kDLCPU);
+  t.require_dimensions(4);
+  const DType dtype = t.dtype();
+  if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
+  require_plain_winograd(t.tensor.shape, groups);
+  py::gil_scoped_release release;
+  return std::make_shared<cpu::PlainWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, groups);
+}
+
+void cpu_conv2d_winograd_plain(py::handle out, py::handle input, const cpu::PlainWinogradWeight& weight,
+                               py::handle scale, py::handle bias, py::handle residual, py::handle input_scale,
+                               py::handle input_shift, bool input_relu, bool relu, Pair padding, int threads) {
+  require_threads(threads);
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_cpu_dtype(x);
+  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
+  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
+  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Conv2dGeometry geometry = conv2d_geometry(3, 3, weight.groups, {1, 1}, padding, {1, 1});
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cpu::run_now(cpu::conv2d_winograd_plain_work(y, x, weight, prologue, epilogue, geometry, threads));
+}
+
+double cpu_conv2d_winograd_plain_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int64_t groups) {
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+  if (in_channels < 1 || groups < 1) throw py::value_error("in_channels and groups must be positive");
+  const auto [n, k, p, q] = out_shape;
+  return cpu::conv2d_winograd_plain_cycles(n, k, p, q, in_channels, groups);
+}
+
 double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int tile,
                          bool bf16) {
   for (const int64_t size : out_shape) {
@@ -283,70 +343,6 @@ void cpu_batch_norm_vectors(py::handle centre, py::handle scale, py::handle shif
   cpu::batch_norm_vectors(m, s, t, average, variance, w, b, eps, channels);
 }
 
-uint64_t hashed(uint64_t hash, uint64_t value) {
-  return (hash ^ value) * 1099511628211u;
-}
-
-// The hash of `bytes` bytes; four sums side by side, so that one multiplication does not wait for the other.
-uint64_t hash_of_memory(const char* data, int64_t bytes) {
-  uint64_t lanes[4] = {14695981039346656037u, 1, 2, 3}, words[4];
-  for (; bytes >= 32; data += 32, bytes -= 32) {
-    std::memcpy(words, data, 32);
-    for (int i = 0; i < 4; ++i) lanes[i] = hashed(lanes[i], words[i]);
-  }
-  for (int64_t i = 0; i < bytes; ++i) lanes[0] = hashed(lanes[0], static_cast<unsigned char>(data[i]));
-  return hashed(hashed(hashed(lanes[0], lanes[1] >> 7), lanes[2] >> 13), lanes[3] >> 21);
-}
-
-// A hash of a CPU tensor's values: notices a weight that was rewritten behind autograd's back. All values of a small
-// tensor, and of any when `complete`; of a large one 64 spread evenly, and a diagonal that meets every index of every
-// dimension (a filter or an input channel set to zero).
-uint64_t cpu_fingerprint(py::handle tensor, bool complete) {
-  const Imported t(tensor, "tensor", kDLCPU);
-  const int dimensions = t.tensor.ndim;
-  const int64_t item = t.tensor.dtype.bits * t.tensor.dtype.lanes / 8;
-  int64_t count = 1, extent = 1, longest = 1;
-  for (int i = 0; i < dimensions; ++i) {
-    count *= t.size(i);
-    extent += (t.size(i) - 1) * t.stride(i);
-    longest = std::max(longest, t.size(i));
-  }
-  if (count == 0) return 0;
-  const char* data = static_cast<const char*>(t.data());
-  constexpr int64_t kSmall = 4096, kSpread = 64;
-  const bool whole = complete || count <= kSmall;
-  if (whole && extent == count) return hash_of_memory(data, count * item);
-  uint64_t hash = 14695981039346656037u;
-  const auto add = [&](int64_t offset) {
-    uint64_t value = 0;
-    std::memcpy(&value, data + offset * item, std::min<int64_t>(item, 8));
-    hash = hashed(hash, value);
-  };
-  const int64_t samples = whole ? count : kSpread;
-  for (int64_t sample = 0; sample < samples; ++sample) {
-    int64_t index = whole ? sample : sample * (count - 1) / (samples - 1), offset = 0;
-    for (int i = dimensions - 1; i >= 0; --i) {
-      offset += index % t.size(i) * t.stride(i);
-      index /= t.size(i);
-    }
-    add(offset);
-  }
-  if (whole) return hash;
-  std::vector<int64_t> index(dimensions, 0);
-  int64_t offset = 0;
-  for (int64_t sample = 0; sample < longest; ++sample) {
-    add(offset);
-    for (int i = 0; i < dimensions; ++i) {
-      offset += t.stride(i);
-      if (++index[i] == t.size(i)) {
-        index[i] = 0;
-        offset -= t.size(i) * t.stride(i);
-      }
-    }
-  }
-  return hash;
-}
-
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTCNN_VERSION;
@@ -367,11 +363,11 @@ void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 
 void bind_plan(py::module_& m);    // bindings_plan.cpp
 void bind_limits(py::module_& m);  // bindings_limits.cpp
+void bind_state(py::module_& m);   // bindings_state.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcnn's compiled kernels. Use fastcnn.ops; these functions check memory safety only.";
   m.def("build_info", &build_info);
-  m.def("cpu_fingerprint", &cpu_fingerprint, py::arg("tensor"), py::arg("complete") = false);
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("cpu_instruction_sets", &cpu::instruction_sets);
   py::class_<cpu::PackedConv2dWeight, std::shared_ptr<cpu::PackedConv2dWeight>>(m, "PackedConv2dWeight")
@@ -393,6 +389,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  py::class_<cpu::PlainWinogradWeight, std::shared_ptr<cpu::PlainWinogradWeight>>(m, "PlainWinogradWeight")
+      .def(py::init(&pack_plain_winograd_weight), py::arg("weight"), py::arg("groups"))
+      .def_static("from_packed", &plain_winograd_weight_from, py::arg("packed"), py::arg("shape"), py::arg("groups"))
+      .def_static("covers", &cpu::PlainWinogradWeight::covers, py::arg("out_channels"), py::arg("in_channels"),
+                  py::arg("groups"))
+      .def("packed", &packed_bytes<cpu::PlainWinogradWeight>)
+      .def_property_readonly("bytes", &cpu::PlainWinogradWeight::bytes);
+  m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd_plain, py::arg("out"), py::arg("input"), py::arg("weight"),
+        py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+        py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  m.def("cpu_conv2d_winograd_plain_cycles", &cpu_conv2d_winograd_plain_cycles, py::arg("out_shape"),
+        py::arg("in_channels"), py::arg("groups"));
   m.def("cpu_conv2d_cycles", &cpu_conv2d_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("filter"),
         py::arg("tile"), py::arg("bf16"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
@@ -413,6 +421,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"));
   bind_plan(m);
   bind_limits(m);
+  bind_state(m);
 #if FASTCNN_CUDA
   bind_cuda(m);
 #endif

@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "cpu/conv2d_winograd_plain.h"
 #include "cpu/kernels.h"
+#include "cpu/linear_short.h"
 #include "cpu/plan.h"
 #include "cpu/rows.h"
 #include "cpu/strided.h"
@@ -71,6 +73,19 @@ class PyPlan {
         });
   }
 
+  void conv2d_winograd_plain(const py::tuple& out, const py::tuple& input,
+                             std::shared_ptr<cpu::PlainWinogradWeight> weight, const py::object& scale,
+                             const py::object& bias, const py::object& residual, const py::object& input_scale,
+                             const py::object& input_shift, bool input_relu, bool relu, Pair padding, bool max_pool) {
+    if (max_pool && !residual.is_none()) throw py::value_error("residual must be None where max_pool is set");
+    const Conv2dGeometry geometry = conv2d_geometry(3, 3, weight->groups, {1, 1}, padding, {1, 1});
+    convolution(
+        out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+        [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
+          return cpu::conv2d_winograd_plain_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
+        });
+  }
+
   void linear(const py::tuple& out, const py::tuple& input, const py::tuple& weight, const py::object& bias,
               bool relu) {
     const Operand y = operand(out, "out"), x = operand(input, "input"), w = operand(weight, "weight");
@@ -83,6 +98,21 @@ class PyPlan {
     plan_->add({y, x, w}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
                               activation_of(relu), threads, workspace);
+    });
+  }
+
+  void linear_short(const py::tuple& out, const py::tuple& input, std::shared_ptr<cpu::ShortLinearWeight> weight,
+                    const py::object& bias, bool relu) {
+    const Operand y = operand(out, "out"), x = operand(input, "input");
+    const TensorView yv = matrix(y, "out"), xv = matrix(x, "input");
+    require_shape(yv, "out", xv.n, weight->columns, 1, 1);
+    require_shape(xv, "input", yv.n, weight->depth, 1, 1);
+    require_one_dtype({y, x});
+    if (xv.dtype != weight->dtype) throw py::type_error("input must have the dtype of the weight that was packed");
+    const Operand b = vector(bias, "bias", yv.c);
+    plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
+      return cpu::linear_short_work(placed(yv, y, at), placed(xv, x, at), *weight, floats(b, at), activation_of(relu),
+                                    threads);
     });
   }
 
@@ -427,9 +457,49 @@ class PyPlan {
   std::shared_ptr<cpu::Workspace> workspace_ = std::make_shared<cpu::Workspace>();
 };
 
+// A packed weight's dtype by its name in Python.
+DType dtype_named(const std::string& name) {
+  if (name != "float32" && name != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16, is " + name);
+  return name == "float32" ? DType::f32 : DType::bf16;
+}
+
+void require_short_weights(DType dtype) {
+  if (!cpu::reads_short_weights(dtype)) {
+    throw py::value_error("dtype must be one whose short weights this processor's instruction set reads");
+  }
+}
+
+std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight(py::handle weight) {
+  const TensorView view = matrix(weight, "weight", kDLCPU);
+  require_short_weights(view.dtype);
+  if (view.n < 1 || view.c < 1) throw py::value_error("weight must not be empty");
+  py::gil_scoped_release release;
+  return std::make_shared<cpu::ShortLinearWeight>(view);
+}
+
+std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight_from(const py::buffer& packed, int64_t columns,
+                                                                 int64_t depth, const std::string& dtype) {
+  const py::buffer_info info = packed.request();
+  const int64_t bytes = info.size * info.itemsize;
+  require_short_weights(dtype_named(dtype));
+  // A bound that keeps the sizes' product within 64 bits.
+  if (columns < 1 || depth < 1 || columns > bytes || depth > bytes) {
+    throw py::value_error("packed must hold the weight's values");
+  }
+  return std::make_shared<cpu::ShortLinearWeight>(dtype_named(dtype), columns, depth, info.ptr, bytes);
+}
+
 }  // namespace
 
 void bind_plan(py::module_& m) {
+  m.def("cpu_reads_short_weights",
+        [](const std::string& dtype) { return cpu::reads_short_weights(dtype_named(dtype)); });
+  py::class_<cpu::ShortLinearWeight, std::shared_ptr<cpu::ShortLinearWeight>>(m, "ShortLinearWeight")
+      .def(py::init(&short_linear_weight), py::arg("weight"))
+      .def_static("from_packed", &short_linear_weight_from, py::arg("packed"), py::arg("columns"), py::arg("depth"),
+                  py::arg("dtype"))
+      .def("packed", [](const cpu::ShortLinearWeight& weight) { return py::bytes(weight.data(), weight.bytes()); })
+      .def_property_readonly("bytes", &cpu::ShortLinearWeight::bytes);
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
@@ -437,7 +507,11 @@ void bind_plan(py::module_& m) {
       .def("conv2d_winograd", &PyPlan::conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
+      .def("conv2d_winograd", &PyPlan::conv2d_winograd_plain, py::arg("out"), py::arg("input"), py::arg("weight"),
+           py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+           py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
       .def("linear", &PyPlan::linear)
+      .def("linear_short", &PyPlan::linear_short)
       .def("channel_affine", &PyPlan::channel_affine)
       .def("max_pool2d", &PyPlan::max_pool2d)
       .def("avg_pool2d", &PyPlan::avg_pool2d)

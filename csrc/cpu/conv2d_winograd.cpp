@@ -16,14 +16,6 @@
 namespace fastcnn::cpu {
 namespace {
 
-int default_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
 // G, row by row: the filter polynomial's value at each finite point over the product of its distances to the others;
 // at infinity its leading coefficient.
 std::vector<double> filter_transform(int side, int filter) {

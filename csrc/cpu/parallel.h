@@ -29,6 +29,15 @@ inline void* allocate_aligned(int64_t bytes) {
   return memory;
 }
 
+// The threads that OpenMP would use.
+inline int default_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // This thread's scratch buffer, at least `bytes` long; it grows and is kept until the thread ends. Returns null when
 // memory runs out (an exception may not leave an OpenMP region). Slots are buffers that live side by side.
 template <int Slot = 0>

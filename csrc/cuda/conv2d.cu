@@ -35,8 +35,10 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
       if constexpr (sizeof(T) == 2) launch_conv2d_patch<T>(problem, choice.tile_columns, target);
       return;
     case Kernel::tma:
-      if constexpr (sizeof(T) == 2)
-        launch_conv2d_tma<T>(problem, choice.tile_rows, choice.tile_columns, choice.in_turns, target);
+      if constexpr (sizeof(T) == 2) {
+        if (choice.split > 1) return launch_conv2d_tma_split<T>(problem, choice.tile_columns, choice.split, target);
+        launch_conv2d_tma<T>(problem, choice.tile_rows, choice.tile_columns, choice.in_turns, choice.block, target);
+      }
       return;
     case Kernel::wgmma:
       if constexpr (sizeof(T) == 2) launch_conv2d_wgmma<T>(problem, choice.path, choice.tile_columns, target);

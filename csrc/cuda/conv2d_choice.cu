@@ -14,11 +14,16 @@
 //   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
 //                            vectors through registers; anything else element by element
 //
+// Two more families of tma kernels stand in the table of all kernels only, see kRuleUsesUnproven:
+//   tma .. split 2, 4, 8   reductions split over a cluster, for grids that leave most of the device idle
+//   tma .. by 32           stages of two blocks of 32 channels, for 96, 160 ... channels
+//
 // "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "conv2d_choice.h"
 #include "conv2d_patch_plan.h"
@@ -26,6 +31,10 @@
 
 namespace fastcnn::cuda {
 namespace {
+
+// Whether the rule may choose kernels that no GPU has run (Choice::unproven). Off until fastcnn/backends/proven.json
+// holds them; the tuner, which checks every candidate's results, times them all the same.
+constexpr bool kRuleUsesUnproven = false;
 
 int64_t tiles(const ConvProblem& problem, int rows, int columns) {
   return ceil_divide(problem.shape.rows, rows) * ceil_divide(problem.shape.filters, columns) * problem.groups;
@@ -66,7 +75,20 @@ bool stem_serves(const ConvProblem& problem, DType dtype, const DeviceFacts& dev
   return dtype != DType::f32 && stem_fits(problem, device, wgmma);
 }
 
-// The tiles of conv2d_tma.cu that serve a problem that tma_fits.
+// Whether a tile's stores stay within the problem's filters: with bulk copies a store writes 64 columns, and only the
+// tensor's end stops it; a group is whole columns.
+bool whole_columns(const ConvProblem& problem, int columns) {
+  const ConvShape& shape = problem.shape;
+  const bool stores_beyond = columns == 32 && shape.filters * problem.groups > 32;
+  return !stores_beyond && (problem.groups == 1 || shape.filters % columns == 0);
+}
+
+// Blocks of 64 channels in the reduction: stages of a tile.
+int64_t stages_of(const ConvShape& shape) {
+  return shape.reduction / shape.channels * ceil_divide(shape.channels, kTensorMapRow);
+}
+
+// The tiles of conv2d_tma.cu that serve a problem that tma_fits, without those "by 32".
 std::vector<Choice> tma_choices(const ConvProblem& problem) {
   const auto together = [](LoadPath path, int rows, int columns) {
     return Choice{Kernel::tma, path, rows, columns, false};
@@ -86,16 +108,36 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
              in_turns(64),
              in_turns(32)};
   }
-  const ConvShape& shape = problem.shape;
-  found.erase(std::remove_if(found.begin(), found.end(),
-                             [&](const Choice& choice) {
-                               // A store writes 64 columns, and only the tensor's end stops it.
-                               const bool stores_beyond =
-                                   choice.tile_columns == 32 && shape.filters * problem.groups > 32;
-                               return stores_beyond || (problem.groups > 1 && shape.filters % choice.tile_columns != 0);
-                             }),
-              found.end());
+  found.erase(
+      std::remove_if(found.begin(), found.end(),
+                     [&](const Choice& choice) { return !whole_columns(problem, choice.tile_columns); }),
+      found.end());
   return found;
+}
+
+// Those of conv2d_tma_split.cu: where there is something to split, and not more blocks than twice the device's.
+std::vector<Choice> split_choices(const ConvProblem& problem, int64_t multiprocessors) {
+  std::vector<Choice> found;
+  const LoadPath path = problem.has_prologue() ? LoadPath::staged_vectors : LoadPath::async_vectors;
+  if (stages_of(problem.shape) < 2) return found;
+  for (const int columns : {64, 128}) {
+    if ((problem.has_prologue() && columns == 128) || !whole_columns(problem, columns)) continue;
+    for (const int split : {2, 4, 8}) {
+      if (tiles(problem, 128, columns) * split > 2 * multiprocessors) continue;
+      found.push_back({Kernel::tma, path, 128, columns, false, split});
+    }
+  }
+  return found;
+}
+
+// Stages of two blocks of 32 channels: where a last block of 64 would be at most half full.
+std::vector<Choice> choices_by_32(const ConvProblem& problem) {
+  if (problem.groups > 1 || problem.has_prologue()) return {};
+  if (ceil_divide(problem.shape.channels, kTensorMapHalfRow) % 2 == 0) return {};
+  constexpr LoadPath kAsync = LoadPath::async_vectors;
+  return {{Kernel::tma, kAsync, 256, 128, false, 1, kTensorMapHalfRow},
+          {Kernel::tma, kAsync, 128, 128, true, 1, kTensorMapHalfRow},
+          {Kernel::tma, kAsync, 128, 64, true, 1, kTensorMapHalfRow}};
 }
 
 // Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
@@ -110,7 +152,8 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   const double waves =
       static_cast<double>(ceil_divide(tiles(problem, choice.tile_rows, choice.tile_columns), multiprocessors));
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
-  const double stages = static_cast<double>(taps * ceil_divide(shape.channels, kTensorMapRow));
+  const double blocks = static_cast<double>(taps * ceil_divide(shape.channels, choice.block));
+  const double stages = std::ceil(blocks * choice.block / kTensorMapRow);
   const double multiplying = std::max(products / 2048, stages * (1.7 * rows + 3.4 * columns + 72));
   // With a prologue every column tile changes its rows again. The largest tile leaves room for three stages only.
   double starting = problem.has_prologue() ? 2500 : 600;
@@ -118,6 +161,28 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   double storing = 0.22 * rows * columns;
   if (problem.residual != nullptr) storing *= choice.in_turns ? 1.8 : 1.35;
   return waves * (starting + (choice.in_turns ? std::max(multiplying, storing) : multiplying + storing));
+}
+
+// The same for a split reduction, an estimate that no measurement stands behind yet: a block's share of the stages at
+// the price above, then 1500 cycles for two barriers of the cluster, laying down the accumulators and one round trip
+// through distributed shared memory, and the accumulators' bytes once out and once in at 32 bytes a cycle. 512 channels,
+// 3x3 at 7x7 and batch 1: 72 stages of 507 cycles, 37100 in all, 21 us (measured: 14.5 to 16.0); eight blocks of 9
+// stages of 725 (128x128 tiles) 12700, 7 us.
+double split_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
+  const double rows = choice.tile_rows, columns = choice.tile_columns;
+  const double stages = static_cast<double>(ceil_divide(stages_of(problem.shape), choice.split));
+  const int64_t blocks = tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split;
+  const double waves = static_cast<double>(ceil_divide(blocks, multiprocessors));
+  const double starting = problem.has_prologue() ? 2500 : 600;
+  const double stage = problem.has_prologue() ? 1750 : 1.7 * rows + 3.4 * columns + 72;
+  return waves * (starting + stages * stage + 1500 + 2 * rows * columns * 4 / 32);
+}
+
+// Where the rule may split: the kernel that does not would fill less than half of the device, with 16 stages or more
+// each. Clusters of eight do not find room on all multiprocessors, hence the sixth that is left free.
+bool worth_splitting(const ConvProblem& problem, const Choice& whole, const Choice& choice, int64_t multiprocessors) {
+  return 2 * tiles(problem, whole.tile_rows, whole.tile_columns) < multiprocessors && stages_of(problem.shape) >= 16 &&
+         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 5 / 6;
 }
 
 // The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for
@@ -138,6 +203,23 @@ Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
   });
 }
 
+// `tma`, or what should be faster of the kernels that no GPU has run.
+[[maybe_unused]] Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
+  Choice best = tma;
+  double cycles = tma_cycles(problem, tma, multiprocessors);
+  const auto consider = [&](const Choice& choice, double estimate) {
+    if (estimate >= cycles) return;
+    best = choice;
+    cycles = estimate;
+  };
+  for (const Choice& choice : choices_by_32(problem)) consider(choice, tma_cycles(problem, choice, multiprocessors));
+  for (const Choice& choice : split_choices(problem, multiprocessors)) {
+    if (!worth_splitting(problem, tma, choice, multiprocessors)) continue;
+    consider(choice, split_cycles(problem, choice, multiprocessors));
+  }
+  return best;
+}
+
 Choice best_bulk(const ConvProblem& problem, DType dtype, const DeviceFacts& device) {
   const Choice tma = best_tma(problem, device.multiprocessors);
   for (const int columns : {32, 64}) {
@@ -146,7 +228,7 @@ Choice best_bulk(const ConvProblem& problem, DType dtype, const DeviceFacts& dev
       return {Kernel::patch, LoadPath::async_vectors, kPatchRows, columns};
     }
   }
-  return tma;
+  return kRuleUsesUnproven ? best_unproven(problem, tma, device.multiprocessors) : tma;
 }
 
 }  // namespace
@@ -170,7 +252,9 @@ std::string name_of(const Choice& choice) {
     case Kernel::patch:
       return "patch" + tile;
     case Kernel::tma:
-      return "tma" + tile + (choice.in_turns ? " in turns" : path);
+      return "tma" + tile + (choice.in_turns ? " in turns" : path) +
+             (choice.split > 1 ? " split " + std::to_string(choice.split) : "") +
+             (choice.block < kTensorMapRow ? " by " + std::to_string(choice.block) : "");
     case Kernel::wgmma:
       return "wgmma" + tile + path;
     case Kernel::mma:
@@ -231,6 +315,8 @@ std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_
   if (stem_serves(problem, dtype, device, false)) add({Kernel::stem, path});
   if (device.wgmma && tma_fits(problem, dtype)) {
     for (const Choice& choice : tma_choices(problem)) add(choice);
+    for (const Choice& choice : split_choices(problem, device.multiprocessors)) add(choice);
+    for (const Choice& choice : choices_by_32(problem)) add(choice);
     for (const int columns : {32, 64}) {
       if (patch_fits(problem, dtype, columns, device)) {
         add({Kernel::patch, LoadPath::async_vectors, kPatchRows, columns});

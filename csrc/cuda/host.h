@@ -3,8 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -45,26 +47,48 @@ struct DeviceFacts {
 };
 DeviceFacts device_facts(int device);
 
-// Launches kKernel on `stream` of the current device. A kernel that wants more than 48 KiB of dynamic shared memory
-// opts into all a block may have, once per device.
+// Lets kKernel have `bytes` of dynamic shared memory on `device`, where that is more than the 48 KiB that every kernel
+// has. It asks for what launches have used so far and for no more: tools that need some of a block's shared memory
+// themselves find the rest free. The limit only grows, so that two threads do not lower it for each other.
+template <auto kKernel>
+void opt_into_shared_memory(const char* name, int device, size_t bytes) {
+  constexpr int kCached = 64;
+  static std::array<std::atomic<size_t>, kCached> granted{};
+  static std::mutex mutex;
+  if (bytes <= 48 * 1024) return;
+  const bool cached = device >= 0 && device < kCached;
+  if (cached && bytes <= granted[device].load(std::memory_order_acquire)) return;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (cached && bytes <= granted[device].load(std::memory_order_relaxed)) return;
+  const size_t asked = cached ? bytes : static_cast<size_t>(device_facts(device).shared_bytes);
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(asked)), name);
+  if (cached) granted[device].store(bytes, std::memory_order_release);
+}
+
+// Launches kKernel on `stream` of the current device. `cluster` neighbouring blocks of the grid form a cluster (sm_90).
 template <auto kKernel, typename... Args>
-void launch(const char* name, int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
-            const Args&... args) {
-  if (shared_bytes > 48 * 1024) {
-    static std::atomic<uint64_t> configured{0};
-    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-    if ((configured.load(std::memory_order_relaxed) & bit) == 0) {
-      const int most = device_facts(device).shared_bytes;
-      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
-      configured.fetch_or(bit, std::memory_order_relaxed);
-    }
-  }
+void launch_clusters(const char* name, int device, dim3 grid, int cluster, int threads, size_t shared_bytes,
+                     void* stream, const Args&... args) {
+  opt_into_shared_memory<kKernel>(name, device, shared_bytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kKernel, args...), name);
+}
+
+template <auto kKernel, typename... Args>
+void launch(const char* name, int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
+            const Args&... args) {
+  launch_clusters<kKernel>(name, device, grid, 1, threads, shared_bytes, stream, args...);
 }
 
 inline bool aligned_16(const void* pointer) {

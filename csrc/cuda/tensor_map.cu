@@ -65,6 +65,10 @@ CUtensorMapL2promotion promotion(int64_t pixel_stride) {
   return bytes(pixel_stride) % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_64B;
 }
 
+CUtensorMapSwizzle swizzle_of(int row) {
+  return row == kTensorMapRow ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+}
+
 template <int kRank>
 TensorMap tiled_map(void* data, DType dtype, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
                     const cuuint32_t (&box)[kRank]) {
@@ -74,8 +78,8 @@ TensorMap tiled_map(void* data, DType dtype, const cuuint64_t (&sizes)[kRank], c
   for (cuuint32_t& step : steps) step = 1;
   TensorMap map;
   check_encoded(encode(reinterpret_cast<CUtensorMap*>(&map), type_of(dtype), kRank, data, sizes, strides, box, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(static_cast<int>(box[0])),
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
                 "cuTensorMapEncodeTiled");
   return map;
 }
@@ -97,18 +101,18 @@ TensorMap pixel_map(const TensorView& image, const PixelMap& pixels) {
   TensorMap map;
   check_encoded(
       encode(reinterpret_cast<CUtensorMap*>(&map), type_of(image.dtype), 4, image.data, sizes, strides, lower, upper,
-             kTensorMapRow, static_cast<cuuint32_t>(pixels.tile_pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, promotion(image.pixel_stride), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+             static_cast<cuuint32_t>(pixels.row), static_cast<cuuint32_t>(pixels.tile_pixels), steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(pixels.row), promotion(image.pixel_stride), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
       "cuTensorMapEncodeIm2col");
   return map;
 }
 
 TensorMap filter_map(const void* weight, DType dtype, int64_t filters, int64_t taps, int64_t channels,
-                     int64_t row_stride, int tile_filters) {
+                     int64_t row_stride, int tile_filters, int row) {
   return tiled_map<3>(
       const_cast<void*>(weight), dtype,
       {static_cast<cuuint64_t>(channels), static_cast<cuuint64_t>(taps), static_cast<cuuint64_t>(filters)},
-      {bytes(channels), bytes(row_stride)}, {kTensorMapRow, 1, static_cast<cuuint32_t>(tile_filters)});
+      {bytes(channels), bytes(row_stride)}, {static_cast<cuuint32_t>(row), 1, static_cast<cuuint32_t>(tile_filters)});
 }
 
 TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {

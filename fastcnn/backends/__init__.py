@@ -214,25 +214,9 @@ def run(
     its function. ``fresh`` says that the output is dense, was made for this call, and that nothing else refers to it or
     to its memory: a backend may then give it other memory instead of filling it.
     """
-    name, strict = current_choice()
-    if name == "reference":
-        order: tuple[str, ...] = ("reference",)
-    elif name is not None:
-        order = (name,)
-    else:
-        order = _preferred(operator, device, dtype, args)
-    served_by = "reference"
-    refused: Fallback | None = None
-    for candidate in order:
-        reason = backend_module(candidate).unsupported(operator, device, dtype, **facts)
-        if reason is None:
-            served_by, refused = candidate, None
-            break
-        refused = refused or Fallback(operator, candidate, reason)
-    if not order:
-        refused = Fallback(operator, "none", f"no kernels for {device.type} on this machine")
+    served_by, refused = resolve(operator, device, dtype, args, facts)
     if refused is not None:
-        _note_fallback(refused, strict)
+        _note_fallback(refused, current_choice()[1])
     interceptor = _interceptor.get()
     if interceptor is None:
         try:
@@ -245,6 +229,37 @@ def run(
         interceptor(Call(operator, device, dtype, args, facts, served_by, refused, fresh))
     finally:
         _interceptor.reset(token)
+
+
+def resolve(
+    operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...], facts: dict[str, object]
+) -> tuple[str, Fallback | None]:
+    """Which backend serves a call, and why it is the reference where another one was to."""
+    name = current_choice()[0]
+    if name == "reference":
+        order: tuple[str, ...] = ("reference",)
+    elif name is not None:
+        order = (name,)
+    else:
+        order = _preferred(operator, device, dtype, args)
+    refused: Fallback | None = None
+    for candidate in order:
+        reason = backend_module(candidate).unsupported(operator, device, dtype, **facts)
+        if reason is None:
+            return candidate, None
+        refused = refused or Fallback(operator, candidate, reason)
+    if not order:
+        refused = Fallback(operator, "none", f"no kernels for {device.type} on this machine")
+    return "reference", refused
+
+
+def settings() -> tuple[object, ...]:
+    """Everything in this thread that :func:`resolve` and the backends' functions look at besides a call's arguments."""
+    return (_choice.get(), _exact.get(), _recording.get(), torch.get_num_threads(), tuning.generation())
+
+
+def is_intercepted() -> bool:
+    return _interceptor.get() is not None
 
 
 def _serve(backend: str, operator: str, args: tuple[object, ...], fresh: bool) -> None:
@@ -268,4 +283,5 @@ def _usable(order: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # Last, because the tuner's table knows nothing of backends but is consulted on every call.
+from fastcnn import tuning  # noqa: E402
 from fastcnn.tuning import tuned_backend  # noqa: E402

@@ -34,20 +34,30 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.float() for t in tensors]
 
 
-# How conv2d is computed: the plain sum, or Winograd's algorithm in tiles of 4x4 or 2x2 outputs.
-DIRECT, WINOGRAD4, WINOGRAD2 = "direct", "winograd4", "winograd2"
+# How conv2d is computed: the plain sum, or Winograd's algorithm in tiles of 4x4 or 2x2 outputs; in tiles of 4x4 also
+# with weights that stay plain in memory and are transformed while they are used.
+DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN = "direct", "winograd4", "winograd2", "winograd4_plain"
 _TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
-ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2)
+ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN)
+SHORT = "short"  # a fully connected weight in fewer bits, without loss
 _BY_FILTER: dict[tuple[int, ...], tuple[str, ...]] = {(3, 3): ALGORITHMS, (5, 5): (DIRECT, WINOGRAD2)}
 
 
-PackedWeight = _native.PackedConv2dWeight | _native.PackedConv2dWinogradWeight
+PackedWeight = (
+    _native.PackedConv2dWeight
+    | _native.PackedConv2dWinogradWeight
+    | _native.PlainWinogradWeight
+    | _native.ShortLinearWeight
+)
 
 
 def algorithms(weight: Sequence[int], stride: Pair, dilation: Pair, groups: int) -> tuple[str, ...]:
     """Those that cover a convolution, the plain sum first. ``weight``: its shape."""
-    if stride != (1, 1) or dilation != (1, 1) or groups != 1:
+    if stride != (1, 1) or dilation != (1, 1):
         return (DIRECT,)
+    if groups != 1:
+        plain = tuple(weight[2:]) == (3, 3) and _native.PlainWinogradWeight.covers(weight[0], weight[1] * groups, groups)
+        return (DIRECT, WINOGRAD4_PLAIN) if plain else (DIRECT,)
     return _BY_FILTER.get(tuple(weight[2:]), (DIRECT,))
 
 
@@ -71,16 +81,21 @@ def conv2d_algorithm(
     covering = algorithms(weight, stride, dilation, groups)
     if covering == (DIRECT,) or not backends.allows_fast_algorithms():
         return DIRECT
-    return _cheapest(covering, tuple(out), weight[1], weight[2], dtype == torch.bfloat16 and has_bf16_dot_products())
+    bf16 = dtype == torch.bfloat16 and has_bf16_dot_products()
+    return _cheapest(covering, tuple(out), weight[1], weight[2], groups, bf16)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest(covering: tuple[str, ...], out: tuple[int, ...], in_channels: int, filter: int, bf16: bool) -> str:
+def _cheapest(
+    covering: tuple[str, ...], out: tuple[int, ...], in_channels: int, filter: int, groups: int, bf16: bool
+) -> str:
     n, k, p, q = out
     if in_channels < 8 or k < 8 or n * p * q < 16:
         return DIRECT
 
     def cycles(name: str) -> float:
+        if name == WINOGRAD4_PLAIN:
+            return _native.cpu_conv2d_winograd_plain_cycles(out, in_channels * groups, groups)
         return _native.cpu_conv2d_cycles(out, in_channels, filter, _TILES.get(name, 0), bf16)
 
     return min(covering, key=cycles)
@@ -166,7 +181,14 @@ def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
         weight = weight.float()
     if algorithm == DIRECT:
         return _native.PackedConv2dWeight(weight, groups)
+    if algorithm == WINOGRAD4_PLAIN:
+        return _native.PlainWinogradWeight(weight, groups)
     return _native.PackedConv2dWinogradWeight(weight, _TILES[algorithm])
+
+
+def pack_linear(weight: Tensor) -> PackedWeight:
+    """A fully connected weight (K, C), fp32 or bf16, stored short; ``_native.cpu_reads_short_weights`` says where."""
+    return _native.ShortLinearWeight(weight.detach())
 
 
 def packed_weight_from(
@@ -175,6 +197,11 @@ def packed_weight_from(
     """The same from the bytes that its ``packed()`` gave. Raises ValueError for what no packing gives."""
     if algorithm == DIRECT:
         return _native.PackedConv2dWeight.from_packed(packed, shape, groups, dtype)
+    if algorithm == SHORT:
+        columns, depth = shape
+        return _native.ShortLinearWeight.from_packed(packed, columns, depth, dtype)
+    if algorithm == WINOGRAD4_PLAIN:
+        return _native.PlainWinogradWeight.from_packed(packed, shape, groups)
     if algorithm not in _TILES or groups != 1:
         raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
     return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm], dtype)

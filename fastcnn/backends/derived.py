@@ -25,6 +25,8 @@ from fastcnn import _native
 
 T = TypeVar("T")
 
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # no subclasses: fake, distributed, functionalised ...
+
 _MODE_KEYS = torch._C._TorchDispatchModeKey
 _REPLACING_MODES = (_MODE_KEYS.FAKE, _MODE_KEYS.PROXY, _MODE_KEYS.FUNCTIONAL)
 
@@ -32,13 +34,14 @@ _REPLACING_MODES = (_MODE_KEYS.FAKE, _MODE_KEYS.PROXY, _MODE_KEYS.FUNCTIONAL)
 class _Entry(NamedTuple):
     owner: weakref.ref[Tensor]
     identities: frozenset[int]  # of the owner and the others
-    states: list[tuple[object, ...] | None]
+    states: tuple[object, ...]
     # Keeps the storages alive: an address seen again is then the same storage, never a recycled one.
     storages: list[torch.UntypedStorage]
     value: object
 
 
 _entries: dict[int, dict[Hashable, _Entry]] = {}
+_generation = 0
 
 
 @dataclass
@@ -63,16 +66,17 @@ def keeping() -> Iterator[Kept]:
         _kept.reset(token)
 
 
-def _state_of(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """What must be unchanged for an entry to be valid: version, address, dtype, geometry and sampled values."""
-    if tensor is None:
-        return None
+def states_of(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:
+    """What must be unchanged for an entry to be valid: versions, addresses, dtypes, geometry and sampled values."""
     try:
-        version = tensor._version
+        return (*[None if t is None else t._version for t in tensors], _native.tensor_states(tensors))
     except RuntimeError:  # an inference tensor has no version: only its values tell
-        version = None
-    values = _native.cpu_fingerprint(tensor, version is None) if tensor.is_cpu else tensor.stride()
-    return (version, tensor.data_ptr(), tensor.shape, tensor.dtype, values)
+        pass
+    return (*[_version_of(t) for t in tensors], *[_native.tensor_states((t,), _version_of(t) is None) for t in tensors])
+
+
+def _version_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def operations_are_replaced() -> bool:
@@ -99,7 +103,7 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tens
     die with them. On a GPU an inference tensor, whose writes cannot be seen, is never cached.
     """
     tensors = (tensor, *others)
-    states = [_state_of(t) for t in tensors]
+    states = states_of(tensors)
     identity = id(tensor)
     kept = _kept.get()
     of_owner = _entries.get(identity)
@@ -159,6 +163,22 @@ def derived_for_streams(tensor: Tensor, key: Hashable, make: Callable[[Tensor], 
 def forget(tensor: Tensor) -> None:
     """Forget what was derived with this tensor as the owner."""
     _entries.pop(id(tensor), None)
+    _count_forgetting()
+
+
+def generation() -> int:
+    """A number that changes whenever something is forgotten before its tensors show that they were written."""
+    return _generation
+
+
+def is_keeping() -> bool:
+    """Whether a :func:`keeping` block collects what is handed out."""
+    return _kept.get() is not None
+
+
+def _count_forgetting() -> None:
+    global _generation
+    _generation += 1
 
 
 def _forget_after_step(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
@@ -169,6 +189,7 @@ def _forget_after_step(optimizer: torch.optim.Optimizer, *arguments: object) -> 
     for identity, of_owner in list(_entries.items()):
         if any(not written.isdisjoint(entry.identities) for entry in list(of_owner.values())):
             _entries.pop(identity, None)
+    _count_forgetting()
 
 
 register_optimizer_step_post_hook(_forget_after_step)
@@ -177,3 +198,4 @@ register_optimizer_step_post_hook(_forget_after_step)
 def clear() -> None:
     """Forget every derived value; they are computed again when next needed."""
     _entries.clear()
+    _count_forgetting()

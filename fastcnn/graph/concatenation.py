@@ -10,7 +10,7 @@
 Concatenations of which one begins like the other (a dense block's ``cat([a])``, ``cat([a, b])``, ``cat([a, b, c])``)
 share a buffer: the shorter ones are its first channels. Whether there will be a buffer is decided in each call: not
 where gradients are recorded, under autocast or tracers, and only where PyTorch's result would be channels-last too.
-Then ``slices`` is None, and ``end`` is :func:`torch.cat`.
+If not, ``slices`` is None, and ``end`` is :func:`torch.cat`.
 """
 
 from __future__ import annotations
@@ -82,13 +82,19 @@ def target(slices: Slices | None, i: int, x: Tensor, conv: Any, modules: Sequenc
     part = slices.slice(i)
     if calls.conv_shape(x, conv) != part.shape or any(roles.has_hooks(m) for m in modules):
         return None
+    if not is_channels_last(x) and not is_channels_last(conv["weight"] if isinstance(conv, dict) else conv.weight):
+        return None  # PyTorch's part would be contiguous
     slices.filled[i] = part
     return part
 
 
-def end(slices: Slices | None, parts: Sequence[Any]) -> Tensor:
-    """``cat(parts, 1)``: the buffer's first channels."""
-    if slices is None or not all(_fits(slices, i, part) for i, part in enumerate(parts)):
+def end(slices: Slices | None, parts: Sequence[Any], converted: bool = False) -> Tensor:
+    """``cat(parts, 1)``: the buffer's first channels.
+
+    ``converted``: all of it would be contiguous in PyTorch, and will be where anything sees it. Else the result is
+    channels-last only if all parts are.
+    """
+    if slices is None or not all(_fits(slices, i, part, converted) for i, part in enumerate(parts)):
         return torch.cat(tuple(parts), 1)
     for i, part in enumerate(parts):
         if slices.filled[i] is not part:
@@ -97,7 +103,7 @@ def end(slices: Slices | None, parts: Sequence[Any]) -> Tensor:
     return slices.buffer if len(parts) == len(slices.ends) else slices.buffer[:, : slices.ends[len(parts) - 1]]
 
 
-def _fits(slices: Slices, i: int, part: Any) -> bool:
+def _fits(slices: Slices, i: int, part: Any, converted: bool) -> bool:
     if slices.filled[i] is part:
         return True
     # A part that has a place but is another tensor (a hook's, say) may be read from there: leave it alone.
@@ -107,6 +113,7 @@ def _fits(slices: Slices, i: int, part: Any) -> bool:
         and part.dtype == slices.buffer.dtype
         and part.device == slices.buffer.device
         and part.shape == slices.slice(i).shape
+        and (converted or is_channels_last(part))
     )
 
 

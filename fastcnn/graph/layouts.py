@@ -5,6 +5,10 @@ given contiguous images would so be converted to and fro at every layer. Here a 
 instead: what calls that follow the layout of their input hand to each other stays channels-last (``enter``), and where
 anything else reads a value, or the model returns it, it has PyTorch's layout again (``leave``).
 
+In each call a flag goes with what came of a value that entered: whether PyTorch has it in contiguous memory, where here
+it is channels-last. Where values of different entries meet, and not all of them are contiguous in PyTorch, they get
+PyTorch's layouts back first (``meet``), so that the result has the layout that follows from these.
+
 A conversion is a copy. A value is not converted where a write into it could be missed by one of its two forms.
 """
 
@@ -17,31 +21,51 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastcnn import ops
-from fastcnn.graph import calls, concatenation, merging, roles
+from fastcnn.graph import calls, concatenation, kinds, merging, roles
 from fastcnn.graph.aliases import Aliases
 from fastcnn.graph.capturing import memory_is_unknown
+from fastcnn.ops import _strides
 from fastcnn.ops._layout import in_layout, is_channels_last
 
 # ---- in each call ----------------------------------------------------------------------------------------------------
 
 
-def enter(x: Any, conv: Any) -> tuple[Any, bool]:
-    """A value in channels-last memory, and whether PyTorch would go on in contiguous memory from it.
+def enter(x: Any, summed: bool) -> tuple[Any, bool]:
+    """A value in channels-last memory, and whether it was converted: PyTorch goes on in contiguous memory from it.
 
-    ``conv``: a convolution that reads it, if there is one: it goes on in channels-last memory if its weight is.
+    ``summed``: a sum reads it, which would go on in its very layout, whatever that is.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4 or is_channels_last(x) or memory_is_unknown():
+    if not isinstance(x, Tensor) or x.dim() != 4 or is_channels_last(x) or memory_is_unknown() or x.numel() == 0:
         return x, False
-    weight = conv["weight"] if isinstance(conv, dict) else getattr(conv, "weight", None)
-    contiguous = not (isinstance(weight, Tensor) and weight.dim() == 4 and is_channels_last(weight))
-    return x.contiguous(memory_format=torch.channels_last), contiguous
+    if x.stride() != _strides.contiguous(x.shape) and (summed or x.is_contiguous(memory_format=torch.channels_last)):
+        return x, False
+    return _strides.in_strides(x, _strides.channels_last(x.shape)), True
 
 
-def leave(x: Any, *contiguous: bool) -> Any:
+def leave(x: Any, converted: bool) -> Any:
     """A value in the layout that PyTorch would have given it."""
-    if not any(contiguous) or not isinstance(x, Tensor) or x.dim() != 4 or x.is_contiguous():
+    if not converted or not isinstance(x, Tensor) or x.dim() != 4:
         return x
     return in_layout(x, channels_last=False)
+
+
+def meet(*values: tuple[Any, bool]) -> tuple[Any, ...]:
+    """Operands of one operator and their flags: the operands, and the flag of its result."""
+    if any(converted for _, converted in values):
+        if all(converted or _is_contiguous(x) for x, converted in values):
+            return (*(x for x, _ in values), True)
+        return (*(leave(*value) for value in values), False)
+    return (*(x for x, _ in values), False)
+
+
+def _is_contiguous(x: Any) -> bool:
+    return not isinstance(x, Tensor) or x.stride() == _strides.contiguous(x.shape)
+
+
+def goes_on(converted: bool, layer: Any) -> bool:
+    """The flag of a convolution's result, from its input's: filters in channels-last memory lead to that."""
+    weight = layer["weight"] if isinstance(layer, dict) else layer.weight
+    return converted and not is_channels_last(weight)
 
 
 # ---- in the graph ----------------------------------------------------------------------------------------------------
@@ -53,17 +77,23 @@ _FUSED: dict[Callable[..., Any], int] = {
 }  # fmt: skip
 # What looks at a value's shape and layout, and must see what fused calls read.
 _READ_SHAPES = (concatenation.begin, concatenation.target, merging.pointwise)
+# Convolutions, with the place of the layer among the arguments.
+_CONVOLUTIONS: dict[Any, int] = {calls.conv_bn: 1, calls.conv_act: 1, calls.bn_act_conv: 2}
 # Value by value, or over pixels: the result has the layout of the input.
 _OTHERS = "GLU Softmax LogSoftmax softmax log_softmax RReLU PReLU prelu"
 _OPERATIONS = "relu relu_ ReLU add sub mul truediv iadd isub imul add_ sub_ mul_ mean cat concat"
 _FOLLOW = (roles.ACTIVATIONS | frozenset(_OPERATIONS.split())) - frozenset(_OTHERS.split())
 
 
-def keep_channels_last(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Put conversions at the borders of what can stay channels-last."""
+def keep_channels_last(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Put conversions at the borders of what can stay channels-last.
+
+    Returns:
+        The convolutions, by path, of whose weights the graph takes the memory layout for granted.
+    """
     members = {node for node in graph.nodes if _follows(node, modules)}
     if not any(_images(node) for node in members):
-        return
+        return set()
     aliases = Aliases(
         graph, lambda n: roles.may_write(n, modules), lambda n: roles.makes_a_new_tensor(n, modules)
     )  # fmt: skip
@@ -76,28 +106,94 @@ def keep_channels_last(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Non
         members -= torn
         members -= {user for value in torn for user in entries.get(value, ())}
     if not entries:
-        return
-    reach = _entries_of(graph, members, entries)
+        return set()
     flags: dict[fx.Node, fx.Node] = {}
     for value, readers in entries.items():
+        summed = any(_is_summed(value, reader) for reader in readers)
         with graph.inserting_after(_last_of_placeholders(value)):
-            entered = graph.call_function(enter, (value, None))
+            entered = graph.call_function(enter, (value, summed))
         with graph.inserting_after(entered):
             image = graph.call_function(_item, (entered, 0))
-            flags[value] = graph.call_function(_item, (entered, 1))
-        entered.args = (value, _convolution_of(graph, value, readers, entered))
+            flags[image] = graph.call_function(_item, (entered, 1))
         for reader in readers:
             reader.replace_input_with(value, image)
+    assumed: set[str] = set()
+    for node in list(graph.nodes):
+        if node in members and node.target not in _READ_SHAPES[:2]:
+            flag = _flag_of(graph, node, flags, modules, assumed)
+            if flag is not None:
+                flags[node] = flag
+    place = {node: i for i, node in enumerate(graph.nodes)}
     for value, readers in exits.items():
-        asked = tuple(flags[entry] for entry in entries if entry in reach[value])
-        if not asked:
+        if value not in flags:
             continue
-        place = max((value, *asked), key={n: i for i, n in enumerate(graph.nodes)}.__getitem__)
-        with graph.inserting_after(place):
-            left = graph.call_function(leave, (value, *asked))
+        with graph.inserting_after(max(value, flags[value], key=place.__getitem__)):
+            left = graph.call_function(leave, (value, flags[value]))
         left.meta = dict(value.meta)
         for reader in readers:
             reader.replace_input_with(value, left)
+    return assumed
+
+
+def _is_summed(value: fx.Node, reader: fx.Node) -> bool:
+    return reader.target is calls.add_act or reader.kwargs.get("residual") is value or reader.target in _READ_SHAPES[2:]
+
+
+def _flag_of(
+    graph: fx.Graph, node: fx.Node, flags: dict[fx.Node, fx.Node], modules: Mapping[str, nn.Module], assumed: set[str]
+) -> fx.Node | None:
+    """The flag of a member's value, for which nodes may be put before it; None where it lies as in PyTorch."""
+    operands = _operands(node, modules)
+    given = list(dict.fromkeys(flags.get(operand) for operand in operands))
+    if len(given) > 1:
+        writing = node.kwargs.get("out")  # which asks for the layout of what the call will read
+        at = writing if isinstance(writing, fx.Node) and writing.target is concatenation.target else node
+        with graph.inserting_before(at):
+            met = graph.call_function(meet, tuple((operand, flags.get(operand, False)) for operand in operands))
+            for i, operand in enumerate(operands):
+                one = graph.call_function(_item, (met, i))
+                node.replace_input_with(operand, one)
+                if at is not node:
+                    at.replace_input_with(operand, one)
+            flag = graph.call_function(_item, (met, len(operands)))
+    elif not given or given[0] is None:
+        return None
+    else:
+        flag = given[0]
+    if node.target is concatenation.end:
+        node.update_kwarg("converted", flag)
+    if node.target not in _CONVOLUTIONS:
+        return flag
+    layer: Any = node.args[_CONVOLUTIONS[node.target]]  # type: ignore[index]
+    known = _weight_of(layer, modules)
+    if isinstance(known, Tensor):
+        if isinstance(layer, fx.Node):
+            assumed.add(str(layer.target))
+        return None if is_channels_last(known) else flag
+    with graph.inserting_after(node):
+        return graph.call_function(goes_on, (flag, layer))
+
+
+def _weight_of(layer: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """A convolution's filters, where their layout is known: of a layer, or Dynamo's example."""
+    if isinstance(layer, fx.Node):
+        weight = getattr(modules.get(str(layer.target)), "weight", None)
+    else:
+        weight = layer["weight"].meta.get("example_value") if layer["weight"].op == "placeholder" else None
+    return weight if isinstance(weight, Tensor) and weight.dim() == 4 else None
+
+
+def _operands(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """The values whose layouts decide that of a member's result."""
+    if node.target is concatenation.end:
+        given: Any = node.args[1]
+    elif node.target is merging.pointwise:
+        given = node.args[:1]
+    elif node.op == "call_function" and node.target in _FUSED:
+        given = [*node.args[: _FUSED[node.target]], node.kwargs.get("residual")]  # type: ignore[index]
+    else:
+        given = node.all_input_nodes
+    return [v for v in dict.fromkeys(given) if isinstance(v, fx.Node) and v.meta.get("fastcnn_kind") != kinds.PLAIN]
 
 
 def _item(pair: tuple[Any, bool], i: int) -> Any:
@@ -128,9 +224,7 @@ def _whole(node: fx.Node, members: set[fx.Node]) -> bool:
         return node.users.keys() <= members
     if node.target is not concatenation.begin:
         return True
-    return all(
-        (user.users.keys() if user.target is concatenation.target else {user}) <= members for user in node.users
-    )
+    return all((user.users.keys() if user.target is concatenation.target else {user}) <= members for user in node.users)
 
 
 def _images(node: fx.Node) -> list[fx.Node]:
@@ -164,43 +258,8 @@ def _borders(
     return entries, exits
 
 
-def _entries_of(
-    graph: fx.Graph, members: set[fx.Node], entries: Mapping[fx.Node, Any]
-) -> dict[fx.Node, frozenset[fx.Node]]:
-    """From which entries each member's value has its layout: of a sum, that of the first operand; where a value is
-    written into a slice, that of the concatenation.
-    """
-    found: dict[fx.Node, frozenset[fx.Node]] = {}
-
-    def reached(value: Any) -> frozenset[fx.Node]:
-        return frozenset([value]) if value in entries else found.get(value, frozenset())
-
-    for node in graph.nodes:
-        if node in members:
-            several = node.target in (torch.cat, torch.concat, concatenation.end)
-            known = (v for v in node.args if isinstance(v, fx.Node) and (v in found or v in entries))
-            first = reached(node.kwargs.get("out", next(known, None)))  # a slice has its concatenation's layout
-            found[node] = first.union(*map(reached, node.all_input_nodes)) if several else first
-    return found
-
-
 def _last_of_placeholders(value: fx.Node) -> fx.Node:
     """Where to go on after a value: behind all placeholders if it is one."""
     while value.op == "placeholder" and value.next.op == "placeholder":
         value = value.next
     return value
-
-
-def _convolution_of(graph: fx.Graph, value: fx.Node, readers: list[fx.Node], before: fx.Node) -> Any:
-    """A convolution that reads a value, as :func:`enter` takes it."""
-    for reader in readers:
-        if reader.target in (calls.conv_bn, calls.conv_act) and reader.args[0] is value:
-            layer: Any = reader.args[1]
-            weight: fx.Node = layer if isinstance(layer, fx.Node) else layer["weight"]
-            if weight.op == "placeholder":
-                return {"weight": weight}
-            if weight.op == "get_attr":
-                with graph.inserting_before(before):
-                    again = graph.create_node("get_attr", weight.target)
-                return again if isinstance(layer, fx.Node) else {"weight": again}
-    return None

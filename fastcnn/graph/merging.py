@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fastcnn import ops
+from fastcnn.backends.derived import PLAIN_TENSORS
 from fastcnn.graph import calls, concatenation, roles
 from fastcnn.graph.aliases import Aliases
 from fastcnn.graph.patterns import MERGED
 from fastcnn.nn import fusing
-from fastcnn.nn._calls import _PLAIN_TENSORS
 from fastcnn.nn.merging import joined, writes_in_place
 from fastcnn.ops._layout import is_channels_last
 
@@ -39,7 +39,7 @@ def pointwise(x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, ...] | Non
         x: (N, C, H, W).
         branches: 1x1 convolution, batch norm or None, activation.
     """
-    if type(x) not in _PLAIN_TENSORS or x.dim() != 4 or not x.numel() or x.is_meta or not is_channels_last(x):
+    if type(x) not in PLAIN_TENSORS or x.dim() != 4 or not x.numel() or x.is_meta or not is_channels_last(x):
         return None
     activation = fusing._fusable_name(branches[0][2])
     stride: Any = None
@@ -57,7 +57,7 @@ def pointwise(x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, ...] | Non
         tensors += [weight, filters["bias"]]
         tensors += [None] * 4 if norm is None else [norm.get(n) for n in _STATISTICS]
         epsilons.append(None if norm is None else norm.get("eps", 1e-5))
-    if activation is None or not all(t is None or type(t) in _PLAIN_TENSORS for t in tensors):
+    if activation is None or not all(t is None or type(t) in PLAIN_TENSORS for t in tensors):
         return None
     if not writes_in_place(x, tensors):
         return None
@@ -132,7 +132,7 @@ def merge_pointwise(
 
 
 def _can_be_a_part(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if not node.kwargs.keys() <= {"activation"} or not isinstance(node.args[0], fx.Node) or not node.users:
+    if not node.kwargs.keys() <= {"activation", "in_place"} or not isinstance(node.args[0], fx.Node) or not node.users:
         return False
     layer: Any = node.args[1]
     if isinstance(layer, fx.Node):

@@ -58,23 +58,37 @@ class Match:
 
     @property
     def epilogue(self) -> dict[str, Any]:
-        """``residual``, ``writes`` and ``activation`` as the chain's end asks for them."""
+        """What the calls of :mod:`fastcnn.graph.calls` take for the chain's addition and activation."""
         given: dict[str, Any] = {}
         add = self.node("add")
         if add is not None:
             before = self.nodes[self.nodes.index(add) - 1]
             first = add.args[0] is before
             given["residual"] = add.args[1] if first else add.args[0]
+            if not first:
+                given["residual_first"] = True
             if writes_in_place(add):
                 given["writes"] = "result" if first else "residual"
-        if self.steps[-1] == "relu":
-            given["activation"] = activation(self.nodes[-1])
-        return given
+        return {**given, **self.activation}
+
+    @property
+    def activation(self) -> dict[str, Any]:
+        if self.steps[-1] != "relu":
+            return {}
+        of = activation(self.nodes[-1])
+        return {"activation": of, "in_place": True} if is_in_place(self.nodes[-1]) else {"activation": of}
 
 
 def activation(node: fx.Node) -> Any:
     """A ReLU node as an argument: the user's module, so that its hooks run, or the function's name."""
     return ModuleAt(str(node.target)) if node.op == "call_module" else "relu"
+
+
+def is_in_place(relu: fx.Node) -> bool:
+    """Of a function or method; a module is asked in each call."""
+    if relu.op == "call_module":
+        return False
+    return roles.label(relu) == "relu_" or roles.bound(relu, "relu").get("inplace", False) is True
 
 
 def writes_in_place(add: fx.Node) -> bool:
@@ -97,6 +111,8 @@ def _preactivation(m: Match) -> FusedCall:
     extra: dict[str, Any] = {}
     if m.steps[1] == "relu":
         extra["preactivation"] = activation(m.nodes[1])
+        if is_in_place(m.nodes[1]):
+            extra["preactivation_in_place"] = True
     if m.node("bn", 1) is not None:
         extra["next_bn"] = m.layer("bn", 1)
     return FusedCall(calls.bn_act_conv, (m.input, m.layer("bn"), m.layer("conv")), {**extra, **m.epilogue})
@@ -107,7 +123,7 @@ def _linear(m: Match) -> FusedCall:
 
 
 def _add(m: Match) -> FusedCall:
-    end = {"activation": activation(m.nodes[-1])} if m.steps[-1] == "relu" else {}
+    end = m.activation
     if writes_in_place(m.nodes[0]):
         end["writes"] = "result"
     return FusedCall(calls.add_act, tuple(m.nodes[0].args), end)

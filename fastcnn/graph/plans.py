@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -105,23 +106,29 @@ class Plan:
     refused: str | None = None
     opaque: dict[str, str] = field(default_factory=dict)
     graph: fx.Graph | None = None
-    function: Callable[..., Any] | None = None
+    function: Callable[..., Any] | None = None  # of the module and the tensors
+    function_of_owner: Callable[..., Any] | None = None  # the same, faster, for the module that was traced
     rebuild: Callable[[list[Any]], Any] | None = None
+    layouts: tuple[tuple[nn.Module, tuple[int, ...]], ...] = ()  # layers, and the strides of their weights
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self.function is not None
         if kwargs or not all(type(a) is Tensor for a in args):
             args = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         observer = watching.get()
         if observer is None:
-            result = self.function(module, *args)
+            function = self.function_of_owner if module is self.guards[0].module else self.function
+            assert function is not None
+            result = function(module, *args)
         else:
             assert self.graph is not None
             result = _Watched(module, self, observer).run(*args)
         return result if self.rebuild is None else self.rebuild(result)
 
     def holds(self) -> bool:
-        return all(guard.holds() for guard in self.guards)
+        return all(guard.holds() for guard in self.guards) and all(
+            (weight := module._parameters.get("weight")) is not None and weight.stride() == strides
+            for module, strides in self.layouts
+        )
 
 
 class _Watched(fx.Interpreter):
@@ -219,15 +226,39 @@ def make(module: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Plan:
         return Plan((Guard.of(module, True),), refused=str(error))
     guards = tuple(Guard.of(m, path == "") for path, m in traced.inlined.items())
     modules = dict(module.named_modules(remove_duplicate=False))
-    sites, left = rewrite(traced.graph, modules, traced.opaque)
+    sites, left, assumed = rewrite(traced.graph, modules, traced.opaque)
+    layouts = tuple((modules[path], modules[path].weight.stride()) for path in sorted(assumed))
+    known = {path: m for path, m in modules.items() if _ancestors(path) <= traced.inlined.keys()}
     return Plan(
-        guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced), traced.rebuild
+        guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced, {}), _compiled(traced, known),
+        traced.rebuild, layouts,
     )  # fmt: skip
 
 
-def _compiled(traced: Traced) -> Callable[..., Any]:
-    """The graph as a function of the module and the tensors; it finds submodules on the module it is given."""
+def _ancestors(path: str) -> set[str]:
+    """The paths of the modules that hold the one at ``path``, the root's ("") first."""
+    names = path.split(".")
+    return {".".join(names[:i]) for i in range(len(names))}
+
+
+def _compiled(traced: Traced, known: Mapping[str, nn.Module]) -> Callable[..., Any]:
+    """The graph as a function of the module and the tensors.
+
+    It finds submodules on the module it is given, but for those that are ``known`` to be there while the guards hold:
+    to look for each would take longer than many a kernel.
+    """
     code = traced.graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, "<fastcnn graph>", "exec"), scope)
+    names = {path: f"_module_{i}" for i, path in enumerate(known)}
+    scope.update((name, known[path]) for path, name in names.items())
+    lines = []
+    for line in code.src.split("\n"):
+        found = _FETCH.match(line)
+        if found is not None and found["path"] in names:
+            line = f"{found['start']}{names[found['path']]}{found['rest']}"
+        lines.append(line)
+    exec(compile("\n".join(lines), "<fastcnn graph>", "exec"), scope)
     return scope["forward"]  # type: ignore[no-any-return]
+
+
+_FETCH = re.compile(r"(?P<start>    \w+ = )self\.(?P<path>[\w.]+)(?P<rest>(;.*)?)$")  # fx's way to get an attribute

@@ -38,7 +38,7 @@ class Left:
 
 def rewrite(
     graph: fx.Graph, modules: Mapping[str, nn.Module], opaque: Mapping[str, str] | None = None
-) -> tuple[dict[fx.Node, Site], list[Left]]:
+) -> tuple[dict[fx.Node, Site], list[Left], set[str]]:
     """Rewrite a graph in place.
 
     Args:
@@ -47,7 +47,8 @@ def rewrite(
         opaque: modules that could not be looked into, with reasons.
 
     Returns:
-        The new nodes and what they stand for, in order of execution, and what was left.
+        The new nodes and what they stand for, in order of execution; what was left; and the convolutions, by path, of
+        whose weights the graph takes the memory layout for granted.
     """
     _ask_inputs_for_their_rank(graph, modules)
     finder = _Finder(graph, modules)
@@ -69,9 +70,9 @@ def rewrite(
         found.update({node: replace(found[node], merged=True) for node in nodes})
         found[new] = Site(names, f"{len(nodes)} x {found[nodes[0]].pattern}", "pointwise")
     left = _left(graph, modules, opaque or {}, notes)
-    keep_channels_last(graph, modules)
+    assumed = keep_channels_last(graph, modules)
     graph.lint()
-    return {node: found[node] for node in graph.nodes if node in found}, left
+    return {node: found[node] for node in graph.nodes if node in found}, left, assumed
 
 
 def _ask_inputs_for_their_rank(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:

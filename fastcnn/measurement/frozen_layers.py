@@ -59,7 +59,8 @@ def _step_names(recipe: Recipe, eager: Sequence[LayerTime]) -> list[str]:
     waiting = list(eager)
     names = []
     for index, step in enumerate(recipe.steps):
-        facts = (step.operator.removesuffix("_winograd"), tuple(step.out.shape), _flops(recipe, step))
+        operator = step.operator.removesuffix("_winograd").removesuffix("_short")
+        facts = (operator, tuple(step.out.shape), _flops(recipe, step))
         match = next((call for call in waiting if (call.operator, call.out_shape, call.flops) == facts), None)
         if match is not None:
             waiting.remove(match)
@@ -88,6 +89,9 @@ def _algorithm(recipe: Recipe, step: StepRecipe) -> str | None:
 
 
 def _flops(recipe: Recipe, step: StepRecipe) -> int:
+    if step.operator == "linear_short":
+        assert step.weight is not None
+        return 2 * math.prod(step.out.shape) * recipe.weights[step.weight][0][1]
     if step.weight is not None:
         n, c, h, w = step.out.shape
         pooled = step.operator == "conv2d_winograd" and step.attributes[-1] is True

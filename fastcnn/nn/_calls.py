@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn import ops
-from fastcnn.backends.derived import derived, operations_are_replaced
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+from fastcnn.backends.derived import PLAIN_TENSORS, derived, operations_are_replaced
 
 
 def call_conv2d(
@@ -109,7 +107,7 @@ def folded_batch_norm(
             if tensor is not None and tensor.requires_grad:
                 return fold(*given)
     for tensor in given:
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:  # fake, distributed, functionalised ...
+        if tensor is not None and type(tensor) not in PLAIN_TENSORS:
             return fold(*given)
 
     def fold_for_keeping(mean: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from fastcnn.nn._calls import (
     scaled_convolution,
     uses_batch_statistics,
 )
+from fastcnn.nn._sites import Fused, learn, repeat
 from fastcnn.nn.modules import BatchNorm2d, Conv2d, Linear
 from fastcnn.ops._registration import autocasts
 
@@ -127,8 +128,13 @@ def conv_bn(
         if branch_scale != 1:
             return _one_by_one(call_batch_norm(y, bn), (), residual, activation, out, branch_scale)
         return call_batch_norm(y, bn, residual=residual, activation=name, out=out)
+    fused = Fused(conv, bn, None, branch_scale, name, "none")
+    if (known := repeat(fused, x, residual, out)) is not None:
+        return known
     scale, shift = folded_batch_norm(bn, conv.bias, branch_scale)
-    return call_conv2d(x, conv, shift, scale=scale, residual=residual, activation=name, out=out)
+    y = call_conv2d(x, conv, shift, scale=scale, residual=residual, activation=name, out=out)
+    learn(fused, x, residual, out, (scale, shift))
+    return y
 
 
 def conv_act(
@@ -147,10 +153,15 @@ def conv_act(
     name = _fusable_name(activation)
     if _is_watched() or name is None or not _is_plain(conv, nn.Conv2d, Conv2d):
         return _one_by_one(x, (conv,), residual, activation, out, branch_scale)
+    fused = Fused(conv, None, None, branch_scale, name, "none")
+    if (known := repeat(fused, x, residual, out)) is not None:
+        return known
     scale, bias = scaled_convolution(conv, branch_scale)
     if residual is not None and residual.dtype != _dtype_of_convolution(x):
         return _one_by_one(call_conv2d(x, conv, bias, scale=scale), (), residual, activation, out)
-    return call_conv2d(x, conv, bias, scale=scale, residual=residual, activation=name, out=out)
+    y = call_conv2d(x, conv, bias, scale=scale, residual=residual, activation=name, out=out)
+    learn(fused, x, residual, out, (scale, bias))
+    return y
 
 
 def bn_act_conv(
@@ -194,19 +205,23 @@ def bn_act_conv(
             return conv_act(x, conv, residual=residual, activation=activation, out=out)
         return conv_bn(x, conv, next_bn, residual=residual, activation=activation, out=out)
 
-    input_scale, input_shift = folded_batch_norm(bn)
-    scale, shift = None, conv.bias
     epilogue_fits = after is not None and (residual is None or residual.dtype == x.dtype)
     if next_bn is not None:
         epilogue_fits &= _is_plain(next_bn, nn.BatchNorm2d, BatchNorm2d) and not uses_batch_statistics(next_bn)
-        if epilogue_fits:
-            scale, shift = folded_batch_norm(next_bn, conv.bias)
+    fused = Fused(conv, next_bn, bn, 1.0, after or "none", before)
+    if epilogue_fits and (known := repeat(fused, x, residual, out)) is not None:
+        return known
+    input_scale, input_shift = folded_batch_norm(bn)
+    scale, shift = None, conv.bias
+    if next_bn is not None and epilogue_fits:
+        scale, shift = folded_batch_norm(next_bn, conv.bias)
     y = call_conv2d(
         x, conv, shift, scale=scale, residual=residual if epilogue_fits else None,
         activation=after if epilogue_fits and after is not None else "none",
         input_scale=input_scale, input_shift=input_shift, input_activation=before, out=out if epilogue_fits else None,
     )  # fmt: skip
     if epilogue_fits:
+        learn(fused, x, residual, out, (scale, shift), (input_scale, input_shift))
         return y
     if next_bn is None:
         return _one_by_one(y, (), residual, activation, out)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastcnn import ops
-from fastcnn.backends.derived import derived, operations_are_replaced
-from fastcnn.nn._calls import _PLAIN_TENSORS, uses_batch_statistics
+from fastcnn.backends.derived import PLAIN_TENSORS, derived, operations_are_replaced
+from fastcnn.nn._calls import uses_batch_statistics
 from fastcnn.nn.fusing import _is_plain, _is_watched
 from fastcnn.nn.modules import BatchNorm2d, Conv2d
 from fastcnn.ops._registration import autocasts, records_gradient
@@ -45,7 +45,7 @@ def can_merge(units: Sequence[Unit]) -> bool:
             return False
         if bn is not None and (not _is_plain(bn, nn.BatchNorm2d, BatchNorm2d) or uses_batch_statistics(bn)):
             return False
-    return all(t is None or type(t) in _PLAIN_TENSORS for t in _tensors(units))
+    return all(t is None or type(t) in PLAIN_TENSORS for t in _tensors(units))
 
 
 def merged_pointwise(input: Tensor, units: Sequence[Unit], *, activation: str = "relu", out: Tensor) -> Tensor:

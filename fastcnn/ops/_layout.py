@@ -7,21 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastcnn.ops import _strides
+
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether PyTorch's operators would go on in channels-last memory from this 4-D tensor (suggest_memory_format).
-
-    That is decided by strides that grow in the order C, W, H, N, those of size-1 dimensions too: also a channel slice
-    or a cropped view of channels-last memory is.
-    """
-    n, c, h, w = tensor.shape
-    stride_n, stride_c, stride_h, stride_w = tensor.stride()
-    if stride_c == 0 or stride_w < stride_c * c:  # the common answer for contiguous memory
-        return False
-    if n == 0 or c == 0 or h == 0 or w == 0:
-        return False
-    image = stride_h * h
-    return bool(stride_h >= stride_w * w and stride_n >= image and image != stride_c)
+    """Whether PyTorch's operators would go on in channels-last memory from this 4-D tensor."""
+    return _strides.is_channels_last(tensor.shape, tensor.stride())
 
 
 def pixel_stride(tensor: Tensor) -> int | None:
@@ -53,7 +44,12 @@ def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
 
 def in_layout(out: Tensor, channels_last: bool) -> Tensor:
     """A kernel's output in the layout PyTorch would return. (`contiguous()` may leave odd strides at size 1.)"""
-    return out if channels_last else out.clone(memory_format=torch.contiguous_format)
+    return out if channels_last else _strides.in_strides(out, _strides.contiguous(out.shape))
+
+
+def lies_alike(out: Tensor, residual: Tensor) -> bool:
+    """Whether a kernel's output has the strides of the sum that it is of a channels-last value and this residual."""
+    return out.stride() == residual.stride() and not out.is_contiguous()
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -79,26 +75,3 @@ def overlaps_itself(tensor: Tensor) -> bool:
     for size, stride in sizes_strides:
         offsets = (offsets[:, None] + stride * torch.arange(size)).view(-1)
     return bool(offsets.unique().numel() < offsets.numel())
-
-
-def may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether writing ``a`` could change ``b``. Different channel slices of one buffer do not overlap."""
-    # Addresses, not storages: tensors made from NumPy arrays or DLPack may share memory but not a storage.
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    item_a, item_b = a.element_size(), b.element_size()
-    if start_a + _extent(a) * item_a <= start_b or start_b + _extent(b) * item_b <= start_a:
-        return False
-    pixel_a, pixel_b = pixel_stride(a), pixel_stride(b)
-    if pixel_a is None or pixel_b is None or pixel_a * item_a != pixel_b * item_b:
-        return True
-    # Both repeat every pixel: compare their channels on a ring of that length.
-    ring = pixel_a * item_a
-    distance = (start_b - start_a) % ring
-    return bool(distance < a.shape[1] * item_a or distance + b.shape[1] * item_b > ring)
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from the first to behind the last in memory."""
-    if tensor.numel() == 0:
-        return 0
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastcnn import backends
+from fastcnn import _native, backends
 from fastcnn.ops._arguments import require_tensor
-from fastcnn.ops._layout import may_overlap, overlaps_itself, pixel_stride, same_memory
+from fastcnn.ops._layout import overlaps_itself, pixel_stride, same_memory
 
 LIBRARY = torch.library.Library("fastcnn", "DEF")
 
@@ -29,6 +29,20 @@ class Unread(NamedTuple):
     """What the backward of an operator gets for a tensor whose values it does not need."""
 
     dtype: torch.dtype
+
+
+class _Form(NamedTuple):
+    """What comes of arguments of one form: shapes, strides, dtypes and devices of tensors, and all other values."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    is_empty: bool
+    is_finished: bool  # the filled output has the layout to be returned
+
+
+_MOST_FORMS = 4096  # that an operator remembers
 
 
 def _ends_in_relu(*args: Any) -> bool:
@@ -81,6 +95,9 @@ class Operator:
         self._needs_output, self._unread = needs_output or _ends_in_relu, frozenset(unread)
         self._autocast, self._autocast_dtype = tuple(autocast), autocast_dtype
         self._writable, self._in_place = writable, in_place
+        # Arguments that were checked before, by their signature: those of calls, and those of calls with `out`.
+        self._forms: dict[bytes | None, _Form] = {}
+        self._good_outputs: set[bytes] = set()
         LIBRARY.define(f"{name}({signature}) -> Tensor")
         LIBRARY.define(f"{name}_into(Tensor(a!) out, {signature}) -> ()")
         namespace = torch.ops.fastcnn
@@ -101,17 +118,45 @@ class Operator:
     def __call__(self, *args: Any, out: Tensor | None = None) -> Tensor:
         if out is None:
             if _needs_no_dispatcher(args) and not (self._autocast and autocasts(args[0].device.type)):
-                return self._run(*args)
+                return self._run_known(args)
             if torch._C._are_functorch_transforms_active():
                 return self._run_transformed(args)
             return self.functional(*args)
         require_tensor(out, "out")
+        if _needs_no_dispatcher((out, *args)):
+            self._run_into(out, *args)
+            return out
         if not torch.compiler.is_compiling() and (out.is_neg() or out.is_conj()):
             raise ValueError(f"{self.name}: out must not be a lazily negated or conjugated view; see out.resolve_neg()")
         self.into(out, *args)
         return out
 
     # ---- kernels -----------------------------------------------------------------------------------------------
+
+    def _run_known(self, args: tuple[Any, ...]) -> Tensor:
+        """:meth:`_run`, checking arguments of each form once only."""
+        signature = _native.signature(args)
+        form = self._forms.get(signature)
+        if form is None:
+            return self._run(*args) if signature is None else self._run_new(signature, args)
+        out = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)
+        if not form.is_empty:
+            self._fill_fresh(out, *args)
+        return out if form.is_finished else self._finish(out, *args)
+
+    def known_form(self, args: tuple[Any, ...]) -> _Form | None:
+        """What is remembered of calls with arguments like these."""
+        return self._forms.get(_native.signature(args))
+
+    def _run_new(self, signature: bytes, args: tuple[Any, ...]) -> Tensor:
+        out = self._allocate(*args)
+        shape, strides, is_empty = out.shape, out.stride(), out.numel() == 0
+        if not is_empty:
+            self._fill_fresh(out, *args)
+        finished = self._finish(out, *args)
+        if len(self._forms) < _MOST_FORMS:
+            self._forms[signature] = _Form(shape, strides, out.dtype, out.device, is_empty, finished is out)
+        return finished
 
     def _run(self, *args: Any) -> Tensor:
         out = self._allocate(*args)
@@ -123,14 +168,19 @@ class Operator:
         return self._finish(self._allocate(*args), *args)
 
     def _run_into(self, out: Tensor, *args: Any) -> None:
-        expected = self._check_out(out, *args)
-        if not out.is_contiguous() and pixel_stride(out) is None and overlaps_itself(out):
-            raise ValueError(
-                f"{self.name}: out must not overlap itself, has shape {tuple(out.shape)} and strides {out.stride()}"
-            )
+        signature = _native.signature((out, *args))
+        if signature is None or signature not in self._good_outputs:
+            self._check_out(out, *args)
+            if not out.is_contiguous() and pixel_stride(out) is None and overlaps_itself(out):
+                raise ValueError(
+                    f"{self.name}: out must not overlap itself, has shape {tuple(out.shape)} and strides {out.stride()}"
+                )
+            if signature is not None and len(self._good_outputs) < _MOST_FORMS:
+                self._good_outputs.add(signature)
         if out.numel() > 0:
-            inputs = [a for a in args if isinstance(a, Tensor) and not (self._in_place and same_memory(out, a))]
-            if not self._writable(out) or any(may_overlap(out, t) for t in inputs):
+            inputs = tuple(a for a in args if isinstance(a, Tensor) and not (self._in_place and same_memory(out, a)))
+            if not self._writable(out) or _native.may_overlap(out, inputs):
+                expected = self._allocate(*args)
                 self._fill_fresh(expected, *args)
                 out.copy_(expected)
             else:
@@ -141,7 +191,7 @@ class Operator:
     def _fake_into(self, out: Tensor, *args: Any) -> None:
         self._check_out(out, *args)
 
-    def _check_out(self, out: Tensor, *args: Any) -> Tensor:
+    def _check_out(self, out: Tensor, *args: Any) -> None:
         expected = self._allocate(*args)
         if out.shape != expected.shape:
             raise ValueError(f"{self.name}: out must have shape {tuple(expected.shape)}, has {tuple(out.shape)}")
@@ -149,7 +199,6 @@ class Operator:
             raise ValueError(
                 f"{self.name}: out must be {expected.dtype} on {expected.device}, is {out.dtype} on {out.device}"
             )
-        return expected
 
     # ---- autograd ------------------------------------------------------------------------------------------------
 
@@ -246,13 +295,15 @@ def autocasts(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
-_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+_TENSOR_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_OTHER_TYPES = frozenset((type(None), int, tuple, str, bool, float))
 
 
 @functools.cache
 def _ordinary_keys(device_type: str) -> frozenset[int]:
     """What the dispatcher sees in a tensor of values in a device's memory, and in one of inference mode."""
-    ordinary = torch.empty(0, device=device_type)
+    with torch.inference_mode(False):
+        ordinary = torch.empty(0, device=device_type)
     with torch.inference_mode():
         of_inference = torch.empty(0, device=device_type)
     return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (ordinary, of_inference))
@@ -277,13 +328,13 @@ def _needs_no_dispatcher(args: Sequence[Any]) -> bool:
     device_type = args[0].device.type
     if device_type not in ("cpu", "cuda"):
         return False
-    keys, recording = _ordinary_keys(device_type), torch.is_grad_enabled()
+    keys, recording, keys_of = _ordinary_keys(device_type), torch.is_grad_enabled(), torch._C._dispatch_keys
     for argument in args:
-        if isinstance(argument, Tensor) and (
-            type(argument) not in _TENSOR_TYPES
-            or (recording and argument.requires_grad)
-            or torch._C._dispatch_keys(argument).raw_repr() not in keys
-        ):
+        kind = type(argument)
+        if kind in _TENSOR_TYPES:
+            if (recording and argument.requires_grad) or keys_of(argument).raw_repr() not in keys:
+                return False
+        elif kind not in _OTHER_TYPES and isinstance(argument, Tensor):
             return False
     return True
 

@@ -10,7 +10,6 @@ In evaluation they are the running statistics, folded: :func:`~fastcnn.ops.chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -284,8 +283,17 @@ def _backward(
     return grads
 
 
-def _finish(out: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return finish_affine(out, input)
+def _finish(
+    out: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return finish_affine(out, input, residual)
 
 
 OPERATOR = Operator(

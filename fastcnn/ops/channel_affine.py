@@ -6,13 +6,13 @@ y = act(x * scale[c] + shift[c] + residual)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcnn import backends
 from fastcnn.backends.reference import per_channel
+from fastcnn.ops import _strides
 from fastcnn.ops._arguments import (
     kernel_vector,
     require_activation,
@@ -22,7 +22,7 @@ from fastcnn.ops._arguments import (
     require_tensor,
     require_vector,
 )
-from fastcnn.ops._layout import empty_channels_last, in_layout, is_channels_last, to_kernel_layout
+from fastcnn.ops._layout import empty_channels_last, is_channels_last, lies_alike, to_kernel_layout
 from fastcnn.ops._registration import Operator, Unread
 
 SIGNATURE = "Tensor input, Tensor? scale, Tensor? shift, Tensor? residual, str activation"
@@ -116,8 +116,20 @@ def allocate(
     return empty_channels_last(input.shape, input)
 
 
-def finish(out: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return in_layout(out, is_channels_last(input))
+def finish(out: Tensor, input: Tensor, residual: Tensor | None) -> Tensor:
+    """The result in the layout of PyTorch's batch norm, and of its sum with a residual."""
+    if is_channels_last(input) and (residual is None or lies_alike(out, residual)):  # the common case
+        return out
+    strides = _strides.of_batch_norm(out.shape, input.stride())
+    if residual is not None:
+        strides = _strides.elementwise(out.shape, strides, residual.stride())
+    return _strides.in_strides(out, strides)
+
+
+def _finish(
+    out: Tensor, input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    return finish(out, input, residual)
 
 
 def fill(
@@ -177,7 +189,7 @@ OPERATOR = Operator(
     "channel_affine",
     SIGNATURE,
     allocate=allocate,
-    finish=finish,
+    finish=_finish,
     fill=fill,
     backward=_backward,
     unread=(2, 3),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcnn import backends
 from fastcnn.backends.reference import per_channel, prologue
+from fastcnn.ops import _strides
 from fastcnn.ops._arguments import (
     IntOrPair,
     kernel_vector,
@@ -29,7 +30,7 @@ from fastcnn.ops._arguments import (
     require_tensor,
     require_vector,
 )
-from fastcnn.ops._layout import empty_channels_last, in_layout, is_channels_last, to_kernel_layout
+from fastcnn.ops._layout import empty_channels_last, is_channels_last, lies_alike, to_kernel_layout
 from fastcnn.ops._registration import Operator, Unread
 
 # Operator arguments, in schema order. padding is (top, left, bottom, right).
@@ -104,10 +105,35 @@ def conv2d(
             out=None if out is None else out.unsqueeze(0),
         )  # fmt: skip
         return grown.squeeze(0) if out is None else out
-    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     return OPERATOR(
+        *operator_arguments(
+            input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, input_scale,
+            input_shift, input_activation,
+        ),
+        out=out,
+    )  # fmt: skip
+
+
+def operator_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    input_scale: Tensor | None,
+    input_shift: Tensor | None,
+    input_activation: str,
+) -> tuple[Any, ...]:
+    """:func:`conv2d`'s arguments as the operator takes them."""
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    return (
         input, weight, bias, stride, _padding(padding, weight, stride, dilation), dilation, groups, scale, residual,
-        activation, input_scale, input_shift, input_activation == "relu", out=out,
+        activation, input_scale, input_shift, input_activation == "relu",
     )  # fmt: skip
 
 
@@ -187,8 +213,25 @@ def _allocate(
     return empty_channels_last(shape, input)
 
 
-def _finish(out: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return in_layout(out, is_channels_last(input) or is_channels_last(weight))
+def _finish(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    if is_channels_last(input) and (residual is None or lies_alike(out, residual)):  # the common case
+        return out
+    strides = _strides.of_convolution(out.shape, input.shape, input.stride(), weight)
+    if residual is not None:
+        strides = _strides.elementwise(out.shape, strides, residual.stride())
+    return _strides.in_strides(out, strides)
 
 
 def _fill(
@@ -215,31 +258,42 @@ def _fill(
             tuple(stride), tuple(padding[:2]), tuple(dilation), groups,
         )  # fmt: skip
         return
-    backends.run(
-        "conv2d",
-        out.device,
-        out.dtype,
-        out,
-        to_kernel_layout(input),
-        weight,
-        kernel_vector(scale),
-        kernel_vector(bias),
-        None if residual is None else to_kernel_layout(residual),
-        kernel_vector(input_scale),
-        kernel_vector(input_shift),
-        input_relu,
-        activation,
-        tuple(stride),
-        tuple(padding[:2]),
-        tuple(dilation),
-        groups,
-        fresh=fresh,
-        groups=groups,
-        prologue=input_scale is not None or input_shift is not None or input_relu,
-        residual=residual is not None,
-        activation=activation,
-        symmetric=padding[0] == padding[2] and padding[1] == padding[3],
-    )
+    arguments, facts = contract(
+        out, input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, input_scale,
+        input_shift, input_relu,
+    )  # fmt: skip
+    backends.run("conv2d", out.device, out.dtype, *arguments, fresh=fresh, **facts)
+
+
+def contract(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    input_scale: Tensor | None,
+    input_shift: Tensor | None,
+    input_relu: bool,
+) -> tuple[tuple[Any, ...], dict[str, object]]:
+    """What the kernel contract's conv2d takes, and the facts about it: from the operator's arguments."""
+    arguments = (
+        out, to_kernel_layout(input), weight, kernel_vector(scale), kernel_vector(bias),
+        None if residual is None else to_kernel_layout(residual), kernel_vector(input_scale),
+        kernel_vector(input_shift), input_relu, activation, tuple(stride), tuple(padding[:2]), tuple(dilation), groups,
+    )  # fmt: skip
+    return arguments, {
+        "groups": groups,
+        "prologue": input_scale is not None or input_shift is not None or input_relu,
+        "residual": residual is not None,
+        "activation": activation,
+        "symmetric": padding[0] == padding[2] and padding[1] == padding[3],
+    }
 
 
 def _sums(values: Tensor, like: Tensor | Unread) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import backends
+from fastcnn.ops import _strides
 from fastcnn.ops._arguments import (
     require_activation,
     require_floating,
@@ -19,7 +20,7 @@ from fastcnn.ops._arguments import (
     require_residual,
     require_tensor,
 )
-from fastcnn.ops._layout import empty_channels_last, is_channels_last, pixel_stride, to_kernel_layout
+from fastcnn.ops._layout import empty_channels_last, pixel_stride, to_kernel_layout
 from fastcnn.ops._registration import Operator, Unread
 
 SIGNATURE = "Tensor input, Tensor residual, float scale, str activation"
@@ -70,11 +71,7 @@ def _allocate(input: Tensor, residual: Tensor, scale: float, activation: str) ->
     require_floating(input, "input")
     if input.is_contiguous() and residual.is_contiguous():
         return torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    if input.dim() == 4 and is_channels_last(input) and input.stride() == residual.stride():
-        return empty_channels_last(input.shape, input)
-    # What PyTorch's `+` would choose, asked of tensors without memory.
-    shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (input, residual)]
-    strides = torch.add(*shapes).stride()
+    strides = _strides.elementwise(input.shape, input.stride(), residual.stride())
     return torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
 
 

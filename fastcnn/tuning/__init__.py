@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastcnn.tuning.key import Key, key_of
+from fastcnn import _native
+from fastcnn.tuning.key import Key, key_of, settings_of
 
 if TYPE_CHECKING:
     from fastcnn.tuning.tuner import CallTuning, Candidate, TuningReport, tune
@@ -21,6 +22,10 @@ __all__ = ["CallTuning", "Candidate", "TuningReport", "forget", "tune", "tuned_b
 
 # What was chosen, by device; a device's choices are read when it is first used, and there may be none.
 _tables: dict[torch.device, dict[Key, str]] = {}
+# What they say of calls seen before, by a description that is made faster than the tables' keys.
+_found: dict[tuple[object, ...], str | None] = {}
+_MOST_FOUND = 65536
+_generation = 0
 
 
 def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> str | None:
@@ -30,12 +35,31 @@ def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args:
         table = _load(device)
     if not table:
         return None
-    return table.get(key_of(operator, device, dtype, args))
+    form = (operator, settings_of(operator, device, dtype), _native.signature(args))
+    try:
+        return _found[form]
+    except KeyError:
+        choice = table.get(key_of(operator, device, dtype, args))
+    if form[-1] is not None and len(_found) < _MOST_FOUND:
+        _found[form] = choice
+    return choice
 
 
 def forget() -> None:
     """Drop the choices held in memory; the next operator call reads the files again."""
     _tables.clear()
+    _changed()
+
+
+def generation() -> int:
+    """A number that changes whenever choices do."""
+    return _generation
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
+    _found.clear()
 
 
 def _load(device: torch.device) -> dict[Key, str]:
@@ -51,6 +75,7 @@ def _adopt(device: torch.device, choices: dict[Key, str]) -> None:
     if device not in _tables:
         _load(device)
     _tables[device].update(choices)
+    _changed()
 
 
 def __getattr__(name: str) -> object:

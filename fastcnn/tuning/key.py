@@ -22,13 +22,15 @@ _DTYPE_NAMES = {
 
 def key_of(operator: str, device: torch.device, dtype: torch.dtype, args: tuple[object, ...]) -> Key:
     """The key of one call of the kernel contract."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    tf32 = device.type == "cuda" and dtype == torch.float32 and _uses_tf32(operator)
     name = _DTYPE_NAMES.get(dtype) or str(dtype)
-    return (
-        operator, name, "tf32" if tf32 else "", threads,
-        *[_form(a) if isinstance(a, torch.Tensor) else a for a in args],
-    )  # fmt: skip
+    forms = [_form(a) if isinstance(a, torch.Tensor) else a for a in args]
+    return (operator, name, *settings_of(operator, device, dtype), *forms)
+
+
+def settings_of(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
+    """What a call's time depends on besides its arguments: ("tf32" where that is allowed, threads on a CPU)."""
+    tf32 = device.type == "cuda" and dtype == torch.float32 and _uses_tf32(operator)
+    return ("tf32" if tf32 else "", torch.get_num_threads() if device.type == "cpu" else 0)
 
 
 def _uses_tf32(operator: str) -> bool:
@@ -45,8 +47,7 @@ def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     if tensor.is_contiguous():
         return ("nchw", *shape)
     stride = tensor.stride()
-    item = tensor.element_size()
-    aligned = stride[3] * item % 16 == 0 and tensor.storage_offset() * item % 16 == 0
+    aligned = stride[3] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
     return ("slice16" if aligned else "slice", *shape)
 
 

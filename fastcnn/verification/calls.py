@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn import _native
 from fastcnn.backends import Call, backend_module
-from fastcnn.ops._layout import may_overlap, pixel_stride
+from fastcnn.ops._layout import pixel_stride
 from fastcnn.verification.accuracy import FAST_ALGORITHM_ALLOWANCE, Judgement, judge
 from fastcnn.verification.tf32 import fill_in_tf32, less_precise, may_use_tf32
 
@@ -58,7 +59,7 @@ def isolated(call: Call) -> Call:
     """The call with copies of those inputs that its outputs overwrite, so that it can be repeated."""
     outputs = outputs_of(call)
     rest = [
-        a.clone() if isinstance(a, Tensor) and any(may_overlap(out, a) for out in outputs) else a
+        a.clone() if isinstance(a, Tensor) and any(_native.may_overlap(out, (a,)) for out in outputs) else a
         for a in call.args[len(outputs) :]
     ]
     return call._replace(args=(*outputs, *rest))

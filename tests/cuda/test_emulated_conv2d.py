@@ -108,6 +108,36 @@ CASES = [
     Case("tma 128x64", BF16, SM90, 192, 192, groups=3, image=(2, 9, 10), asked=True),
     Case("tma 256x128", F16, SM90_TWO, 256, 512, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
     Case("tma 128x64 in turns", F16, SM90_TWO, 128, 128, groups=2, image=(3, 9, 10), asked=True),
+    # Reductions split over a cluster: odd shares, fewer stages than blocks, tails of rows, columns and channels, slices.
+    Case("tma 128x64 split 2", BF16, SM90_LARGE, 64, 64, image=(2, 9, 11), asked=True),
+    Case("tma 128x64 split 2", F16, SM90_LARGE, 136, 120, ONE, padding=NONE, image=(3, 9, 11), x_extra=8, asked=True),
+    Case("tma 128x64 split 4", BF16, SM90_LARGE, 200, 72, ONE, padding=NONE, image=(1, 7, 7), out_start=8, out_extra=16,
+         residual_extra=8, asked=True),
+    Case("tma 128x64 split 4", F16, SM90_LARGE, 128, 128, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
+    Case("tma 128x64 split 8", F16, SM90_LARGE, 72, 64, ONE, padding=NONE, image=(1, 13, 11), x_start=8, x_extra=16,
+         asked=True),
+    Case("tma 128x64 split 8", BF16, SM90_LARGE, 96, 40, image=(1, 8, 9), stride=(2, 1), padding=(2, 1, 0, 1),
+         out_extra=8, asked=True),
+    Case("tma 128x128 split 2", F16, SM90_LARGE, 104, 248, ONE, padding=NONE, image=(1, 12, 12), asked=True),
+    Case("tma 128x128 split 4", BF16, SM90_LARGE, 64, 136, dilation=(1, 2), padding=(1, 2, 1, 2), image=(1, 7, 9),
+         residual_extra=8, asked=True),
+    Case("tma 128x128 split 8", F16, SM90_LARGE, 72, 128, (3, 2), image=(1, 5, 6), out_start=8, out_extra=8,
+         asked=True),
+    Case("tma 128x64 staged split 2", BF16, SM90_LARGE, 136, 72, ONE, padding=NONE, image=(2, 9, 8), prologue=True,
+         x_extra=8, asked=True),
+    Case("tma 128x64 staged split 4", F16, SM90_LARGE, 328, 64, ONE, padding=NONE, image=(1, 7, 7), prologue=True,
+         asked=True),
+    Case("tma 128x64 staged split 8", BF16, SM90_LARGE, 200, 40, ONE, padding=NONE, image=(1, 15, 15), prologue=True,
+         stride=(2, 2), asked=True),
+    # Stages of two blocks of 32 channels: an odd number of blocks, blocks of two taps in one stage, channel tails.
+    Case("tma 256x128 by 32", BF16, SM90, 96, 128, image=(3, 9, 11), asked=True),
+    Case("tma 256x128 by 32", F16, SM90_TWO, 24, 136, (5, 3), padding=(2, 1, 2, 1), image=(3, 14, 15), asked=True),
+    Case("tma 128x128 in turns by 32", F16, SM90, 160, 120, ONE, padding=NONE, image=(2, 12, 13), x_start=8,
+         x_extra=16, out_extra=8, asked=True),
+    Case("tma 128x128 in turns by 32", BF16, SM90_TWO, 32, 200, dilation=(1, 2), padding=(1, 2, 1, 2),
+         image=(4, 9, 10), asked=True),
+    Case("tma 128x64 in turns by 32", BF16, SM90, 144, 64, (3, 2), stride=(2, 1), image=(3, 13, 9), asked=True),
+    Case("tma 128x64 in turns by 32", F16, SM90_TWO, 16, 72, ONE, padding=NONE, image=(1, 3, 3), asked=True),
     # Taps that share a patch: parts of rows, whole rows, several images; halos on all sides, a channel tail, groups.
     Case("patch 256x64", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
     Case("patch 256x64", F16, SM90_TWO, 56, 120, image=(1, 19, 61), out_start=8, out_extra=16, asked=True),
@@ -229,6 +259,36 @@ def test_a_kernel_that_does_not_serve_is_refused(emulated, pixels) -> None:
     x, out = torch.ones(1, 3, 4, 4, dtype=BF16), pixels.empty(1, 4, 4, 64, BF16)
     with pytest.raises(RuntimeError, match="kernel 'tma 256x128' does not serve this convolution"):
         emulated.conv2d(out, pixels.of(x), torch.ones(64, 3, 1, 1, dtype=BF16), device=SM90, kernel="tma 256x128")
+
+
+@pytest.mark.parametrize("kernel", ["tma 128x64 split 8", "tma 128x128 split 4", "tma 128x64 split 2"])
+def test_split_sums_do_not_depend_on_the_order_of_blocks(kernel: str, emulated_once, pixels) -> None:
+    """The emulator runs a cluster's blocks from the last to the first, then from the first, with copies landing late,
+    then at once: the same bits, and close to float64 on values that are no integers."""
+    g = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(1, 192, 7, 7, generator=g).to(BF16), torch.randn(136, 192, 3, 3, generator=g).to(BF16)
+    outs = []
+    for eager in (False, True):
+        emulated_once.eager(eager)
+        out = pixels.empty(1, 7, 7, 136, BF16)
+        emulated_once.conv2d(out, pixels.of(x), weight, padding=(1, 1), device=SM90_LARGE, kernel=kernel)
+        outs.append(out)
+    emulated_once.eager(False)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert torch.equal(outs[0].values, outs[1].values)
+    assert (outs[0].nchw - exact).norm() <= 2e-3 * exact.norm()
+
+
+def test_the_rule_chooses_proven_kernels_only(emulated_once, pixels) -> None:
+    """What no GPU has run is served by name, and so to the tuner, even where it should be best."""
+    missing = proven.unproven(proven.record())["cuda"]
+    for c, k, size, asked in ((512, 64, 7, "tma 128x64 split 8"), (96, 128, 9, "tma 256x128 by 32")):
+        x, weight = torch.ones(1, c, size, size, dtype=BF16), torch.ones(k, c, 3, 3, dtype=BF16)
+        chosen = emulated_once.conv2d(
+            pixels.empty(1, size, size, k, BF16), pixels.of(x), weight, padding=(1, 1), device=SM90_LARGE, kernel=asked
+        )
+        assert asked in emulated_once.kernels
+        assert f"conv2d {chosen}" not in missing
 
 
 def test_many_tiles_share_rows(emulated, pixels) -> None:

@@ -148,6 +148,23 @@ def test_local_response_norm(dtype, c, extra, start, size, alpha, beta, k, emula
     assert out.untouched_around()
 
 
+# Chunks of 16 bytes that fill warps, straddle them, and are all of a block; more pixels than a block holds.
+@dtypes
+@pytest.mark.parametrize(("c", "image"), [(8, (3, 61, 5)), (96, (2, 9, 11)), (192, (1, 7, 13)), (1024, (1, 3, 3))])
+@pytest.mark.parametrize("extra", [0, 8])
+def test_local_response_norm_of_published_networks(dtype, c, image, extra, emulated_once, pixels) -> None:
+    n, h, w = image
+    x = random((n, c, h, w), dtype)
+    x[0, 5, 1, 1] = float("nan")
+    out = pixels.empty(n, h, w, c, dtype, extra)
+    emulated_once.local_response_norm(out, pixels.of(x, extra), 5, 1e-1, 0.75, 2.0)
+    expected = F.local_response_norm(x.double(), 5, 1e-1, 0.75, 2.0)
+    reference = F.local_response_norm(x.float(), 5, 1e-1, 0.75, 2.0).to(dtype)
+    assert torch.equal(out.nchw.isnan(), expected.isnan())
+    assert_accurate(out.nchw.nan_to_num(), reference.nan_to_num(), expected.nan_to_num())
+    assert out.untouched_around()
+
+
 @dtypes
 @layouts
 @pytest.mark.parametrize("image", [(1, 1, 1), (2, 9, 7), (5, 31, 29)], ids=str)

@@ -8,14 +8,17 @@ import json
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import small_input, small_network
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fastcnn
 
@@ -46,6 +49,51 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     loaded = fastcnn.load_frozen(tmp_path / "model")
     assert torch.equal(loaded(x), frozen(x))
     assert loaded.memory() == frozen.memory()
+
+
+class _Several(nn.Module):
+    def __init__(self, result: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Tensor) -> Any:
+        return self.result(F.max_pool2d(x, 2))
+
+
+class _Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def test_structures_of_results(tmp_path: Path) -> None:
+    def result(y: Tensor) -> Any:
+        return OrderedDict(b=[y, (y + 1,)], a={"z": y[:, :1], "c": y * 2})
+
+    x = small_input()
+    model = _Several(result)
+    frozen = fastcnn.freeze(model, x)
+    frozen.save(tmp_path / "model")
+    for each in (frozen, fastcnn.load_frozen(tmp_path / "model"), copy.deepcopy(frozen)):
+        ours, theirs = each(x), model(x)
+        assert type(ours) is OrderedDict
+        assert str(ours.keys()) == str(theirs.keys())
+        assert type(ours["b"]) is list
+        assert type(ours["b"][1]) is tuple
+        assert list(ours["a"]) == ["z", "c"]
+        for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_result_of_another_class_is_for_this_process(tmp_path: Path) -> None:
+    x = small_input()
+    frozen = fastcnn.freeze(_Several(lambda y: _Pair(y, y * 2)), x)
+    result = frozen(x)
+    assert type(result) is _Pair
+    assert torch.equal(result.second, 2 * result.first)
+    for attempt in (lambda: frozen.save(tmp_path / "model"), lambda: copy.deepcopy(frozen)):
+        with pytest.raises(ValueError, match="the model returns a _Pair; a file can hold tuples, lists, and dict"):
+            attempt()
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -185,6 +233,21 @@ def _weight_of_another_step(header: dict[str, Any]) -> None:
     step[0], step[3] = "conv2d_winograd", step[3][:2] + step[3][3:4]
 
 
+def _class_for_a_structure(header: dict[str, Any]) -> None:
+    header["recipe"]["structure"] = ["collections.deque", [0]]
+
+
+def _specification_of_pytorch(header: dict[str, Any]) -> None:
+    """PyTorch's reader would import what ``node_spec`` names."""
+    leaf = {"type": None, "context": "null", "children_spec": []}
+    named = {"type": "builtins.list", "context": ["a_module_that_nobody_has", "A"], "children_spec": [leaf]}
+    header["recipe"]["structure"] = json.dumps([1, named])
+
+
+def _leaf_that_is_not_there(header: dict[str, Any]) -> None:
+    header["recipe"]["structure"] = ["tuple", [0, 1]]
+
+
 def _no_recipe(header: dict[str, Any]) -> None:
     del header["recipe"]
 
@@ -194,7 +257,8 @@ def _no_recipe(header: dict[str, Any]) -> None:
     [
         _outside_the_arena, _negative_offset, _huge_shape, _endless_broadcast, _negative_stride, _writes_constants,
         _smaller_arena, _unknown_step, _result_beyond_its_memory, _unknown_weight, _other_weight_shape,
-        _other_algorithm, _unknown_algorithm, _weight_of_another_step, _no_recipe,
+        _other_algorithm, _unknown_algorithm, _weight_of_another_step, _class_for_a_structure,
+        _specification_of_pytorch, _leaf_that_is_not_there, _no_recipe,
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(saved: Path, change: Any) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastcnn.nn as fnn
-from fastcnn import ops
+from fastcnn import _native, ops
+from fastcnn.ops import _registration as registration
 
 WEIGHT = torch.linspace(-1, 1, 3 * 4 * 3 * 3).view(3, 4, 3, 3)
 
@@ -129,7 +130,7 @@ def test_out_in_another_storage_of_the_same_memory() -> None:
 
 
 def test_freed_storage_is_named() -> None:
-    for name in ("input", "tensor"):
+    for name in ("input", "weight"):
         x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
         weight = WEIGHT.clone()
         (x if name == "input" else weight).untyped_storage().resize_(0)
@@ -205,6 +206,125 @@ def test_ordinary_calls_pass_the_dispatcher_by(dispatched):
     with torch.no_grad():
         assert torch.equal(ops.max_pool2d(nn.Parameter(x), 2), expected)
     assert not dispatched
+
+
+def test_what_is_ordinary_does_not_depend_on_the_first_call(dispatched):
+    registration._ordinary_keys.cache_clear()
+    x = torch.randn(2, 4, 6, 6)
+    with torch.inference_mode():
+        ops.max_pool2d(x, 2)
+    ops.max_pool2d(x, 2)
+    assert not dispatched
+
+
+def test_outputs_pass_the_dispatcher_by(monkeypatch):
+    from fastcnn.ops.pool2d import MAX
+
+    monkeypatch.setattr(MAX, "into", None)
+    x, out = torch.randn(2, 4, 6, 6), torch.empty(2, 4, 3, 3)
+    version = out._version
+    assert ops.max_pool2d(x, 2, out=out) is out
+    assert torch.equal(out, F.max_pool2d(x, 2))
+    assert out._version > version
+    with pytest.raises(TypeError):  # the dispatcher is asked where a gradient would be recorded
+        ops.max_pool2d(x.requires_grad_(), 2, out=out)
+
+
+# ---- forms that were seen before ------------------------------------------------------------------------------------
+
+
+def test_every_call_of_a_form_is_right():
+    """The second call of a form is not checked again: it must differ from the first in values only."""
+    for x in (torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)):
+        for stride in (1, 2):
+            for _ in range(3):
+                x = x * 2 - 1
+                expected = F.conv2d(x, WEIGHT, stride=stride)
+                y = ops.conv2d(x, WEIGHT, stride=stride)
+                assert y.stride() == expected.stride()
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    empty = torch.randn(0, 4, 6, 6)
+    for _ in range(2):
+        assert ops.conv2d(empty, WEIGHT).shape == (0, 3, 4, 4)
+
+
+def test_wrong_arguments_are_refused_after_good_ones_and_again():
+    x = torch.randn(2, 4, 6, 6)
+    for _ in range(2):
+        ops.conv2d(x, WEIGHT)
+        with pytest.raises(ValueError, match="channels"):
+            ops.conv2d(x[:, :3], WEIGHT)
+        with pytest.raises(TypeError, match="weight"):
+            ops.conv2d(x, WEIGHT.double())
+        with pytest.raises(ValueError, match="bias"):
+            ops.conv2d(x, WEIGHT, torch.zeros(4))
+
+
+def test_wrong_outputs_are_refused_after_good_ones_and_again():
+    x, out = torch.randn(2, 4, 6, 6), torch.empty(2, 3, 4, 4)
+    for _ in range(2):
+        ops.conv2d(x, WEIGHT, out=out)
+        with pytest.raises(ValueError, match="out must have shape"):
+            ops.conv2d(x, WEIGHT, out=torch.empty(2, 3, 4, 5))
+        with pytest.raises(ValueError, match="overlap itself"):
+            ops.conv2d(x, WEIGHT, out=torch.empty(1).expand(2, 3, 4, 4))
+    torch.testing.assert_close(out, F.conv2d(x, WEIGHT), rtol=1e-4, atol=1e-4)
+
+
+SIGNED = {
+    "shape": (torch.empty(2, 3), torch.empty(3, 2)),
+    "strides": (torch.empty(2, 2), torch.empty(2, 2).t()),
+    "strides of size-1 dimensions": (torch.empty(1, 2, 1, 1), torch.empty_strided((1, 2, 1, 1), (2, 1, 2, 2))),
+    "dtype": (torch.empty(2), torch.empty(2, dtype=torch.bfloat16)),
+    "16-bit dtypes": (torch.empty(2, dtype=torch.float16), torch.empty(2, dtype=torch.bfloat16)),
+    "alignment": (torch.empty(8)[:4], torch.empty(8)[1:5]),
+    "none": (None, 0),
+    "bool": (True, 1),
+    "float": (1.0, 1),
+    "nesting": ((1, (2, 3)), (1, 2, 3)),
+    "string": ("relu", "none"),
+    "size": ((1, 2), (1, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_signatures_tell_forms_apart(name: str):
+    one, other = (_native.signature((a,)) for a in SIGNED[name])
+    assert one is not None
+    assert other is not None
+    assert one != other
+
+
+def test_signatures_do_not_see_values():
+    assert _native.signature((torch.zeros(2, 3), 1)) == _native.signature((nn.Parameter(torch.ones(2, 3)), 1))
+    assert _native.signature((torch.zeros(1), object())) is None
+    assert _native.signature((2**70,)) is None
+
+
+# ---- overlap ---------------------------------------------------------------------------------------------------------
+
+
+def views(buffer: Tensor) -> dict[str, Tensor]:
+    """Views of (2, 6, 3, 4) channels-last memory."""
+    return {
+        "all": buffer, "first": buffer[:, :2], "middle": buffer[:, 2:4], "most": buffer[:, 1:], "image": buffer[1:],
+        "row": buffer[:, :, 1:2], "row's middle": buffer[:, 2:4, 1:2], "column": buffer[..., 2:3],
+        "vector": buffer[0, 0, 0], "empty": buffer[:0], "channel": buffer[:, 5:],
+    }  # fmt: skip
+
+
+def test_overlap_is_never_missed_and_slices_are_told_apart():
+    buffer = torch.arange(144.0).view(2, 3, 4, 6).permute(0, 3, 1, 2)
+    for one in views(buffer):
+        for other in views(buffer):
+            a, b = views(buffer)[one], views(buffer)[other]
+            shared = bool(set(a.flatten().tolist()) & set(b.flatten().tolist()))
+            told = _native.may_overlap(a, (None, torch.empty(3), b))
+            assert told or not shared, (one, other)
+            whole_pixels = a.shape[2:] == b.shape[2:] == (3, 4) and a.shape[0] == b.shape[0] == 2
+            if whole_pixels and not shared:
+                assert not told, (one, other)
+    assert not _native.may_overlap(buffer, (buffer.clone(),))
 
 
 @pytest.mark.parametrize("name", watched_calls(torch.empty(0)))

@@ -45,6 +45,7 @@ struct Conv2dBf16Problem {
 };
 
 struct LinearProblem;  // table.h
+struct LinearShortProblem;
 struct WinogradProblem;
 
 // The entries of an instruction set with bf16 dot products.
@@ -55,6 +56,7 @@ struct Bf16Kernels {
   int64_t (*winograd_scratch_bytes)(const WinogradProblem&);  // tiles of 2x2, weights in pairs
   void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
+  void (*linear_short_task)(const LinearShortProblem&, int64_t index);
 };
 
 }  // namespace fastcnn::cpu

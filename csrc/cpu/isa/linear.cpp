@@ -15,6 +15,7 @@
 // rows a power of two apart would share a cache set, and their values are broadcast against the input's vectors.
 // Registers: kMicroRows x 2 accumulators. L2: a chunk of the task's input panels. Floor: 2*M*K*C FLOPs.
 
+#include "linear_lanes.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -32,33 +33,6 @@ constexpr int64_t kPanelStride = kChunk + 16;  // not a multiple of 1 KiB: rows 
 
 // ---- few rows: dot products
 // ------------------------------------------------------------------------------------------
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define FASTCNN_HAS_SHUFFLE 1
-#endif
-#endif
-
-static inline float add_lanes(Vector v) {
-#if FASTCNN_HAS_SHUFFLE && defined(__AVX512F__)
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
-  return v[0] + v[1];
-#elif FASTCNN_HAS_SHUFFLE && defined(__AVX2__)
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1);
-  return v[0] + v[1];
-#else
-  float lanes[kVectorWidth];
-  store(lanes, v);
-#pragma GCC unroll 4
-  for (int width = kVectorWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-#endif
-}
 
 // A tile of dot products over `count` values, each left as a vector of partial sums.
 template <int Rows, int Columns, typename T>

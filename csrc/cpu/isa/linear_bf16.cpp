@@ -13,6 +13,7 @@
 // Floor: K*C weights of 2 bytes from memory, each read once.
 #include <immintrin.h>
 
+#include "linear_lanes.h"
 #include "variant_bf16.h"
 #include "vector.h"
 
@@ -21,16 +22,6 @@ namespace {
 
 constexpr int kTileRows = 4, kTileColumns = 4;
 constexpr int64_t kLanes = 32;  // bf16 values in a vector
-
-static inline float add_lanes(__m512 v) {
-  float lanes[kVectorWidth];
-  store(lanes, (Vector)v);
-#pragma GCC unroll 4
-  for (int width = kVectorWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
 
 // sums[i][j]: x row i against weight row j, over `count` values.
 template <int Rows, int Columns>
@@ -61,7 +52,7 @@ static void dot_products(const uint16_t* x, int64_t x_stride, const uint16_t* w,
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Columns; ++j) sums[i][j] = add_lanes(sum[i][j]);
+    for (int j = 0; j < Columns; ++j) sums[i][j] = add_lanes((Vector)sum[i][j]);
   }
 }
 

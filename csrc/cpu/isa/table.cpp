@@ -22,6 +22,8 @@ const KernelTable& kernel_table() {
       conv2d_grouped_task,
       winograd_scratch_bytes,
       winograd_task,
+      winograd_plain_scratch_bytes,
+      winograd_plain_task,
       pool2d_task,
       local_response_norm_scratch_bytes,
       local_response_norm_task,
@@ -29,6 +31,11 @@ const KernelTable& kernel_table() {
       linear_pack_task,
       linear_few_rows_task,
       linear_many_rows_task,
+#if defined(__AVX512BW__)
+      linear_short_task,
+#else
+      nullptr,
+#endif
       channel_affine_task,
       map_block,
       rows_task,

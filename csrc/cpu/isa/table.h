@@ -57,6 +57,7 @@ struct WinogradProblem {
   int64_t pad_top, pad_left;
   int tile, side;  // to a tile's side: outputs, 4 or 2; inputs, 6 or 4
   const float* packed_weight;
+  int64_t groups;                          // of isa/conv2d_winograd_plain.cpp only, whose column block is a vector
   int64_t channel_vectors, column_blocks;  // a vector holds twice as many channels where weights are bf16 pairs
   // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
   const float* input_scale;
@@ -187,6 +188,33 @@ struct RowsProblem {
   int64_t rows_per_task;
 };
 
+// Short weights of a fully connected layer: see isa/linear_short.h.
+constexpr int kLinearShortRows = 4;                                  // weight rows that are stored together
+constexpr int kLinearShortLanes = 16, kLinearShortBlockBytes = 224;  // of fp32 weights
+constexpr int kLinearShortBf16Lanes = 32, kLinearShortBf16BlockBytes = 192;
+
+// A weight that its place in a block cannot say.
+struct LinearException {
+  uint32_t block;
+  uint16_t row, lane;
+  uint32_t bits;
+};
+
+// One fully connected layer with few rows and short weights, ready to run. Filled by linear_short.cpp.
+struct LinearShortProblem {
+  void* out;
+  const void* input;
+  int64_t out_stride, input_stride;  // from one row to the next
+  int64_t rows, columns, depth;      // M, K, C
+  const float* bias;
+  bool relu;
+  uint32_t first_exponent;
+  const uint8_t* blocks;            // [group][block]
+  const uint32_t* first_exception;  // of each group, and behind the last
+  const LinearException* exceptions;
+  int64_t groups_per_task;
+};
+
 // Sums over the pixels of a batch. Filled by batch_statistics.cpp.
 struct BatchStatisticsProblem {
   TensorView input;
@@ -211,6 +239,8 @@ struct KernelTable {
   void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
   int64_t (*winograd_scratch_bytes)(const WinogradProblem&);
   void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
+  int64_t (*winograd_plain_scratch_bytes)(const WinogradProblem&);
+  void (*winograd_plain_task)(const WinogradProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);
@@ -219,6 +249,7 @@ struct KernelTable {
   void (*linear_pack_task)(const LinearProblem&, float* packed, int64_t index);
   void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
   void (*linear_many_rows_task)(const LinearProblem&, const float* packed, int64_t index, void* scratch);
+  void (*linear_short_task)(const LinearShortProblem&, int64_t index);  // of fp32; null where it would not pay
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
   void (*map_block)(const MapProblem&);
   void (*rows_task)(const RowsProblem&, int64_t index);

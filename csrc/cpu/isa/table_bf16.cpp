@@ -5,7 +5,8 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
 constexpr Bf16Kernels kBf16Kernels = {conv2d_bf16_scratch_bytes,   conv2d_bf16_task,   conv2d_grouped_bf16_task,
-                                      winograd_bf16_scratch_bytes, winograd_bf16_task, linear_few_rows_bf16_task};
+                                      winograd_bf16_scratch_bytes, winograd_bf16_task, linear_few_rows_bf16_task,
+                                      linear_short_bf16_task};
 
 KernelTable extended() {
   KernelTable table = avx512::kernel_table();

@@ -12,5 +12,6 @@ void conv2d_grouped_bf16_task(const Conv2dBf16Problem& problem, int64_t index);
 int64_t winograd_bf16_scratch_bytes(const WinogradProblem& problem);
 void winograd_bf16_task(const WinogradProblem& problem, int64_t index, void* scratch);
 void linear_few_rows_bf16_task(const LinearProblem& problem, int64_t index);
+void linear_short_bf16_task(const LinearShortProblem& problem, int64_t index);
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace fastcnn::cuda {
 
@@ -88,6 +89,32 @@ __device__ __forceinline__ void store(T* destination, const float (&x)[kCount]) 
     memcpy(&raw, values, 16);
     store_16(destination, raw);
   }
+}
+
+// kCount elements as they lie in memory. A thread that loads several before it converts the first has all of them in
+// flight; loads that are converted one by one wait for each other.
+template <int kCount, typename T>
+struct Raw {
+  static_assert(kCount == 1 || kCount == kVector<T>, "one element or 16 bytes");
+  std::conditional_t<kCount == 1, T, uint4> bits;
+};
+
+// Of memory that is read once: past L1.
+template <int kCount, typename T>
+__device__ __forceinline__ Raw<kCount, T> load_raw(const T* source) {
+  if constexpr (kCount == 1) {
+    return {*source};
+  } else {
+    return {__ldcg(reinterpret_cast<const uint4*>(source))};
+  }
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void convert(float (&x)[kCount], const Raw<kCount, T>& raw) {
+  T values[kCount];
+  memcpy(values, &raw.bits, sizeof(values));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = to_float(values[i]);
 }
 
 // Per-channel fp32 coefficients, `otherwise` where the vector is absent.

@@ -127,6 +127,29 @@ __device__ __forceinline__ void multipliers_barrier() {
   asm volatile("bar.sync 4, 256;\n" ::: "memory");
 }
 
+// The barrier of a cluster's blocks: what a thread of any of them wrote or read before arriving has happened for those
+// that have waited. All threads arrive, and each waits before it arrives again.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;\n" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory");
+}
+// Where the shared memory of the cluster's block `rank` has what this block has at `address`.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ float4 load_cluster_16(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 // Registers move from the warpgroup that copies to those that multiply; every thread of the warpgroup executes it.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
@@ -149,6 +172,9 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
   return value;
+}
+__device__ __forceinline__ void store_shared_8(uint32_t address, float2 value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
 }
 __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");

@@ -61,9 +61,9 @@ class ByMeasurement:
         covering = cpp.algorithms(weight.shape, stride, dilation, groups)
         if covering == (cpp.DIRECT,) or not backends.allows_fast_algorithms():
             return usual
-        key = (tuple(out), tuple(input), tuple(weight.shape), padding, weight.dtype)
+        key = (tuple(out), tuple(input), tuple(weight.shape), padding, groups, weight.dtype)
         if key not in self._known:
-            self._known[key] = self._measured(covering, out, input, weight, padding, usual)
+            self._known[key] = self._measured(covering, out, input, weight, padding, groups, usual)
         return self._known[key]
 
     def _measured(
@@ -73,13 +73,14 @@ class ByMeasurement:
         input: Sequence[int],
         weight: Tensor,
         padding: Pair,
+        groups: int,
         usual: str,
     ) -> str:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(tuple(input), generator=generator).contiguous(memory_format=torch.channels_last)
         narrow = x.to(weight.dtype)
         x, wide = narrow.float(), weight.detach().float()
-        sums = _Layer(cpp.DIRECT, out, x, wide, padding).run()
+        sums = _Layer(cpp.DIRECT, out, x, wide, padding, groups).run()
         size = sums.norm()
 
         def off(layer: _Layer) -> Tensor:
@@ -87,12 +88,12 @@ class ByMeasurement:
 
         bound = None
         if weight.dtype == torch.bfloat16:
-            bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding)) + BF16_ROUNDING * size
+            bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding, groups)) + BF16_ROUNDING * size
         layers = {}
         for name in covering:
-            layer = _Layer(name, out, narrow, weight.detach(), padding)
+            layer = _Layer(name, out, narrow, weight.detach(), padding, groups)
             # Judged in fp32 too, where nothing hides the algorithm's own error.
-            error = off(_Layer(name, out, x, wide, padding))
+            error = off(_Layer(name, out, x, wide, padding, groups))
             if error > FAST_ALGORITHM_ERROR * size or not error.isfinite():
                 logger.warning("%s is off by %.1e on %s: not used", name, error / size, tuple(out))
             elif bound is not None and (error := off(layer)) > bound:
@@ -116,10 +117,10 @@ class ByMeasurement:
 class _Layer:
     """One convolution by one algorithm, as a plan of a single step."""
 
-    def __init__(self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair) -> None:
+    def __init__(self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair, groups: int) -> None:
         self.algorithm, self._x = algorithm, x
         self._y = torch.empty(tuple(out), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
-        self._weight = cpp.pack_weight(weight, 1, algorithm)
+        self._weight = cpp.pack_weight(weight, groups, algorithm)
         constants = torch.empty(0, dtype=torch.uint8)
         self._plan = _native.Plan(0, constants, [x.nbytes], [self._y.nbytes])
         dtype = str(x.dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
-from torch.utils._pytree import tree_unflatten, treespec_loads
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
@@ -24,6 +24,7 @@ from fastcnn.graph.freezing.gpu.storage import MAGIC as GPU_MAGIC
 from fastcnn.graph.freezing.lowering import DTYPES, Lowering, fastcnn_rules
 from fastcnn.graph.freezing.recipe import Recipe, TensorSpec, build_plan, dtype_of, make_recipe, packed
 from fastcnn.graph.freezing.storage import as_bytes, from_bytes
+from fastcnn.graph.freezing.structures import filled, structure_as_data
 from fastcnn.graph.optimizing import is_fastcnn, optimize
 
 
@@ -51,17 +52,29 @@ class FrozenModel(nn.Module):
     threads are safe; they run one after the other, since there is one arena. No gradient is recorded.
     """
 
-    def __init__(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        constants: Tensor,
+        weights: Sequence[cpp.PackedWeight],
+        structure: TreeSpec | None = None,
+    ) -> None:
         super().__init__()
-        self._set(recipe, constants, weights)
+        self._set(recipe, constants, weights, structure)
         self.train(False)
 
-    def _set(self, recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> None:
+    def _set(
+        self,
+        recipe: Recipe,
+        constants: Tensor,
+        weights: Sequence[cpp.PackedWeight],
+        structure: TreeSpec | None = None,  # of the result, where it does not come from a file
+    ) -> None:
         self._recipe, self._constants, self._weights = recipe, constants, tuple(weights)
         self._plan = build_plan(recipe, constants, self._weights)
-        self._structure = treespec_loads(recipe.structure)
-        if self._structure.num_leaves != len(recipe.outputs):
-            raise ValueError("the result's structure does not fit its tensors")
+        self._structure = structure
+        if structure is None:
+            filled(recipe.structure, [None] * len(recipe.outputs))  # raises where a file's does not fit
         self._input_checks = [(spec.shape, spec.strides, dtype_of(spec.dtype)) for spec in recipe.inputs]
         self._output_memory = [(length, dtype_of(dtype)) for length, dtype in recipe.output_memory]
         for spec in recipe.outputs:
@@ -69,12 +82,15 @@ class FrozenModel(nn.Module):
         whole = _whole_results(recipe.outputs, self._output_memory)
         # One native function for inputs that lie as the example's; it returns None for others.
         self._call = None if whole is None else self._plan.caller(self._input_checks, whole, torch)
-        self._is_leaf = self._structure.is_leaf()
+        self._is_leaf = recipe.structure == 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file."""
+        """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file.
+
+        Raises ValueError as :meth:`save` does.
+        """
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_FROZEN_MODEL}
-        return {**state, "_file": b"".join(as_bytes(self._recipe, self._constants, self._weights))}
+        return {**state, "_file": b"".join(self._as_bytes())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Raises ValueError as :func:`load_frozen` does, on a processor of another instruction set for example."""
@@ -101,7 +117,7 @@ class FrozenModel(nn.Module):
         if self._call is not None:
             found = self._call(*inputs)
             if found is not None:
-                return found if self._is_leaf else tree_unflatten(found, self._structure)
+                return found if self._is_leaf else self._structured(found if isinstance(found, list) else [found])
         if len(inputs) != len(self._input_checks):
             raise ValueError(f"the frozen model takes {len(self._input_checks)} inputs, was given {len(inputs)}")
         given = [self._checked(i, tensor) for i, tensor in enumerate(inputs)]
@@ -110,7 +126,12 @@ class FrozenModel(nn.Module):
         results = [
             memory[spec.memory].as_strided(spec.shape, spec.strides, spec.offset) for spec in self._recipe.outputs
         ]
-        return results[0] if self._is_leaf else tree_unflatten(results, self._structure)
+        return results[0] if self._is_leaf else self._structured(results)
+
+    def _structured(self, results: list[Tensor]) -> Any:
+        if self._structure is None:
+            return filled(self._recipe.structure, results)
+        return tree_unflatten(results, self._structure)
 
     def _checked(self, index: int, tensor: Tensor) -> Tensor:
         shape, strides, dtype = self._input_checks[index]
@@ -136,10 +157,21 @@ class FrozenModel(nn.Module):
         return Memory(recipe.arena_bytes, weights, recipe.activation_bytes, self._plan.workspace_bytes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle."""
+        """Write the frozen model to a file for :func:`load_frozen`; the format needs no pickle.
+
+        Raises:
+            ValueError: the result is no tensor, and made of other than tuples, lists and dictionaries with strings as
+                keys.
+        """
+        parts = self._as_bytes()
         with open(path, "wb") as file:
-            for part in as_bytes(self._recipe, self._constants, self._weights):
+            for part in parts:
                 file.write(part)
+
+    def _as_bytes(self) -> list[bytes]:
+        if self._structure is not None:
+            structure_as_data(self._structure)
+        return as_bytes(self._recipe, self._constants, self._weights)
 
     def extra_repr(self) -> str:
         inputs = ", ".join(str(spec.shape) for spec in self._recipe.inputs)
@@ -287,4 +319,4 @@ def freeze(
         choose = ByMeasurement() if tune else by_rule
         program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}, choose).run()
         recipe, constants = make_recipe(program, captured.spec)
-    return FrozenModel(recipe, constants, packed(program.weights))
+    return FrozenModel(recipe, constants, packed(program.weights), captured.spec)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fastcnn.graph.freezing.program import Buffer, Program, Step, View, contiguous_strides
 
 _ANY_STRIDES = frozenset({"copy", "fill", "map", "reduce_last"})
-_MATRICES = frozenset({"linear", "layer_norm", "softmax"})
+_MATRICES = frozenset({"linear", "linear_short", "layer_norm", "softmax"})
 
 Shape = tuple[int, int, int]  # images, channels, pixels
 

@@ -145,7 +145,8 @@ class View:
 class Step:
     """One call of the native plan: ``plan.operator(out, *inputs, *attributes)``.
 
-    For convolutions the packed weight ``weight`` (its place in :attr:`Program.weights`) follows the first input.
+    For convolutions and ``linear_short`` the packed weight (its place in :attr:`Program.weights`) follows the
+    first input.
     """
 
     operator: str
@@ -160,10 +161,13 @@ class Step:
 
 @dataclass
 class PackedWeight:
-    """A convolution's weight, packed for this processor's instruction set and one of the C++ backend's algorithms."""
+    """A weight packed for this processor's instruction set and one of the C++ backend's algorithms.
+
+    ``shape`` is (K, C // groups, R, S) of a convolution's, (K, C) of a fully connected layer's.
+    """
 
     packed: cpp.PackedWeight
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     groups: int
     algorithm: str
     dtype: torch.dtype

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, treespec_dumps
+from torch.utils._pytree import TreeSpec
 
 from fastcnn import _native
 from fastcnn.backends import cpp
@@ -18,13 +18,16 @@ from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.pooling import fuse_max_pooling
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
+from fastcnn.graph.freezing.short_weights import shorten_weights
+from fastcnn.graph.freezing.structures import structure_as_data
 
 ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs follow the inputs
 
 # What a step may call on the native plan.
 OPERATORS = frozenset(
     {
-        "conv2d", "conv2d_winograd", "linear", "channel_affine", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+        "conv2d", "conv2d_winograd", "linear", "linear_short", "channel_affine", "max_pool2d", "avg_pool2d",
+        "adaptive_avg_pool2d",
         "local_response_norm", "copy", "fill", "map", "reduce_last", "layer_norm", "softmax",
     }
 )  # fmt: skip
@@ -71,7 +74,7 @@ class Recipe:
     steps: list[StepRecipe]
     # Shape, groups, algorithm and dtype of each packed weight.
     weights: list[tuple[tuple[int, ...], int, str, str]]
-    structure: str  # of the result: a pytree specification in JSON
+    structure: Any  # of the result: see structures.py; None if no file can hold it
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,7 +112,7 @@ class Recipe:
             int(data["activation_bytes"]),
             [step(v) for v in data["steps"]],
             [(tuple(s), int(g), str(algorithm), str(dtype)) for s, g, algorithm, dtype in data["weights"]],
-            str(data["structure"]),
+            data["structure"],
         )
 
 
@@ -123,6 +126,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     drop_unread(program)
     fuse_max_pooling(program)
     run_in_chunks(program)
+    shorten_weights(program)
     alive = lifetimes(program)
     offsets, arena_bytes = plan_offsets(list(alive.values()))
     places: dict[Buffer, tuple[int, int]] = {
@@ -160,9 +164,16 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
         activation_bytes,
         steps,
         [(w.shape, w.groups, w.algorithm, dtype_name(w.dtype)) for w in program.weights],
-        treespec_dumps(structure),
+        _data_of(structure),
     )
     return recipe, constants
+
+
+def _data_of(structure: TreeSpec) -> Any:
+    try:
+        return structure_as_data(structure)
+    except ValueError:  # saying so is for whoever writes a file
+        return None
 
 
 def _gather_constants(program: Program, places: dict[Buffer, tuple[int, int]]) -> Tensor:

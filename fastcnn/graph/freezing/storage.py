@@ -24,7 +24,7 @@ from fastcnn.backends import cpp
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
-FORMAT = 3
+FORMAT = 4
 
 
 def as_bytes(recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> list[bytes]:
@@ -97,9 +97,7 @@ def _require_compatible(header: dict[str, Any], name: str) -> None:
     }
     for key, ours in here.items():
         if header[key] != ours:
-            raise Incompatible(
-                f"{name} was written for {key} {header[key]}, here it is {ours}: freeze the model again"
-            )
+            raise Incompatible(f"{name} was written for {key} {header[key]}, here it is {ours}: freeze the model again")
 
 
 def _read(header: dict[str, Any], payload: memoryview) -> Stored:

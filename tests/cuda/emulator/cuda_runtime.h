@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <map>
 
 #include "emulator.h"
 
@@ -12,7 +13,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define threadIdx (emulator::current->index)
-static const dim3& blockIdx = emulator::block_index;
+#define blockIdx (emulator::block().index)
 static const dim3& gridDim = emulator::grid_size;
 
 struct alignas(16) uint4 {
@@ -42,6 +43,9 @@ inline uint4 __ldca(const uint4* pointer) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) emulator::fail("misaligned 16-byte load");
   return *pointer;
 }
+inline uint4 __ldcg(const uint4* pointer) {
+  return __ldca(pointer);
+}
 inline void __stwb(uint4* pointer, uint4 value) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) emulator::fail("misaligned 16-byte store");
   *pointer = value;
@@ -55,31 +59,54 @@ inline float __fdividef(float x, float y) {
 
 inline void __syncthreads() {
   emulator::collective(emulator::Scope::block, nullptr, [](unsigned, const std::vector<void*>&) {
-    emulator::fenced_at_barrier = true;
-    for (const auto* thread : emulator::threads) emulator::fenced_at_barrier &= thread->done || !thread->unfenced;
+    emulator::Block& block = emulator::block();
+    block.fenced_at_barrier = true;
+    for (const auto* thread : block.threads) block.fenced_at_barrier &= thread->done || !thread->unfenced;
   });
 }
 inline void __syncwarp() {
   emulator::collective(emulator::Scope::warp, nullptr, nullptr);
 }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
+// Lane l receives the value of lane `source(l, distance)`, or keeps its own where that is none.
+template <typename T>
+T emulated_shuffle(unsigned mask, T value, int distance, int (*source)(int lane, int distance)) {
   if (mask != 0xffffffffu) emulator::fail("only full-warp shuffles are emulated");
   struct Argument {
-    float in, out;
+    T in, out;
     int distance;
-  } argument = {value, 0.0f, distance};
+    int (*source)(int, int);
+  } argument = {value, value, distance, source};
   emulator::collective(emulator::Scope::warp, &argument, [](unsigned, const std::vector<void*>& arguments) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* self = static_cast<Argument*>(arguments[lane]);
-      self->out = static_cast<Argument*>(arguments[lane ^ self->distance])->in;
+      const int from = self->source(lane, self->distance);
+      if (from >= 0 && from < 32) self->out = static_cast<Argument*>(arguments[from])->in;
     }
   });
   return argument.out;
 }
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  return emulated_shuffle(mask, value, distance, [](int lane, int by) { return lane ^ by; });
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  return emulated_shuffle(mask, value, distance, [](int lane, int by) { return lane - by; });
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int distance) {
+  return emulated_shuffle(mask, value, distance, [](int lane, int by) { return lane + by; });
+}
 
 // The runtime. Device d has 2^(d % 16) multiprocessors; devices 0-15 are sm_80, 16-31 sm_90.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidClusterSize = 912
+};
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
@@ -88,10 +115,21 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 struct cudaDeviceProp {
   char name[16];
@@ -108,11 +146,14 @@ inline const char* cudaGetErrorString(cudaError_t) {
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
+inline int current_device = 0;
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) {
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= 32) return cudaErrorInvalidDevice;
+  current_device = device;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
@@ -140,16 +181,32 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
 }
+// Dynamic shared memory that a kernel may have on the current device.
+inline int& opted_into(const void* kernel) {
+  static std::map<std::pair<int, const void*>, int> bytes;
+  return bytes.try_emplace({current_device, kernel}, 48 * 1024).first->second;
+}
 template <typename... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int bytes) {
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidConfiguration;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  if (bytes > 227 * 1024) return cudaErrorInvalidValue;
+  opted_into(reinterpret_cast<const void*>(kernel)) = bytes;
+  return cudaSuccess;
 }
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   const dim3 grid = config->gridDim;
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.x > 0x7fffffffu) return cudaErrorInvalidConfiguration;
-  if (config->blockDim.x > 1024 || config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidConfiguration;
-  emulator::run_grid(grid, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  const auto most = static_cast<size_t>(opted_into(reinterpret_cast<const void*>(kernel)));
+  if (config->blockDim.x > 1024 || config->dynamicSmemBytes > most) return cudaErrorInvalidValue;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& size = config->attrs[i].val.clusterDim;
+    if (size.y != 1 || size.z != 1 || size.x == 0 || size.x > 8 || grid.x % size.x != 0) {
+      return cudaErrorInvalidClusterSize;
+    }
+    cluster = size.x;
+  }
+  emulator::run_grid(grid, config->blockDim, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -19,18 +19,18 @@ struct Barrier {
   std::vector<std::pair<int, std::function<void()>>> copies;  // in flight: bytes, and what lands them
 };
 
-std::map<uint32_t, Barrier> barriers;
+std::map<std::pair<unsigned, uint32_t>, Barrier> barriers;  // by the block's rank and the address
 std::vector<std::unique_ptr<Map>> maps;
 
 struct Store {
-  unsigned thread;
+  const emulator::Thread* thread;
   std::function<void()> run;
 };
 std::vector<Store> stores;
 
 Barrier& barrier_at(uint32_t address) {
   emulator::shared_pointer(address, 8);
-  const auto found = barriers.find(address);
+  const auto found = barriers.find({emulator::block().rank, address});
   if (found == barriers.end()) emulator::fail("a barrier that was never initialised");
   return found->second;
 }
@@ -58,24 +58,29 @@ void issue(uint32_t address, int bytes, std::function<void()> copy) {
   emulator::note_progress();
 }
 
-// Row `row` of a copy's 128-byte rows, `from` null for zeros; `values` of it are real.
-void place_row(uint32_t destination, int row, const unsigned char* from, int values) {
-  if (destination % 1024 != 0) emulator::fail("the 128B swizzle starts on a 1024-byte boundary");
-  for (int chunk = 0; chunk < 8; ++chunk) {
+// Bytes [at, ...) of row `row` of a copy in shared memory. A map's rows are 128 bytes in the 128B swizzle, or 64 in the
+// 64B swizzle, whose patterns repeat after eight rows.
+uint32_t swizzled(const Map& map, uint32_t start, int row, int at) {
+  if (start % (map.row * 16) != 0) emulator::fail("a swizzle starts on a boundary of eight rows");
+  const uint32_t address = start + row * map.row * 2 + at;
+  return address ^ (address >> 7 & (map.row == 64 ? 7 : 3)) << 4;
+}
+
+// Row `row` of a copy's rows, `from` null for zeros; `values` of it are real.
+void place_row(const Map& map, uint32_t destination, int row, const unsigned char* from, int values) {
+  for (int chunk = 0; chunk < map.row / 8; ++chunk) {
     unsigned char line[16] = {};
     for (int i = 0; i < 8; ++i) {
       const int value = chunk * 8 + i;
       if (from != nullptr && value < values) std::memcpy(line + 2 * i, from + 2 * value, 2);
     }
-    uint32_t address = destination + row * 128 + chunk * 16;
-    address ^= (address >> 7 & 7) << 4;
-    std::memcpy(emulator::shared_pointer(address, 16), line, 16);
+    std::memcpy(emulator::shared_pointer(swizzled(map, destination, row, chunk * 16), 16), line, 16);
   }
 }
 
 int values_from(const Map& map, int x) {
   const int64_t left = map.sizes[0] - x;
-  return left < 0 ? 0 : left > 64 ? 64 : static_cast<int>(left);
+  return left < 0 ? 0 : left > map.row ? map.row : static_cast<int>(left);
 }
 
 const unsigned char* element(const Map& map, int64_t x, int64_t y, int64_t z, int64_t u) {
@@ -107,7 +112,7 @@ void barrier_init(uint32_t address, int arrivals) {
   emulator::shared_pointer(address, 8);
   Barrier fresh;
   fresh.arrivals = fresh.pending = arrivals;
-  barriers[address] = std::move(fresh);
+  barriers[{emulator::block().rank, address}] = std::move(fresh);
 }
 
 void barrier_arrive(uint32_t address, int expected_bytes) {
@@ -135,14 +140,14 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 void copy_pixels(uint32_t destination, const Map& map, uint32_t barrier, int c, int w, int h, int n, int shift_w,
                  int shift_h) {
   if (!map.pixels) emulator::fail("copy_pixels wants a map of pixels");
-  issue(barrier, map.tile_pixels * 128, [=, &map] {
+  issue(barrier, map.tile_pixels * map.row * 2, [=, &map] {
     int64_t at_w = w, at_h = h, at_n = n;
     const int64_t end_w = map.first_w + static_cast<int64_t>(map.columns) * map.stride_w;
     const int64_t end_h = map.first_h + static_cast<int64_t>(map.rows) * map.stride_h;
     for (int pixel = 0; pixel < map.tile_pixels; ++pixel) {
       const int64_t x = at_w + shift_w, y = at_h + shift_h;
       const bool real = x >= 0 && x < map.sizes[1] && y >= 0 && y < map.sizes[2] && at_n < map.sizes[3];
-      place_row(destination, pixel, real ? element(map, c, x, y, at_n) : nullptr, values_from(map, c));
+      place_row(map, destination, pixel, real ? element(map, c, x, y, at_n) : nullptr, values_from(map, c));
       at_w += map.stride_w;
       if (at_w < end_w) continue;
       at_w = map.first_w;
@@ -180,48 +185,47 @@ int rows_of_box(const Map& map) {
 
 void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z, int u) {
   if (map.pixels) emulator::fail("copy_box wants a map of boxes");
-  issue(barrier, rows_of_box(map) * 128, [=, &map] {
-    for_each_row(map, x, y, z, u,
-                 [&](int row, const unsigned char* from) { place_row(destination, row, from, values_from(map, x)); });
+  issue(barrier, rows_of_box(map) * map.row * 2, [=, &map] {
+    for_each_row(map, x, y, z, u, [&](int row, const unsigned char* from) {
+      place_row(map, destination, row, from, values_from(map, x));
+    });
   });
 }
 
 void store_box(const Map& map, uint32_t source, int x, int y, int z, int u) {
-  if (source % 1024 != 0) emulator::fail("the 128B swizzle starts on a 1024-byte boundary");
   const auto run = [=, &map] {
     for_each_row(map, x, y, z, u, [&](int row, const unsigned char* to) {
       for (int value = 0; to != nullptr && value < values_from(map, x); ++value) {
-        uint32_t address = source + row * 128 + value * 2;
-        address ^= (address >> 7 & 7) << 4;
-        std::memcpy(const_cast<unsigned char*>(to) + 2 * value, emulator::shared_pointer(address, 2), 2);
+        const unsigned char* from = emulator::shared_pointer(swizzled(map, source, row, value * 2), 2);
+        std::memcpy(const_cast<unsigned char*>(to) + 2 * value, from, 2);
       }
     });
   };
   if (emulator::eager) {
     run();
   } else {
-    stores.push_back({emulator::current->linear, run});
+    stores.push_back({emulator::current, run});
   }
 }
 
 void multipliers_barrier() {
-  static unsigned arrived = 0, generation = 0;
-  const unsigned mine = generation;
-  if (++arrived == 256) {
-    arrived = 0;
-    ++generation;
+  emulator::Meeting& meeting = emulator::block().multipliers;
+  const unsigned long mine = meeting.generation;
+  if (++meeting.arrived == 256) {
+    meeting.arrived = 0;
+    ++meeting.generation;
     emulator::note_progress();
   }
-  while (generation == mine) emulator::yield();
+  while (meeting.generation == mine) emulator::yield();
 }
 
 void store_wait() {
   for (const Store& store : stores) {
-    if (store.thread == emulator::current->linear) store.run();
+    if (store.thread == emulator::current) store.run();
   }
   std::vector<Store> left;
   for (Store& store : stores) {
-    if (store.thread != emulator::current->linear) left.push_back(std::move(store));
+    if (store.thread != emulator::current) left.push_back(std::move(store));
   }
   stores = std::move(left);
 }
@@ -247,12 +251,14 @@ TensorMap pixel_map(const TensorView& image, const PixelMap& pixels) {
   map.stride_w = static_cast<int32_t>(pixels.stride_w);
   map.stride_h = static_cast<int32_t>(pixels.stride_h);
   map.tile_pixels = pixels.tile_pixels;
+  map.row = pixels.row;
   return emulated::remember(map);
 }
 
 TensorMap filter_map(const void* weight, DType, int64_t filters, int64_t taps, int64_t channels, int64_t row_stride,
-                     int tile_filters) {
+                     int tile_filters, int row) {
   emulated::Map map = {};
+  map.row = row;
   map.data = const_cast<void*>(weight);
   map.rank = 3;
   const int64_t sizes[3] = {channels, taps, filters}, strides[3] = {1, channels, row_stride};
@@ -266,6 +272,7 @@ TensorMap filter_map(const void* weight, DType, int64_t filters, int64_t taps, i
 
 TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {
   emulated::Map map = {};
+  map.row = kTensorMapRow;
   map.data = view.data;
   map.rank = 4;
   const int64_t sizes[4] = {view.c, view.w, view.h, view.n};
@@ -285,6 +292,7 @@ TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {
 
 TensorMap matrix_map(const TensorView& view, int tile_pixels) {
   emulated::Map map = {};
+  map.row = kTensorMapRow;
   map.data = view.data;
   map.rank = 2;
   map.sizes[0] = view.c;

@@ -19,6 +19,7 @@ struct Map {  // a TensorMap's opaque words hold its address
   int64_t sizes[4], strides[4];  // elements; innermost first
   int32_t box[4];                // of a tiled map
   int32_t rank;                  // 2, 3, 4
+  int32_t row;                   // values in a row of shared memory: 64, 32
   bool pixels;                   // walks a convolution's pixels, no box
   int32_t first_w, first_h, columns, rows, stride_w, stride_h, tile_pixels;
 };
@@ -90,6 +91,22 @@ inline void warpgroup_barrier(int) {
 inline void multipliers_barrier() {
   emulated::multipliers_barrier();
 }
+
+inline void cluster_arrive() {
+  emulator::cluster_arrive();
+}
+inline void cluster_wait() {
+  emulator::cluster_wait();
+}
+inline uint32_t cluster_address(uint32_t address, int rank) {
+  return emulator::cluster_address(address, rank);
+}
+inline float4 load_cluster_16(uint32_t address) {
+  float4 value;
+  std::memcpy(&value, emulator::cluster_pointer(address, 16), 16);
+  return value;
+}
+
 template <int kRegisters>
 void release_registers() {}
 template <int kRegisters>
@@ -104,6 +121,10 @@ inline uint32_t load_shared_4(uint32_t address) {
   uint32_t value;
   std::memcpy(&value, emulator::shared_pointer(address, 4), 4);
   return value;
+}
+inline void store_shared_8(uint32_t address, float2 value) {
+  std::memcpy(emulator::shared_pointer(address, 8), &value, 8);
+  emulator::current->unfenced = true;
 }
 inline void store_shared_4(uint32_t address, uint32_t value) {
   std::memcpy(emulator::shared_pointer(address, 4), &value, 4);

@@ -12,14 +12,15 @@ namespace fastcnn::cuda {
 
 namespace emulated {
 
-// Element (row, k) of a K-major operand in 128B swizzle: groups of eight 128-byte rows, a stride apart; address bits
-// 4-6 are xor-ed with bits 7-9.
+// Element (row, k) of a K-major operand: groups of eight rows, a stride apart. 128B swizzle: rows of 128 bytes, address
+// bits 4-6 are xor-ed with bits 7-9. 64B swizzle: rows of 64 bytes, bits 4-5 with bits 7-8.
 inline const unsigned char* operand(uint64_t descriptor, int row, int k) {
-  if (descriptor >> 62 != 1) emulator::fail("wgmma descriptor: swizzle mode is not 128B");
+  const uint64_t mode = descriptor >> 62;
+  if (mode != 1 && mode != 2) emulator::fail("wgmma descriptor: the swizzle is neither 128B nor 64B");
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * 2;
-  address ^= (address >> 7 & 7) << 4;
+  uint32_t address = start + row / 8 * stride + row % 8 * (mode == 1 ? 128 : 64) + k * 2;
+  address ^= (address >> 7 & (mode == 1 ? 7 : 3)) << 4;
   return emulator::shared_pointer(address, 2);
 }
 
@@ -88,16 +89,17 @@ void hold(T (&)[kCount]) {}
 template <int kPending>
 void wgmma_wait() {
   emulator::collective(emulator::Scope::warpgroup, nullptr, [](unsigned first, const std::vector<void*>&) {
-    while (emulator::threads[first]->products.groups.size() > kPending) {
-      const size_t count = emulator::threads[first]->products.groups.front().size();
+    const auto& threads = emulator::block().threads;
+    while (threads[first]->products.groups.size() > kPending) {
+      const size_t count = threads[first]->products.groups.front().size();
       for (size_t i = 0; i < count; ++i) {
         std::vector<emulator::Product> products;
         for (unsigned t = first; t < first + 128; ++t) {
-          products.push_back(emulator::threads[t]->products.groups.front()[i]);
+          products.push_back(threads[t]->products.groups.front()[i]);
         }
         emulated::multiply(products);
       }
-      for (unsigned t = first; t < first + 128; ++t) emulator::threads[t]->products.groups.pop_front();
+      for (unsigned t = first; t < first + 128; ++t) threads[t]->products.groups.pop_front();
     }
   });
 }
@@ -106,7 +108,7 @@ namespace emulated {
 
 inline void start(emulator::Product product) {
   if (!emulator::eager) {
-    if (!emulator::fenced_at_barrier)
+    if (!emulator::block().fenced_at_barrier)
       emulator::fail("wgmma reads shared memory that was not fenced for the async proxy");
     emulator::current->products.open.push_back(product);
     return;

@@ -7,15 +7,14 @@
 namespace emulator {
 
 Thread* current = nullptr;
-std::vector<Thread*> threads;
-dim3 block_index, block_size, grid_size;
+dim3 block_size, grid_size;
 bool eager = false;
-bool fenced_at_barrier = true;
 
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr uint32_t kSharedStart = 128;  // not a multiple of 1024: kernels that need more alignment must see to it
+constexpr uint32_t kClusterStep = 1u << 24;  // between the addresses of a cluster's blocks, the first one's included
 
 struct Fiber {
   Thread thread;
@@ -23,21 +22,12 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
 };
 
-struct Meeting {
-  unsigned arrived = 0;
-  unsigned long generation = 0;
-  std::vector<void*> arguments;
-};
-
-std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Meeting> warp_meetings, warpgroup_meetings;
-Meeting block_meeting;
+std::vector<std::unique_ptr<Fiber>> fibers;  // of the running cluster, block by block
+std::vector<std::unique_ptr<Block>> blocks;
+Meeting cluster_meeting;
 ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
 unsigned long progress = 0;
-
-std::vector<unsigned char> shared_storage;
-unsigned char* shared = nullptr;
 size_t shared_size = 0;
 constexpr unsigned char kCanary = 0xA5;
 constexpr size_t kCanaryBytes = 256;
@@ -49,23 +39,34 @@ void enter(unsigned high, unsigned low) {
   for (const auto& group : fiber->thread.copies.groups) {
     if (!group.empty()) fail("a thread ended with asynchronous copies in flight");
   }
+  if (fiber->thread.arrived_at_cluster) fail("a thread ended between arriving at a cluster barrier and waiting there");
   fiber->thread.done = true;
   ++progress;
   swapcontext(&fiber->context, &scheduler);
 }
 
-unsigned alive(unsigned first, unsigned count) {
+Fiber& fiber_of(const Thread& thread) {
+  return *fibers[thread.block->rank * block_size.x + thread.linear];
+}
+
+unsigned alive(const std::vector<Thread*>& threads, unsigned first, unsigned count) {
   unsigned n = 0;
   for (unsigned i = first; i < first + count && i < threads.size(); ++i) n += !threads[i]->done;
   return n;
 }
 
-void run_block(size_t count) {
+void begin_block(Block& block, dim3 index, unsigned rank) {
+  const size_t count = block_size.x;
+  block.index = index;
+  block.rank = rank;
+  block.threads.clear();
   for (size_t i = 0; i < count; ++i) {
-    Fiber& fiber = *fibers[i];
+    Fiber& fiber = *fibers[rank * count + i];
     fiber.thread = Thread();
+    fiber.thread.block = &block;
     fiber.thread.linear = static_cast<unsigned>(i);
     fiber.thread.index = dim3(static_cast<unsigned>(i), 0, 0);
+    block.threads.push_back(&fiber.thread);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -74,29 +75,49 @@ void run_block(size_t count) {
     makecontext(&fiber.context, reinterpret_cast<void (*)()>(enter), 2, static_cast<unsigned>(address >> 32),
                 static_cast<unsigned>(address));
   }
-  warp_meetings.assign((count + 31) / 32, Meeting());
-  warpgroup_meetings.assign((count + 127) / 128, Meeting());
-  block_meeting = Meeting();
+  block.warp_meetings.assign((count + 31) / 32, Meeting());
+  block.warpgroup_meetings.assign((count + 127) / 128, Meeting());
+  block.meeting = block.multipliers = Meeting();
+  block.fenced_at_barrier = true;
+  std::memset(block.shared, 0xFF, shared_size);  // NaN in fp32, bf16 and fp16
+  std::memset(block.shared + shared_size, kCanary, kCanaryBytes);
+}
+
+void run_cluster(unsigned cluster) {
+  cluster_meeting = Meeting();
   for (;;) {
     const unsigned long before = progress;
     bool all_done = true;
-    for (size_t i = 0; i < count; ++i) {
-      if (fibers[i]->thread.done) continue;
-      all_done = false;
-      current = &fibers[i]->thread;
-      swapcontext(&scheduler, &fibers[i]->context);
+    for (unsigned turn = 0; turn < cluster; ++turn) {
+      for (Thread* thread : blocks[eager ? turn : cluster - 1 - turn]->threads) {
+        if (thread->done) continue;
+        all_done = false;
+        current = thread;
+        swapcontext(&scheduler, &fiber_of(*thread).context);
+      }
     }
     if (all_done) return;
     if (progress == before) fail("deadlock: every thread waits at a collective that others never reach");
   }
 }
 
+// Whether all live threads of the cluster have arrived; the first to see it opens the barrier.
+bool cluster_open(unsigned long generation) {
+  if (cluster_meeting.generation != generation) return true;
+  unsigned living = 0;
+  for (const auto& member : blocks) living += alive(member->threads, 0, block_size.x);
+  if (cluster_meeting.arrived != living) return false;
+  cluster_meeting.arrived = 0;
+  ++cluster_meeting.generation;
+  ++progress;
+  return true;
+}
+
 }  // namespace
 
 void yield() {
-  Fiber* fiber = fibers[current->linear].get();
-  swapcontext(&fiber->context, &scheduler);
-  current = &fiber->thread;
+  Thread* self = current;
+  swapcontext(&fiber_of(*self).context, &scheduler);
 }
 
 void note_progress() {
@@ -104,7 +125,7 @@ void note_progress() {
 }
 
 unsigned char* shared_base() {
-  return shared;
+  return block().shared;
 }
 uint32_t shared_base_address() {
   return kSharedStart;
@@ -113,23 +134,54 @@ uint32_t shared_base_address() {
 unsigned char* shared_pointer(uint32_t address, size_t bytes) {
   if (address % bytes != 0) fail("misaligned access to shared memory");
   if (address < kSharedStart || address + bytes > kSharedStart + shared_size) fail("access outside shared memory");
-  return shared + (address - kSharedStart);
+  return block().shared + (address - kSharedStart);
+}
+
+uint32_t cluster_address(uint32_t address, int rank) {
+  shared_pointer(address, 1);
+  return address + (static_cast<uint32_t>(rank) + 1) * kClusterStep;
+}
+
+unsigned char* cluster_pointer(uint32_t address, size_t bytes) {
+  const uint32_t rank = address / kClusterStep - 1;
+  if (rank >= blocks.size() || blocks[rank]->threads.empty()) fail("no such block in the cluster");
+  if (cluster_meeting.generation == 0) fail("another block's shared memory before a barrier showed that it has begun");
+  const Block& owner = *blocks[rank];
+  if (alive(owner.threads, 0, static_cast<unsigned>(owner.threads.size())) == 0) {
+    fail("access to the shared memory of a block that has ended");
+  }
+  return owner.shared + (shared_pointer(address % kClusterStep, bytes) - block().shared);
+}
+
+void cluster_arrive() {
+  if (current->arrived_at_cluster) fail("a thread arrived twice at a cluster barrier");
+  current->arrived_at_cluster = true;
+  current->cluster_generation = cluster_meeting.generation;
+  ++cluster_meeting.arrived;
+  ++progress;
+}
+
+void cluster_wait() {
+  if (!current->arrived_at_cluster) fail("a thread waits at a cluster barrier that it did not arrive at");
+  while (!cluster_open(current->cluster_generation)) yield();
+  current->arrived_at_cluster = false;
 }
 
 void collective(Scope scope, void* argument, Act act) {
+  Block& here = block();
   const unsigned size = scope == Scope::warp        ? 32
                         : scope == Scope::warpgroup ? 128
-                                                    : static_cast<unsigned>(threads.size());
+                                                    : static_cast<unsigned>(here.threads.size());
   const unsigned first = current->linear / size * size;
-  Meeting& meeting = scope == Scope::warp        ? warp_meetings[first / 32]
-                     : scope == Scope::warpgroup ? warpgroup_meetings[first / 128]
-                                                 : block_meeting;
+  Meeting& meeting = scope == Scope::warp        ? here.warp_meetings[first / 32]
+                     : scope == Scope::warpgroup ? here.warpgroup_meetings[first / 128]
+                                                 : here.meeting;
   if (meeting.arguments.size() != size) meeting.arguments.assign(size, nullptr);
   meeting.arguments[current->linear - first] = argument;
   ++meeting.arrived;
   const unsigned long generation = meeting.generation;
   while (meeting.generation == generation) {
-    if (meeting.arrived == alive(first, size)) {
+    if (meeting.arrived == alive(here.threads, first, size)) {
       if (act != nullptr) act(first, meeting.arguments);
       meeting.arguments.assign(size, nullptr);
       meeting.arrived = 0;
@@ -151,28 +203,31 @@ void land(const Copy& copy) {
   }
 }
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-  const size_t count = block.x;
+void run_grid(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel) {
   if (block.y != 1 || block.z != 1) fail("blocks are one-dimensional here");
-  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
-  threads.clear();
-  for (size_t i = 0; i < count; ++i) threads.push_back(&fibers[i]->thread);
-  shared_storage.assign(shared_bytes + 2048 + kCanaryBytes, 0);
-  const auto start = reinterpret_cast<uintptr_t>(shared_storage.data());
-  shared = shared_storage.data() + ((1024 - start % 1024) % 1024 + kSharedStart);
+  if (cluster == 0 || grid.x % cluster != 0) fail("the grid is no multiple of the cluster");
+  while (fibers.size() < cluster * block.x) fibers.push_back(std::make_unique<Fiber>());
+  while (blocks.size() < cluster) blocks.push_back(std::make_unique<Block>());
+  for (const auto& idle : blocks) idle->threads.clear();
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    Block& here = *blocks[rank];
+    here.storage.assign(shared_bytes + 2048 + kCanaryBytes, 0);
+    const auto start = reinterpret_cast<uintptr_t>(here.storage.data());
+    here.shared = here.storage.data() + ((1024 - start % 1024) % 1024 + kSharedStart);
+  }
   shared_size = shared_bytes;
   body = &kernel;
   grid_size = grid;
   block_size = block;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = dim3(x, y, z);
-        std::memset(shared, 0xFF, shared_bytes);  // NaN in fp32, bf16 and fp16
-        std::memset(shared + shared_bytes, kCanary, kCanaryBytes);
-        run_block(count);
-        for (size_t i = 0; i < kCanaryBytes; ++i) {
-          if (shared[shared_bytes + i] != kCanary) fail("a kernel wrote past its shared memory");
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        for (unsigned rank = 0; rank < cluster; ++rank) begin_block(*blocks[rank], dim3(x + rank, y, z), rank);
+        run_cluster(cluster);
+        for (unsigned rank = 0; rank < cluster; ++rank) {
+          for (size_t i = 0; i < kCanaryBytes; ++i) {
+            if (blocks[rank]->shared[shared_bytes + i] != kCanary) fail("a kernel wrote past its shared memory");
+          }
         }
       }
     }

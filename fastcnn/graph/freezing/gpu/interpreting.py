@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fastcnn.graph.freezing.gpu.program import DEVICE, Program, Spec, Value, values_in
-from fastcnn.graph.freezing.gpu.structures import filled
+from fastcnn.graph.freezing.structures import filled
 
 
 class Interpreted(nn.Module):

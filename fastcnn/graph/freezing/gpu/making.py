@@ -28,7 +28,7 @@ from fastcnn.graph.freezing.gpu.program import (
     Step,
     Value,
 )
-from fastcnn.graph.freezing.gpu.structures import structure_as_data
+from fastcnn.graph.freezing.structures import structure_as_data
 
 
 def make_program(captured: Captured, device: torch.device) -> tuple[Program, list[Tensor]]:

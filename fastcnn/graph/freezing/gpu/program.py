@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.graph.freezing.gpu.operators import name_of, operator_named
-from fastcnn.graph.freezing.gpu.structures import filled
+from fastcnn.graph.freezing.structures import filled
 
 DTYPES_BY_NAME = {
     str(dtype).removeprefix("torch."): dtype

@@ -1,0 +1,128 @@
+// Winograd convolution with plain weights on the CPU: their packing and the work. The arithmetic is in
+// isa/conv2d_winograd_plain.cpp.
+#include "conv2d_winograd_plain.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "isa/table.h"
+#include "preparation.h"
+
+namespace fastcnn::cpu {
+namespace {
+
+constexpr int kTile = 4, kSide = 6, kTaps = 9;
+constexpr double kNear = 0.625;           // the point whose power weights with an index 1 carry
+constexpr int64_t kTilesPerBlock = 16;    // whose products stay in L2
+constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
+
+}  // namespace
+
+bool PlainWinogradWeight::covers(int64_t out_channels, int64_t in_channels, int64_t groups) {
+  const int64_t whole = groups * kernels().vector_width;
+  return groups == 1 || (out_channels % whole == 0 && in_channels % whole == 0);
+}
+
+PlainWinogradWeight::PlainWinogradWeight(int64_t out_channels, int64_t in_channels, int64_t groups)
+    : out_channels(out_channels),
+      in_channels(in_channels),
+      groups(groups),
+      out_vectors(ceil_div(out_channels, kernels().vector_width)),
+      in_vectors(ceil_div(in_channels, kernels().vector_width)),
+      data_(nullptr, std::free) {
+  const int64_t width = kernels().vector_width;
+  bytes_ = out_vectors * width * in_vectors / groups * width * kTaps * 4;
+  data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
+}
+
+void PlainWinogradWeight::assign(const void* packed) {
+  std::memcpy(data_.get(), packed, static_cast<size_t>(bytes_));
+}
+
+PlainWinogradWeight::PlainWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
+                                         const int64_t strides[4], int64_t groups)
+    : PlainWinogradWeight(shape[0], shape[1] * groups, groups) {
+  const int64_t width = kernels().vector_width, depth = in_vectors / groups * width;
+  for (int64_t k = 0; k < out_vectors * width; ++k) {
+    for (int64_t c = 0; c < depth; ++c) {
+      float* to = data_.get() + (k / width * depth + c) * kTaps * width + k % width;
+      for (int64_t r = 0; r < 3; ++r) {
+        for (int64_t s = 0; s < 3; ++s, to += width) {
+          const bool valid = k < out_channels && c < shape[1];
+          const int64_t from = k * strides[0] + c * strides[1] + r * strides[2] + s * strides[3];
+          const double factor = (r == 1 ? kNear : 1) * (s == 1 ? kNear : 1);
+          *to = valid ? static_cast<float>(factor * read_as_float(weight, dtype, from)) : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input, const PlainWinogradWeight& weight,
+                                 const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
+                                 int threads, bool max_pool) {
+  const KernelTable& table = kernels();
+  const EpilogueVectors vectors(epilogue, 1, weight.out_channels, weight.out_vectors * table.vector_width);
+
+  WinogradProblem p{};
+  p.out = out;
+  p.input = input;
+  p.pad_top = geometry.pad_top;
+  p.pad_left = geometry.pad_left;
+  p.tile = kTile;
+  p.side = kSide;
+  p.packed_weight = weight.data();
+  p.groups = weight.groups;
+  p.channel_vectors = weight.in_vectors;
+  p.column_blocks = weight.out_vectors;
+  p.input_scale = prologue.scale;
+  p.input_shift = prologue.shift;
+  p.input_relu = prologue.relu;
+  p.scale = vectors.scale;
+  p.bias = vectors.bias;
+  p.residual = epilogue.residual;
+  p.relu = epilogue.activation == Activation::relu;
+  p.max_pool = max_pool;
+  p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, kTile);
+  p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, kTile);
+  p.tiles = out.n * p.tiles_h * p.tiles_w;
+  p.tiles_per_block = ceil_div(p.tiles, ceil_div(p.tiles, kTilesPerBlock));
+  p.blocks = ceil_div(p.tiles, p.tiles_per_block);
+
+  const int64_t pairs = p.out.c * p.input.c / weight.groups;  // of channels that meet
+  if (p.tiles * kSide * kSide * pairs <= kSerialWork) threads = 1;
+  // Threads share out the output channels where there are fewer blocks of tiles than threads.
+  const int64_t parts = std::min(p.column_blocks, ceil_div(threads, p.blocks));
+  p.columns_per_task = ceil_div(p.column_blocks, parts);
+  Work work;
+  work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
+  work.threads = threads;
+  work.scratch_bytes = table.winograd_plain_scratch_bytes(p);
+  work.run = [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
+    table.winograd_plain_task(p, task, scratch);
+  };
+  work.constants = weight.data();
+  work.constant_bytes = weight.bytes();
+  return {work};
+}
+
+double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels,
+                                    int64_t groups) {
+  const double width = kernels().vector_width;
+  constexpr double kThreads = 2, kBytesPerCycle = 9, kPhaseCycles = 6000;
+  constexpr double kThere = 300, kBack = 270;      // of one tile and vector of channels
+  constexpr double kStep = 18, kPass = 60;         // of four tiles and six points: a channel, and a pass over 32
+  const double tiles = static_cast<double>(n * ceil_div(p, kTile) * ceil_div(q, kTile));
+  const double out_vectors = std::ceil(static_cast<double>(out_channels) / width);
+  const double in_vectors = std::ceil(static_cast<double>(in_channels) / width);
+  const double depth = in_vectors * width / static_cast<double>(groups);
+  const double passes = 6 * std::ceil(tiles / 4);
+  const double products = out_vectors * passes * (depth * kStep + std::ceil(depth / 32) * kPass) / kThreads;
+  const double stream = out_vectors * width * depth * kTaps * 4 / kThreads / kBytesPerCycle;
+  // Without groups each thread transforms the whole input for itself.
+  const double there = kThere * in_vectors / (groups > 1 ? kThreads : 1), back = kBack * out_vectors / kThreads;
+  return std::max(products, stream) + std::min(products, stream) / 4 + tiles * (there + back) + kPhaseCycles;
+}
+
+}  // namespace fastcnn::cpu

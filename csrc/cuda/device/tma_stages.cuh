@@ -1,0 +1,265 @@
+// Stages of operands between the copy engine and wgmma: their layout, barriers, copies and products. Shared by
+// conv2d_tma.cu and conv2d_tma_split.cu.
+//
+// The reduction runs over filter taps and blocks of their channels. A stage holds A (pixels x 64 channels) and B
+// (filters x 64 channels): one block of 64 as rows of 128 bytes in the 128B swizzle, or with kBlock = 32 two blocks of
+// 32, which may belong to neighbouring taps, each as rows of 64 bytes in the 64B swizzle.
+#pragma once
+
+#include "../conv2d_tma_operands.h"
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "tile_layout.h"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace fastcnn::cuda {
+
+template <typename T, int kGroupRows_, int kColumns_, bool kInTurns_, int kStages_, bool kPrologue_ = false,
+          int kBlock_ = kTensorMapRow>
+struct TmaTile {
+  using Type = T;
+  static constexpr int kGroupRows = kGroupRows_, kColumns = kColumns_, kStages = kStages_;
+  static constexpr bool kInTurns = kInTurns_, kPrologue = kPrologue_;
+  static constexpr int kBlock = kBlock_, kRowBytes = kBlock * 2, kBlocksOfStage = kTensorMapRow / kBlock;
+  static constexpr int kRows = kInTurns ? kGroupRows : 2 * kGroupRows;
+  static constexpr int kThreads = 3 * 128;
+  static constexpr int kAtoms = kColumns / 8;  // of 8 columns in an accumulator
+  static constexpr int kBytesA = kRows * 128, kBytesB = kColumns * 128, kStageBytes = kBytesA + kBytesB;
+  static constexpr int kOutputBytes = kGroupRows * (kColumns < 64 ? 64 : kColumns) * 2;  // of a warpgroup
+  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutputBytes + 2 * kColumns * 8 + 1024 + 256;
+  static_assert(kSharedBytes <= 227 * 1024, "one block must fit a multiprocessor");
+};
+
+// Where the block's barriers are.
+template <typename Tile>
+struct TmaBarriers {
+  uint32_t first;
+  __device__ __forceinline__ uint32_t full(int stage) const { return first + stage * 8; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return first + (Tile::kStages + stage) * 8; }
+  __device__ __forceinline__ uint32_t residual(int group) const { return first + (2 * Tile::kStages + group) * 8; }
+  __device__ __forceinline__ uint32_t turn(int group) const { return first + (2 * Tile::kStages + 2 + group) * 8; }
+};
+
+// A position in the ring of stages, and the parity of its round.
+template <int kStages>
+struct StageRing {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ void advance(int count) {
+    const int total = stage + count;
+    parity ^= (total / kStages) & 1;
+    stage = total % kStages;
+  }
+};
+
+#if defined(FASTCNN_HAS_WGMMA)
+
+// The input pixel under a tile's first output pixel, and the tile's first filter.
+struct TileOrigin {
+  int w, h, n, channel, filter;
+  template <typename Tile>
+  __device__ __forceinline__ static TileOrigin of(const TmaOperands& problem, int tile) {
+    int32_t column_tile, pixel, q;
+    const int32_t row_tile = problem.by_column_tiles.divide(tile, column_tile);
+    const int32_t n = problem.by_image.divide(row_tile * Tile::kRows, pixel);
+    const int32_t p = problem.by_row.divide(pixel, q);
+    return {q * problem.stride_w - problem.pad_left, p * problem.stride_h - problem.pad_top, n,
+            problem.by_group_filters.quotient(column_tile * Tile::kColumns) * problem.channels,
+            column_tile * Tile::kColumns};
+  }
+};
+
+// Brings the blocks [first, last) of a tile's reduction, one thread.
+template <typename Tile>
+__device__ __forceinline__ void copy_blocks(const TmaOperands& problem, uint32_t stages,
+                                            const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
+                                            const TileOrigin& origin, int first, int last) {
+  constexpr int kPart = Tile::kBlocksOfStage;
+  int tap = first / problem.channel_blocks, block = first - tap * problem.channel_blocks;
+  int r = tap / problem.filter_w, s = tap - r * problem.filter_w;
+  for (int at = first; at < last; at += kPart) {
+    const uint32_t to = stages + ring.stage * Tile::kStageBytes, full = barriers.full(ring.stage);
+    const int here = last - at < kPart ? last - at : kPart;
+    barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
+    barrier_arrive_expecting(full, here * (Tile::kStageBytes / kPart));
+    for (int part = 0; part < here; ++part) {
+      copy_pixels(to + part * (Tile::kBytesA / kPart), problem.input, full, origin.channel + block * Tile::kBlock,
+                  origin.w, origin.h, origin.n, s * problem.dilation_w, r * problem.dilation_h);
+      copy_box_3d(to + Tile::kBytesA + part * (Tile::kBytesB / kPart), problem.weight, full, block * Tile::kBlock, tap,
+                  origin.filter);
+      if (++block < problem.channel_blocks) continue;
+      block = 0;
+      ++tap;
+      if (++s < problem.filter_w) continue;
+      s = 0;
+      ++r;
+    }
+    ring.advance();
+  }
+}
+
+template <typename Tile>
+using TmaAccumulator = float[Tile::kGroupRows / 64][Tile::kColumns / 2];
+
+// 16 channels: `step` counts through the stage.
+template <typename Tile>
+__device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_t tile_a, uint32_t tile_b, int step) {
+  constexpr int kSteps = Tile::kBlock / 16;  // of a block
+  const int part = Tile::kBlocksOfStage == 1 ? 0 : step / kSteps;
+  const int inside = Tile::kBlocksOfStage == 1 ? step : step % kSteps;
+  const uint32_t a = tile_a + part * (Tile::kBytesA / Tile::kBlocksOfStage) + inside * 32;
+  const uint32_t b = tile_b + part * (Tile::kBytesB / Tile::kBlocksOfStage) + inside * 32;
+#pragma unroll
+  for (int half = 0; half < Tile::kGroupRows / 64; ++half) {
+    wgmma<typename Tile::Type, Tile::kColumns>(acc[half],
+                                               wgmma_descriptor<Tile::kRowBytes>(a + half * 64 * Tile::kRowBytes),
+                                               wgmma_descriptor<Tile::kRowBytes>(b));
+  }
+}
+
+// The prologue's factors of a thread's 8 channels of a block. They are loaded a block ahead, to be there in time.
+struct PrologueFactors {
+  float scale[8], shift[8];
+  __device__ __forceinline__ void load(const TmaOperands& problem, int channel) {
+    load_factors(scale, problem.input_scale, problem.channels, channel, 1.0f);
+    load_factors(shift, problem.input_shift, problem.channels, channel, 0.0f);
+  }
+
+ private:
+  // Beyond the channels the filters are zero, and 0 * 1 + 0 must stay 0.
+  __device__ __forceinline__ static void load_factors(float (&to)[8], const float* from, int channels, int channel,
+                                                      float otherwise) {
+    if (from != nullptr && channel + 8 <= channels && reinterpret_cast<uint64_t>(from) % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(from + channel + i));
+        to[i] = four.x;
+        to[i + 1] = four.y;
+        to[i + 2] = four.z;
+        to[i + 3] = four.w;
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      to[i] = from != nullptr && channel + i < channels ? __ldg(from + channel + i) : otherwise;
+    }
+  }
+};
+
+// Applies the prologue to this warpgroup's rows of a stage: a thread to one 16-byte chunk of every 16th row.
+template <typename Tile>
+__device__ __forceinline__ void apply_prologue_in_place(const PrologueFactors& factors, bool relu_input,
+                                                        uint32_t tile_a, int group, int thread) {
+  using T = typename Tile::Type;
+  constexpr int kWidth = kVector<T>, kRowsOfThread = Tile::kGroupRows / 16;
+  uint4 raw[kRowsOfThread];
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i) {
+    raw[i] = load_shared_16(tile_a + tile_offset<128>(thread / 8 + i * 16, thread % 8));
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i) {
+    T values[kWidth];
+    memcpy(values, &raw[i], 16);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float x = to_float(values[j]) * factors.scale[j] + factors.shift[j];
+      values[j] = from_float<T>(relu_input ? relu(x) : x);
+    }
+    memcpy(&raw[i], values, 16);
+    store_shared_16(tile_a + tile_offset<128>(thread / 8 + i * 16, thread % 8), raw[i]);
+  }
+  fence_async_proxy();
+  warpgroup_barrier(group);
+}
+
+// What a warpgroup keeps from one stage to the next.
+struct StageState {
+  int before = -1;  // the stage whose products are still running
+  PrologueFactors factors;
+};
+
+// One stage: `steps` products of 16 channels, 4 of them where it is whole. The prologue's factors for the next stage
+// are those from `next_channel` on.
+template <typename Tile>
+__device__ __forceinline__ void multiply_stage(const TmaOperands& problem, uint32_t stages,
+                                               const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
+                                               int group, int thread, bool whole, int steps, int next_channel,
+                                               StageState& state, TmaAccumulator<Tile>& acc) {
+  const int lane = thread % 32, rows_of_group = Tile::kInTurns ? 0 : group * Tile::kGroupRows;
+  const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes + rows_of_group * Tile::kRowBytes;
+  const uint32_t tile_b = stages + ring.stage * Tile::kStageBytes + Tile::kBytesA;
+  barrier_wait(barriers.full(ring.stage), ring.parity);
+  if constexpr (Tile::kPrologue) {
+    apply_prologue_in_place<Tile>(state.factors, problem.input_relu, tile_a, group, thread);
+    state.factors.load(problem, next_channel);
+  }
+  wgmma_fence();
+  if (whole) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) multiply_step<Tile>(acc, tile_a, tile_b, step);
+    wgmma_commit();
+  } else {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) multiply_step<Tile>(acc, tile_a, tile_b, step);
+    wgmma_commit();
+  }
+  wgmma_wait<1>();
+  if (state.before >= 0 && lane == 0) barrier_arrive(barriers.empty(state.before));
+  state.before = ring.stage;
+  ring.advance();
+}
+
+template <typename Tile>
+__device__ __forceinline__ void clear(TmaAccumulator<Tile>& acc) {
+#pragma unroll
+  for (int half = 0; half < Tile::kGroupRows / 64; ++half) {
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / 2; ++i) acc[half][i] = 0.0f;
+  }
+}
+
+// acc = the product of the blocks [first, last) of a tile's reduction, but for the wait for the last stage.
+template <typename Tile>
+__device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint32_t stages,
+                                                const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
+                                                int group, int thread, int first, int last, StageState& state,
+                                                TmaAccumulator<Tile>& acc) {
+  clear<Tile>(acc);
+  int block = first % problem.channel_blocks;
+  if constexpr (Tile::kPrologue) state.factors.load(problem, block * kTensorMapRow + thread % 8 * 8);
+#pragma unroll 1
+  for (int at = first; at < last; at += Tile::kBlocksOfStage) {
+    bool whole = at + 1 < last;
+    int steps = 2;
+    if constexpr (Tile::kBlock == kTensorMapRow) {
+      whole = block + 1 < problem.channel_blocks || problem.last_steps == 4;
+      steps = problem.last_steps;
+    }
+    multiply_stage<Tile>(problem, stages, barriers, ring, group, thread, whole, steps,
+                         (block + 1) * kTensorMapRow + thread % 8 * 8, state, acc);
+    if (++block == problem.channel_blocks) block = 0;
+  }
+}
+
+// The products of the last stage, if there was `any`, are done, and acc may be read.
+template <typename Tile>
+__device__ __forceinline__ void end_products(const TmaBarriers<Tile>& barriers, const StageState& state, bool any,
+                                             int lane, TmaAccumulator<Tile>& acc) {
+  wgmma_wait<0>();
+#pragma unroll
+  for (int half = 0; half < Tile::kGroupRows / 64; ++half) hold(acc[half]);
+  if (any && lane == 0) barrier_arrive(barriers.empty(state.before));
+}
+
+#endif
+
+}  // namespace fastcnn::cuda
