@@ -23,7 +23,7 @@ namespace {
 // Lane f is lane index[f] of x.
 static inline Vector permuted(Vector x, Words index) {
 #if defined(__AVX512F__)
-  return (Vector)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
+  return (Vector)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, (__m512)x);
 #elif defined(__AVX2__)
   return (Vector)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
 #else
