@@ -97,8 +97,7 @@ class PlanCall {
       return nullptr;
     }
     if (t.device.device_type != kDLCPU || t.data == nullptr || t.dtype.code != expected.code ||
-        t.dtype.bits != expected.bits || t.dtype.lanes != 1 ||
-        static_cast<size_t>(t.ndim) != expected.shape.size()) {
+        t.dtype.bits != expected.bits || t.dtype.lanes != 1 || static_cast<size_t>(t.ndim) != expected.shape.size()) {
       return nullptr;
     }
     for (size_t i = 0; i < expected.shape.size(); ++i) {

@@ -1,6 +1,8 @@
 // Convolution on the CPU: weight packing and the cut into tasks. The arithmetic is in isa/conv2d.cpp.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <numeric>
 
 #include "conv2d_bf16.h"
 #include "isa/table.h"
@@ -102,6 +104,50 @@ void choose_source(Conv2dProblem& problem) {
   }
 }
 
+// Whether isa/conv2d_narrow.h serves a problem: few channels out, into memory without gaps, and the pixels under a
+// vector of outputs within one vector of the strip. Sets how many vectors it takes until channels and lanes meet again.
+bool is_narrow(Conv2dProblem& problem) {
+  const KernelTable& table = kernels();
+  constexpr int64_t kTableBytes = 16 << 10;
+  const int64_t channels = problem.group_out, width = table.vector_width;
+  const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
+  if (!table.permutes || problem.source != ConvSource::strip || problem.geometry.groups != 1 || 2 * channels > width ||
+      problem.out.pixel_stride != channels || problem.out.dtype != DType::f32 || problem.residual ||
+      reduction > table.max_chunk) {
+    return false;
+  }
+  problem.narrow_phases = channels / std::gcd(channels, width);
+  const int64_t span = (width + channels - 2) / channels * problem.geometry.stride_w * problem.group_in;
+  const int64_t row_values = problem.geometry.filter_w * problem.group_in;
+  return span < width && problem.narrow_phases * (reduction + kNarrowExtraRows) * width * 4 <= kTableBytes &&
+         row_values * problem.input_rows(table.micro_rows) * width * 4 <= kConv2dNarrowBytes;
+}
+
+// [phase][reduction value, then scale, bias and the lanes' pixels][lane]
+std::shared_ptr<float> narrow_table(const Conv2dProblem& problem) {
+  const KernelTable& table = kernels();
+  const int64_t channels = problem.group_out, width = table.vector_width;
+  const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
+  const int64_t step = problem.geometry.stride_w * problem.group_in;
+  const int64_t bytes = problem.narrow_phases * (reduction + kNarrowExtraRows) * width * 4;
+  std::shared_ptr<float> memory(static_cast<float*>(allocate_aligned(bytes)), std::free);
+  float* to = memory.get();
+  for (int64_t phase = 0; phase < problem.narrow_phases; ++phase) {
+    const int64_t first = phase * width;
+    const auto put = [&](const float* values) {
+      for (int64_t lane = 0; lane < width; ++lane) *to++ = values[(first + lane) % channels];
+    };
+    for (int64_t row = 0; row < reduction; ++row) put(problem.packed_weight + row * table.column_block);
+    put(problem.scale);
+    put(problem.bias);
+    for (int64_t lane = 0; lane < width; ++lane, ++to) {
+      const auto index = static_cast<uint32_t>(((first + lane) / channels - first / channels) * step);
+      std::memcpy(to, &index, 4);
+    }
+  }
+  return memory;
+}
+
 // How many pixels and column blocks a task owns: the cut whose last thread is done first, by an estimate in cycles. A
 // task of few column blocks brings its pixels for little work, and tasks that do not divide evenly among the threads
 // leave one of them waiting.
@@ -109,8 +155,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   const KernelTable& table = kernels();
   const Conv2dGeometry& g = problem.geometry;
   const TensorView& out = problem.out;
-  choose_source(problem);
-  const bool strip = problem.source == ConvSource::strip;
+  const bool strip = problem.source == ConvSource::strip, narrow = problem.narrow_phases > 0;
   const int64_t reduction = g.filter_h * g.filter_w * problem.group_in;
   const int64_t chunks = ceil_div(reduction, table.max_chunk);
   problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
@@ -121,7 +166,9 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   // Units of pixels that a task is made of: output rows of a strip, else micro-tiles.
   const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
   const int64_t units = strip ? out.h : ceil_div(out.pixels(), table.micro_rows);
-  const int64_t most_units = strip ? std::max<int64_t>(1, kMaxMicroTiles / row_tiles) : kMaxMicroTiles / 2;
+  const int64_t most_units = narrow  ? 2 * table.micro_rows
+                             : strip ? std::max<int64_t>(1, kMaxMicroTiles / row_tiles)
+                                     : kMaxMicroTiles / 2;
   double best = 0;
   int64_t tasks = 0;
   for (int64_t wanted = 1; wanted <= std::min(most_units, units); ++wanted) {
@@ -144,7 +191,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       const int64_t column_tasks = ceil_div(problem.column_blocks, blocks);
       if (ceil_div(problem.column_blocks, column_tasks) != blocks) continue;  // the same number in less equal parts
       const double weight_bytes = static_cast<double>(blocks) * reduction * table.column_block * 4;
-      const double products = pixels * blocks * reduction;
+      const double products = pixels * blocks * reduction * (narrow ? 0.5 : 1);
       const double stream = weight_bytes > kL2Bytes ? weight_bytes / kLaterBytesPerCycle : 0;
       const double task = std::max(products, stream) + brought * vector_cycles + kTaskCycles;
       const int64_t count = row_tasks * column_tasks * g.groups;
@@ -223,9 +270,13 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
       table.conv2d_grouped_task(problem, task, scratch);
     };
   } else {
+    choose_source(problem);
+    if (!is_narrow(problem)) problem.narrow_phases = 0;
     work.tasks = cut_dense(problem, threads);
     work.scratch_bytes = table.conv2d_scratch_bytes(problem);
-    work.run = [problem, memory = vectors.memory, &table](int64_t task, void* scratch) {
+    std::shared_ptr<float> narrow;
+    if (problem.narrow_phases > 0) problem.narrow_table = (narrow = narrow_table(problem)).get();
+    work.run = [problem, memory = vectors.memory, narrow, &table](int64_t task, void* scratch) {
       table.conv2d_task(problem, task, scratch);
     };
   }

@@ -8,7 +8,9 @@
 namespace fastcnn::cpu {
 namespace {
 
-constexpr int64_t kAheadBytes = 512 << 10;  // half of an L2
+// Of the next phase's constants: half of an L2 where they come from memory, a beginning where all constants stay in a
+// last-level cache, from which kernels fetch the rest in time.
+constexpr int64_t kAheadBytes = 512 << 10, kAheadBytesInCache = 16 << 10, kCacheBytes = 16 << 20;
 
 // The distance in bytes between the pixels of a 4-D operand whose channels are adjacent, else 0.
 int64_t ring_of(const Operand& o) {
@@ -136,8 +138,12 @@ void Plan::prepare(int threads, bool moved) {
     counter_count_ += phase.serial ? 1 : phase.works.size() * team_;
   }
   counters_.reset(new Counter[counter_count_]);
+  int64_t constant_bytes = 0;
+  for (const Phase& phase : phases_) {
+    for (const Work* work : phase.works) constant_bytes += work->constant_bytes;
+  }
   for (size_t i = 0; i + 1 < phases_.size(); ++i) {
-    int64_t room = kAheadBytes;
+    int64_t room = constant_bytes <= kCacheBytes ? kAheadBytesInCache : kAheadBytes;
     for (const Work* work : phases_[i + 1].works) {
       const int64_t bytes = std::min(room, work->constant_bytes);
       if (bytes > 0) phases_[i].ahead.push_back({static_cast<const char*>(work->constants), bytes});
@@ -157,8 +163,8 @@ void Plan::move(Step& step, int threads) {
     return true;
   };
   if (here(step.at)) return;
-  auto known = std::find_if(step.elsewhere.begin(), step.elsewhere.end(),
-                            [&](const auto& place) { return here(place.first); });
+  auto known =
+      std::find_if(step.elsewhere.begin(), step.elsewhere.end(), [&](const auto& place) { return here(place.first); });
   if (known == step.elsewhere.end()) {
     std::vector<char*> at;
     for (const size_t region : step.external) at.push_back(bases_[region]);
@@ -269,9 +275,14 @@ void Plan::execute(Stamps* stamps) {
   std::atomic<bool> out_of_memory{false};
 #pragma omp parallel num_threads(team_)
   {
+#ifdef _OPENMP
+    const int team = omp_get_num_threads();  // the runtime may give fewer than were asked for
+#else
+    const int team = 1;
+#endif
     void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
     if (scratch_bytes_ > 0 && scratch == nullptr) out_of_memory = true;
-#pragma omp barrier
+    barrier_.wait(team);
     if (!out_of_memory) {
       size_t entry = 0;
       for (size_t i = 0; i < phases_.size(); ++i) {
@@ -288,7 +299,7 @@ void Plan::execute(Stamps* stamps) {
         } else {
           draw_tasks(phase, scratch);
         }
-#pragma omp barrier
+        if (i + 1 < phases_.size() || stamps != nullptr) barrier_.wait(team);  // the region's end is one, too
         entry += phase.entries();
         if (!phase.serial) {
 #pragma omp master

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../common/types.h"
+#include "team_barrier.h"
 #include "work.h"
 
 namespace fastcnn::cpu {
@@ -108,6 +109,7 @@ class Plan {
   std::vector<Phase> phases_;
   std::unique_ptr<Counter[]> counters_;
   size_t counter_count_ = 0;
+  TeamBarrier barrier_;
   int team_ = 1;
   int64_t scratch_bytes_ = 0;
 };

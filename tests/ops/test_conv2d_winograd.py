@@ -74,6 +74,8 @@ CASES = [
     Case(1, 100, 14, 14, 100),
     Case(2, 33, 8, 8, 1),
     Case(1, 16, 31, 29, 64),
+    Case(1, 16, 31, 29, 16),  # one vector of columns: twice as many tiles at once
+    Case(2, 20, 22, 30, 48),
     Case(1, 5, 3, 3, 16, (0, 0), (0, 0)),  # a single output
     Case(2, 16, 9, 10, 33, (0, 0), (0, 0)),
     Case(1, 17, 6, 7, 35, (2, 2), (2, 2)),

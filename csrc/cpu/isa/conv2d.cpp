@@ -28,6 +28,7 @@
 
 #include "conv2d_gather.h"
 #include "conv2d_micro.h"
+#include "conv2d_narrow.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -183,7 +184,24 @@ static void run_panel(const Conv2dProblem& problem, const Task& task, float* pan
                      ((first_pixel + rows) * problem.input.pixel_stride + begin) * item;
       source.ahead_step = rows * problem.input.pixel_stride * item / steps;
     }
-    for (int64_t block = task.first_block; block < task.last_block; ++block) {
+    int64_t block = task.first_block;
+    if (rows <= kWideRows) {
+      // A block whose second vector holds no channel is left to the loop below.
+      const auto is_wide = [&](int64_t b) { return problem.group_out - b * kColumnBlock > kVectorWidth; };
+      for (; block + kWideBlocks <= task.last_block && is_wide(block + kWideBlocks - 1); block += kWideBlocks) {
+        MicroTarget targets[kWideBlocks];
+        for (int b = 0; b < kWideBlocks; ++b) {
+          targets[b] = target;
+          aim_at_block(targets[b], task.group, block + b);
+          targets[b].partial = partial + (block + b - task.first_block) * kColumnBlock;
+          targets[b].pixel = first_pixel;
+        }
+        source.first = panel;
+        const float* weight = weights_of(problem, task.group, block) + begin * kColumnBlock;
+        (rows == 1 ? wide_micro_kernel<1> : wide_micro_kernel<2>)(source, weight, reduction * kColumnBlock, targets);
+      }
+    }
+    for (; block < task.last_block; ++block) {
       const float* weight = weights_of(problem, task.group, block) + begin * kColumnBlock;
       aim_at_block(target, task.group, block);
       if (!problem.prefetch_input) {
@@ -242,6 +260,10 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
     fill_strip<float>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
   } else {
     fill_strip<uint16_t>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
+  }
+  if (problem.narrow_table != nullptr) {
+    run_narrow(problem, n, p0, rows, strip);
+    return;
   }
   StripTile tiles[kMaxMicroTiles];
   const int64_t count = cut_strip(problem, rows, tiles);

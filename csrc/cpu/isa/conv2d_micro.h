@@ -125,6 +125,44 @@ struct EpilogueAhead {
   }
 };
 
+// What follows a micro-tile's sums: they are added to earlier ones, kept, or finished.
+template <int Rows, int Vectors>
+static inline __attribute__((always_inline)) void complete(const MicroTarget& target, Vector (&sum)[Rows][Vectors]) {
+  // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
+  // filter's.
+  if (target.load_partial) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) {
+        sum[i][j] += load(target.partial + i * target.partial_stride + j * kVectorWidth);
+      }
+    }
+  }
+  if (!target.finish) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) store(target.partial + i * target.partial_stride + j * kVectorWidth, sum[i][j]);
+    }
+    return;
+  }
+  const Conv2dProblem& problem = *target.problem;
+  if (problem.out.dtype != DType::f32) {
+    alignas(64) float sums[Rows * Vectors * kVectorWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) store(sums + (i * Vectors + j) * kVectorWidth, sum[i][j]);
+    }
+    finish_bf16_rows<Rows, Vectors>(target, sums);
+  } else if (target.columns == Vectors * kVectorWidth) {
+    finish_in_registers<Rows, Vectors, true>(target, sum);
+  } else {
+    finish_in_registers<Rows, Vectors, false>(target, sum);
+  }
+}
+
 template <int Rows, int Vectors>
 static void micro_kernel(const MicroSource& source, const float* weight, const MicroTarget& target) {
   Vector sum[Rows][Vectors];
@@ -168,39 +206,43 @@ static void micro_kernel(const MicroSource& source, const float* weight, const M
     }
     for (int64_t k = asked; k < source.run; ++k) step();
   }
-  // A chunk is summed by itself and then added to the earlier ones: rounding grows with a chunk's length, not the
-  // filter's.
-  if (target.load_partial) {
-#pragma GCC unroll 16
+  complete(target, sum);
+}
+
+// The same for few rows and kWideBlocks column blocks at once: the sums of one or two rows are so few that each would
+// wait for its own last product. `weight` is the first block's, the next ones' lie `block_stride` further on.
+constexpr int kWideBlocks = 4, kWideRows = 2;
+
+template <int Rows>
+static void wide_micro_kernel(const MicroSource& source, const float* weight, int64_t block_stride,
+                              const MicroTarget* targets) {
+  Vector sum[kWideBlocks][Rows][kMicroVectors];
+#pragma GCC unroll 4
+  for (int b = 0; b < kWideBlocks; ++b) {
+#pragma GCC unroll 2
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        sum[i][j] += load(target.partial + i * target.partial_stride + j * kVectorWidth);
+      for (int j = 0; j < kMicroVectors; ++j) sum[b][i][j] = Vector{};
+    }
+  }
+  for (int64_t run = 0; run < source.runs; ++run) {
+    const float* x = source.first + run * source.pitch;
+    for (int64_t k = 0; k < source.run; ++k, ++x, weight += kColumnBlock) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kWideBlocks; ++b) {
+#pragma GCC unroll 2
+        for (int i = 0; i < Rows; ++i) {
+          const Vector value = broadcast(x[i * source.stride]);
+#pragma GCC unroll 2
+          for (int j = 0; j < kMicroVectors; ++j) {
+            sum[b][i][j] += value * load(weight + b * block_stride + j * kVectorWidth);
+          }
+        }
       }
     }
   }
-  if (!target.finish) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) store(target.partial + i * target.partial_stride + j * kVectorWidth, sum[i][j]);
-    }
-    return;
-  }
-  const Conv2dProblem& problem = *target.problem;
-  if (problem.out.dtype != DType::f32) {
-    alignas(64) float sums[Rows * Vectors * kVectorWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) store(sums + (i * Vectors + j) * kVectorWidth, sum[i][j]);
-    }
-    finish_bf16_rows<Rows, Vectors>(target, sums);
-  } else if (target.columns == Vectors * kVectorWidth) {
-    finish_in_registers<Rows, Vectors, true>(target, sum);
-  } else {
-    finish_in_registers<Rows, Vectors, false>(target, sum);
-  }
+#pragma GCC unroll 4
+  for (int b = 0; b < kWideBlocks; ++b) complete(targets[b], sum[b]);
 }
 
 using MicroKernel = void (*)(const MicroSource&, const float*, const MicroTarget&);

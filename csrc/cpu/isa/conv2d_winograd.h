@@ -129,10 +129,13 @@ static inline __attribute__((always_inline)) void transform_rows(const float* fr
 #pragma GCC unroll 2
   for (int row = 0; row < 2; ++row) {
     Vector across[kTile];
-    Points<kTile>::template input<0>(down[row], across[Points<kTile>::kPairs[0][0]], across[Points<kTile>::kPairs[0][1]]);
-    Points<kTile>::template input<1>(down[row], across[Points<kTile>::kPairs[1][0]], across[Points<kTile>::kPairs[1][1]]);
+    Points<kTile>::template input<0>(down[row], across[Points<kTile>::kPairs[0][0]],
+                                     across[Points<kTile>::kPairs[0][1]]);
+    Points<kTile>::template input<1>(down[row], across[Points<kTile>::kPairs[1][0]],
+                                     across[Points<kTile>::kPairs[1][1]]);
     if constexpr (kTile == 6) {
-      Points<kTile>::template input<2>(down[row], across[Points<kTile>::kPairs[2][0]], across[Points<kTile>::kPairs[2][1]]);
+      Points<kTile>::template input<2>(down[row], across[Points<kTile>::kPairs[2][0]],
+                                       across[Points<kTile>::kPairs[2][1]]);
     }
 #pragma GCC unroll 6
     for (int j = 0; j < kTile; ++j) put(Points<kTile>::kPairs[Pair][row], j, across[j]);
@@ -148,7 +151,9 @@ static void gather_tile(const WinogradProblem& problem, const TilePlace& place, 
   const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left, lanes = x.c - channel;
   const bool input_relu = problem.input_relu;
   const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || input_relu;
-  const auto outside = [](int64_t at, int64_t size) { return static_cast<uint64_t>(at) >= static_cast<uint64_t>(size); };
+  const auto outside = [](int64_t at, int64_t size) {
+    return static_cast<uint64_t>(at) >= static_cast<uint64_t>(size);
+  };
   const T* from = static_cast<const T*>(x.data) + ((place.image * x.h + h0) * x.w + w0) * x.pixel_stride + channel;
   if (lanes >= kVectorWidth && !has_prologue) {
     // Without branches, which would be mispredicted at every edge: what lies outside is read from `zeros`.
@@ -185,8 +190,8 @@ static void gather_tile(const WinogradProblem& problem, const TilePlace& place, 
 
 // 16 (or 8, or 4) channels of one tile from `channel` on: put(i, j, values) takes point (i, j)'s.
 template <typename T, int kTile, typename Put>
-static inline __attribute__((always_inline)) void transform_vector(const WinogradProblem& problem, const TilePlace& place,
-                                                                   int64_t channel, Put put) {
+static inline __attribute__((always_inline)) void transform_vector(const WinogradProblem& problem,
+                                                                   const TilePlace& place, int64_t channel, Put put) {
   const TensorView& x = problem.input;
   const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left;
   const bool inside = h0 >= 0 && w0 >= 0 && h0 + kTile <= x.h && w0 + kTile <= x.w;
@@ -326,8 +331,9 @@ static inline Vector larger(Vector a, Vector b) {
 
 // transform_output() where `out` holds the maximum of each 2x2 window.
 template <typename T, int M, int kTile>
-static void transform_output_pooled(const WinogradProblem& problem, const TilePlace& place, int64_t channel, int64_t lanes,
-                                    Vector scale, Vector bias, const float* products, int64_t point_stride) {
+static void transform_output_pooled(const WinogradProblem& problem, const TilePlace& place, int64_t channel,
+                                    int64_t lanes, Vector scale, Vector bias, const float* products,
+                                    int64_t point_stride) {
   Vector half[M][kTile];
   transform_columns<M, kTile>(products, point_stride, half);
   const TensorView& y = problem.out;

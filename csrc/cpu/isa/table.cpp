@@ -15,6 +15,7 @@ const KernelTable& kernel_table() {
       kMicroRows,
       kColumnBlock,
       kConv2dMaxChunk,
+      kPermutes,
       conv2d_scratch_bytes,
       conv2d_task,
       conv2d_grouped_scratch_bytes,

@@ -14,7 +14,8 @@ namespace fastcnn::cpu {
 
 // Where a direct convolution's inner loop reads its input: see isa/conv2d.cpp.
 enum class ConvSource : int32_t { in_place, strip, panel };
-constexpr int kMaxMicroTiles = 16;  // of output pixels, in a task
+constexpr int kMaxMicroTiles = 16;                                      // of output pixels, in a task
+constexpr int64_t kConv2dNarrowBytes = 24 << 10, kNarrowExtraRows = 3;  // isa/conv2d_narrow.h
 
 // One convolution, ready to run. Filled by conv2d.cpp.
 struct Conv2dProblem {
@@ -38,6 +39,10 @@ struct Conv2dProblem {
   int64_t blocks_per_task;            // column blocks per task
   int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
   bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
+  // Few output channels, from a strip: see isa/conv2d_narrow.h. Per phase a vector for each reduction value, then
+  // scale, bias, and where in a vector of the strip each lane's pixel lies. Else null.
+  const float* narrow_table;
+  int64_t narrow_phases;
 
   bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
   // Input rows that `rows` output rows read.
@@ -226,6 +231,7 @@ struct KernelTable {
   int micro_rows;    // output pixels per micro-tile
   int column_block;  // output channels per micro-tile
   int max_chunk;     // largest reduction chunk a gathered panel holds
+  bool permutes;     // whether vectors can be permuted by one instruction: isa/conv2d_narrow.h
   // Bytes of scratch one thread needs for a problem.
   int64_t (*conv2d_scratch_bytes)(const Conv2dProblem&);
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).

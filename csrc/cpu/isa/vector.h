@@ -31,6 +31,11 @@ constexpr int kMicroRows = 12;
 constexpr int kVectorWidth = 4;
 constexpr int kMicroRows = 6;
 #endif
+#if defined(__AVX2__)
+constexpr bool kPermutes = true;
+#else
+constexpr bool kPermutes = false;
+#endif
 constexpr int kMicroVectors = 2;
 constexpr int kColumnBlock = kMicroVectors * kVectorWidth;
 
