@@ -333,7 +333,7 @@ def test_variants_are_offered_where_they_can_run():
     assert cpp.variants("conv2d", *args(p=10), (1, 1), (1, 1), (1, 1), 1) == ()
     assert cpp.variants("conv2d", *args(p=4), (2, 2), (0, 0), (1, 1), 1) == ()
     assert cpp.variant("strassen").fast_algorithm("conv2d") == "strassen"
-    with pytest.raises(ValueError, match="strassen serves 1x1 filters with one group, an even number of input channels"):
+    with pytest.raises(ValueError, match="strassen serves 1x1 filters with one group, an even number"):
         cpp.variant("strassen").conv2d(*args(15), *one)
     with pytest.raises(ValueError, match="strassen serves 1x1 filters"):
         cpp.variant("strassen").conv2d(*args(p=10), (1, 1), (1, 1), (1, 1), 1)
