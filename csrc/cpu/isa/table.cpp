@@ -24,6 +24,8 @@ const KernelTable& kernel_table() {
       winograd_task,
       winograd_plain_scratch_bytes,
       winograd_plain_task,
+      strassen_scratch_bytes,
+      strassen_task,
       pool2d_task,
       local_response_norm_scratch_bytes,
       local_response_norm_task,
