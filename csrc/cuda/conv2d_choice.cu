@@ -32,8 +32,8 @@
 namespace fastcnn::cuda {
 namespace {
 
-// Whether the rule may choose kernels that no GPU has run (Choice::unproven). Off until fastcnn/backends/proven.json
-// holds them; the tuner, which checks every candidate's results, times them all the same.
+// Whether the rule may choose kernels that no GPU has run: those that split, and those by 32. Off until
+// fastcnn/backends/proven.json holds them; the tuner, which checks every candidate's results, times them all the same.
 constexpr bool kRuleUsesUnproven = false;
 
 int64_t tiles(const ConvProblem& problem, int rows, int columns) {
@@ -108,22 +108,20 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
              in_turns(64),
              in_turns(32)};
   }
-  found.erase(
-      std::remove_if(found.begin(), found.end(),
-                     [&](const Choice& choice) { return !whole_columns(problem, choice.tile_columns); }),
-      found.end());
+  found.erase(std::remove_if(found.begin(), found.end(),
+                             [&](const Choice& choice) { return !whole_columns(problem, choice.tile_columns); }),
+              found.end());
   return found;
 }
 
-// Those of conv2d_tma_split.cu: where there is something to split, and not more blocks than twice the device's.
+// Those of conv2d_tma_split.cu: with a stage for each block of a cluster, and not more blocks than twice the device's.
 std::vector<Choice> split_choices(const ConvProblem& problem, int64_t multiprocessors) {
   std::vector<Choice> found;
   const LoadPath path = problem.has_prologue() ? LoadPath::staged_vectors : LoadPath::async_vectors;
-  if (stages_of(problem.shape) < 2) return found;
   for (const int columns : {64, 128}) {
     if ((problem.has_prologue() && columns == 128) || !whole_columns(problem, columns)) continue;
     for (const int split : {2, 4, 8}) {
-      if (tiles(problem, 128, columns) * split > 2 * multiprocessors) continue;
+      if (stages_of(problem.shape) < split || tiles(problem, 128, columns) * split > 2 * multiprocessors) continue;
       found.push_back({Kernel::tma, path, 128, columns, false, split});
     }
   }
@@ -165,9 +163,9 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
 
 // The same for a split reduction, an estimate that no measurement stands behind yet: a block's share of the stages at
 // the price above, then 1500 cycles for two barriers of the cluster, laying down the accumulators and one round trip
-// through distributed shared memory, and the accumulators' bytes once out and once in at 32 bytes a cycle. 512 channels,
-// 3x3 at 7x7 and batch 1: 72 stages of 507 cycles, 37100 in all, 21 us (measured: 14.5 to 16.0); eight blocks of 9
-// stages of 725 (128x128 tiles) 12700, 7 us.
+// through distributed shared memory, and the accumulators' bytes once out and once in at 32 bytes a cycle. 512
+// channels, 3x3 at 7x7 and batch 1: 72 stages of 507 cycles, 37100 in all, 21 us (measured: 14.5 to 16.0); eight blocks
+// of 9 stages of 725 (128x128 tiles) 12700, 7 us.
 double split_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
   const double rows = choice.tile_rows, columns = choice.tile_columns;
   const double stages = static_cast<double>(ceil_divide(stages_of(problem.shape), choice.split));
@@ -204,7 +202,7 @@ Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
 }
 
 // `tma`, or what should be faster of the kernels that no GPU has run.
-[[maybe_unused]] Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
+Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
   Choice best = tma;
   double cycles = tma_cycles(problem, tma, multiprocessors);
   const auto consider = [&](const Choice& choice, double estimate) {

@@ -9,9 +9,11 @@
 //     in turns   a tile is kGroupRows pixels and belongs to one warpgroup; while it stores, the other multiplies. A
 //                warpgroup begins when the other has all its stages: a barrier's parity tells only neighbouring rounds
 //                of a stage apart
-// Copies: a stage holds 64 values of the reduction (device/tma_stages.cuh): a tap's block of 64 channels, or "by 32" two
-//   blocks of 32, so that 96 or 160 channels leave no stage half empty. The copy engine computes every address, fills padding with zeros and
-//   reports to the stage's `full` barrier; warps report to `empty` when a stage has been multiplied.
+// Copies: a stage holds 64 values of the reduction (device/tma_stages.cuh): a tap's block of 64 channels, or "by 32"
+// two
+//   blocks of 32, so that 96 or 160 channels leave no stage half empty. The copy engine computes every address, fills
+//   padding with zeros and reports to the stage's `full` barrier; warps report to `empty` when a stage has been
+//   multiplied.
 // With a prologue (1x1 filters without padding): the warpgroup applies it in place to its rows of A when a stage has
 //   landed, while the tensor cores still work on the stage before.
 // Shared memory: the stages, and for each warpgroup its part of the output, into which the copy engine brings the
@@ -89,7 +91,7 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
     }
   }
   if (Tile::kInTurns && lane == 0) barrier_arrive(barriers.turn(1 - group));
-  end_products<Tile>(barriers, state, true, lane, acc);
+  end_products<Tile>(barriers, state, lane, acc);
 }
 
 // The epilogue, in the accumulators' own layout: a lane holds pairs of columns, its quad 16 bytes of a row. In the

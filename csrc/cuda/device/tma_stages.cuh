@@ -227,7 +227,8 @@ __device__ __forceinline__ void clear(TmaAccumulator<Tile>& acc) {
   }
 }
 
-// acc = the product of the blocks [first, last) of a tile's reduction, but for the wait for the last stage.
+// acc = the product of the blocks [first, last) of a tile's reduction, one or more, but for the wait for the last
+// stage.
 template <typename Tile>
 __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint32_t stages,
                                                 const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
@@ -236,8 +237,8 @@ __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint
   clear<Tile>(acc);
   int block = first % problem.channel_blocks;
   if constexpr (Tile::kPrologue) state.factors.load(problem, block * kTensorMapRow + thread % 8 * 8);
-#pragma unroll 1
-  for (int at = first; at < last; at += Tile::kBlocksOfStage) {
+  int at = first;
+  do {  // no way past the loop: it would define acc beside wgmma, and ptxas would wait for each product in turn
     bool whole = at + 1 < last;
     int steps = 2;
     if constexpr (Tile::kBlock == kTensorMapRow) {
@@ -247,17 +248,18 @@ __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint
     multiply_stage<Tile>(problem, stages, barriers, ring, group, thread, whole, steps,
                          (block + 1) * kTensorMapRow + thread % 8 * 8, state, acc);
     if (++block == problem.channel_blocks) block = 0;
-  }
+    at += Tile::kBlocksOfStage;
+  } while (at < last);
 }
 
-// The products of the last stage, if there was `any`, are done, and acc may be read.
+// The products of the last stage are done, and acc may be read.
 template <typename Tile>
-__device__ __forceinline__ void end_products(const TmaBarriers<Tile>& barriers, const StageState& state, bool any,
-                                             int lane, TmaAccumulator<Tile>& acc) {
+__device__ __forceinline__ void end_products(const TmaBarriers<Tile>& barriers, const StageState& state, int lane,
+                                             TmaAccumulator<Tile>& acc) {
   wgmma_wait<0>();
 #pragma unroll
   for (int half = 0; half < Tile::kGroupRows / 64; ++half) hold(acc[half]);
-  if (any && lane == 0) barrier_arrive(barriers.empty(state.before));
+  if (lane == 0) barrier_arrive(barriers.empty(state.before));
 }
 
 #endif
