@@ -176,11 +176,11 @@ double split_cycles(const ConvProblem& problem, const Choice& choice, int64_t mu
   return waves * (starting + stages * stage + 1500 + 2 * rows * columns * 4 / 32);
 }
 
-// Where the rule may split: the kernel that does not would fill less than half of the device, with 16 stages or more
-// each. Clusters of eight do not find room on all multiprocessors, hence the sixth that is left free.
+// Where the rule may split: the kernel that does not would fill less than half of the device, with 16 stages or more for
+// each tile. Clusters do not find room on all multiprocessors, hence the eighth that is left free.
 bool worth_splitting(const ConvProblem& problem, const Choice& whole, const Choice& choice, int64_t multiprocessors) {
   return 2 * tiles(problem, whole.tile_rows, whole.tile_columns) < multiprocessors && stages_of(problem.shape) >= 16 &&
-         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 5 / 6;
+         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 7 / 8;
 }
 
 // The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for
