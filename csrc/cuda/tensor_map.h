@@ -12,8 +12,9 @@
 
 namespace fastcnn::cuda {
 
-constexpr int kTensorMapRow = 64;      // values in a row of shared memory
-constexpr int kTensorMapHalfRow = 32;  // the same, in the 64B swizzle
+constexpr int kTensorMapRow = 64;                                       // values in a row of shared memory
+constexpr int kTensorMapHalfRow = 32;                                   // the same, in the 64B swizzle
+constexpr int kTensorMapWideBlock = kTensorMapRow + kTensorMapHalfRow;  // channels that two copies bring
 
 struct alignas(64) TensorMap {
   uint64_t opaque[16];

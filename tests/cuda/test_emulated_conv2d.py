@@ -138,6 +138,15 @@ CASES = [
          image=(4, 9, 10), asked=True),
     Case("tma 128x64 in turns by 32", BF16, SM90, 144, 64, (3, 2), stride=(2, 1), image=(3, 13, 9), asked=True),
     Case("tma 128x64 in turns by 32", F16, SM90_TWO, 16, 72, ONE, padding=NONE, image=(1, 3, 3), asked=True),
+    # Stages of 96 channels, the last one full, of 64, 48 and 16; a reduction of one stage.
+    Case("tma 256x128 by 96", BF16, SM90, 96, 128, image=(3, 9, 11), asked=True),
+    Case("tma 256x128 by 96", F16, SM90_TWO, 160, 136, (2, 3), padding=(1, 1, 0, 1), image=(5, 9, 10), asked=True),
+    Case("tma 128x128 in turns by 96", F16, SM90, 144, 120, stride=(2, 1), image=(2, 12, 13), x_start=8, x_extra=16,
+         out_extra=8, asked=True),
+    Case("tma 128x128 in turns by 96", BF16, SM90_TWO, 72, 200, ONE, padding=NONE, image=(4, 9, 10), asked=True),
+    Case("tma 128x64 in turns by 96", BF16, SM90, 208, 64, dilation=(1, 2), padding=(1, 2, 1, 2), image=(3, 7, 9),
+         asked=True),
+    Case("tma 128x64 in turns by 96", F16, SM90_TWO, 288, 72, ONE, padding=NONE, image=(3, 9, 9), asked=True),
     # Taps that share a patch: parts of rows, whole rows, several images; halos on all sides, a channel tail, groups.
     Case("patch 256x64", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
     Case("patch 256x64", F16, SM90_TWO, 56, 120, image=(1, 19, 61), out_start=8, out_extra=16, asked=True),
@@ -290,7 +299,8 @@ def test_every_block_of_a_cluster_has_a_stage(emulated_once, pixels) -> None:
 def test_the_rule_chooses_proven_kernels_only(emulated_once, pixels) -> None:
     """What no GPU has run is served by name, and so to the tuner, even where it should be best."""
     missing = proven.unproven(proven.record())["cuda"]
-    for c, k, size, asked in ((512, 64, 7, "tma 128x64 split 8"), (96, 128, 9, "tma 256x128 by 32")):
+    layers = (512, 64, 7, "tma 128x64 split 8"), (96, 128, 9, "tma 256x128 by 32"), (96, 128, 9, "tma 256x128 by 96")
+    for c, k, size, asked in layers:
         x, weight = torch.ones(1, c, size, size, dtype=BF16), torch.ones(k, c, 3, 3, dtype=BF16)
         chosen = emulated_once.conv2d(
             pixels.empty(1, size, size, k, BF16), pixels.of(x), weight, padding=(1, 1), device=SM90_LARGE, kernel=asked
