@@ -73,6 +73,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
     "expanded": lambda t: t[:, :, :1, :1].expand(t.shape),
 }
+PAIRS = [pair for pair in itertools.product(LAYOUTS, repeat=2) if pair[0][0] == "c" or pair[1][0] == "c"]
 SHAPES = [(2, 4, 3, 5), (1, 4, 2, 2), (2, 4, 1, 1), (2, 1, 3, 2), (1, 1, 3, 2), (1, 4, 1, 3), (0, 4, 2, 3)]
 
 
@@ -104,18 +105,16 @@ def images(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
 @pytest.mark.parametrize("name", CHAINS)
 @torch.no_grad()
 def test_optimized(name: str, channels_last_model: bool) -> None:
-    for shape, size, training in itertools.product(SHAPES, (1, 3), (False, True)):
-        if training and shape[0] * shape[2] * shape[3] < 2:
-            continue
-        net = Net(CHAINS[name], shape[1], size).train(training)
+    for i, (shape, training) in enumerate([*((s, False) for s in SHAPES), *((s, True) for s in SHAPES[:3])]):
+        net = Net(CHAINS[name], shape[1], 1 + 2 * (i % 2)).train(training)
         if channels_last_model:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         fast = fastcnn.optimize(net)
-        for of_x, of_r in itertools.product(LAYOUTS, repeat=2):
+        for of_x, of_r in PAIRS:
             x, r = images(shape, of_x, 1), images(shape, of_r, 2)
             plain = net(x, r)
             ours = fast(x, r)
-            assert ours.stride() == plain.stride(), (shape, size, training, of_x, of_r)
+            assert ours.stride() == plain.stride(), (shape, training, of_x, of_r)
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -173,7 +172,7 @@ def test_networks_of_mixed_layouts(end: str, part: str | None) -> None:
     net = Whole(ENDS[end]).eval()
     fast = fastcnn.optimize(net)
     for turn in range(2):
-        for shape, of_x, of_r in itertools.product([(2, 4, 3, 5), (1, 4, 2, 2)], LAYOUTS, LAYOUTS):
+        for shape, of_x, of_r in [(s, *pair) for s in ((2, 4, 3, 5), (1, 4, 2, 2)) for pair in PAIRS]:
             x, r = images(shape, of_x, 1), images(shape, of_r, 2)
             for ours, plain in zip(tensors(fast(x, r)), tensors(net(x, r)), strict=True):
                 assert ours.stride() == plain.stride(), (shape, of_x, of_r, turn)
