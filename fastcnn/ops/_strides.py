@@ -143,8 +143,8 @@ def is_dense(shape: Sequence[int], strides: Strides) -> bool:
 
 
 def is_ambiguous(shape: Sequence[int]) -> bool:
-    """Whether images of this shape are contiguous and channels-last at once, but for strides of dimensions of size 1."""
-    return len(shape) == 4 and bool(shape[1] == 1 or shape[2] == shape[3] == 1)
+    """Whether such images are contiguous and channels-last at once, but for the strides of dimensions of size 1."""
+    return len(shape) == 4 and bool(shape[1] == 1 or shape[2] == shape[3] == 1 or 0 in shape)
 
 
 def is_definite(shape: Sequence[int], strides: Strides) -> bool:
