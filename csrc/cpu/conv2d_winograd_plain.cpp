@@ -1,10 +1,11 @@
 // Winograd convolution with plain weights on the CPU: their packing and the work. The arithmetic is in
 // isa/conv2d_winograd_plain.cpp.
+#include "conv2d_winograd_plain.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "conv2d_winograd_plain.h"
 #include "isa/table.h"
 #include "preparation.h"
 
@@ -112,7 +113,9 @@ double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, 
   constexpr double kThreads = 2, kBytesPerCycle = 9, kPhaseCycles = 6000;
   constexpr double kThere = 300, kBack = 270;  // of one tile and vector of channels
   constexpr double kStep = 18, kPass = 60;     // of four tiles and six points: a channel, and a pass over 32
+  constexpr double kFewTiles = 8;              // of more, weights that were transformed once cost less
   const double tiles = static_cast<double>(n * ceil_div(p, kTile) * ceil_div(q, kTile));
+  if (tiles > kFewTiles) return INFINITY;
   const double out_vectors = std::ceil(static_cast<double>(out_channels) / width);
   const double in_vectors = std::ceil(static_cast<double>(in_channels) / width);
   const double depth = in_vectors * width / static_cast<double>(groups);
