@@ -24,9 +24,8 @@ from fastcnn import _native
 from fastcnn.measurement.conditions import conditions
 
 KINDS = {
-    "conv2d": "convolutions", "conv2d_winograd": "convolutions", "linear": "linear", "linear_short": "linear",
-    "map": "functions of values",
-    "copy": "copies", "fill": "copies",
+    "conv2d": "convolutions", "conv2d_winograd": "convolutions", "conv2d_strassen": "convolutions",
+    "linear": "linear", "linear_short": "linear", "map": "functions of values", "copy": "copies", "fill": "copies",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""3x3 convolutions with stride 1 on the CPU: Winograd in tiles of 4x4 and 2x2 outputs, the plain sum, PyTorch.
+"""3x3 convolutions with stride 1 on the CPU: every algorithm, and PyTorch.
 
 FLOP/s count the plain sum's operations for every candidate, so that they compare as times do.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 import fastcnn
 from fastcnn import ops
 from fastcnn.backends import backend_module
+from fastcnn.backends.cpp import ALGORITHMS
 
 # (channels in and out, height and width) of VGG, ResNet and wider ones
 SHAPES = [
@@ -22,7 +23,7 @@ SHAPES = [
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU benchmark")
 
 
-@pytest.mark.parametrize("candidate", ["pytorch", "cpp", "cpp:direct", "cpp:winograd4", "cpp:winograd2"])
+@pytest.mark.parametrize("candidate", ["pytorch", "cpp", *(f"cpp:{name}" for name in ALGORITHMS)])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[1]}x{s[1]}x{s[0]}")
 def test_conv3x3_bias_relu(measure, benchmark, shape: tuple[int, int], batch: int, candidate: str):

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/conv2d_strassen.h"
 #include "cpu/conv2d_winograd_cut.h"
 #include "cpu/conv2d_winograd_plain.h"
 #include "cpu/kernels.h"
@@ -105,6 +106,31 @@ void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight&
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
+}
+
+void cpu_conv2d_strassen(py::handle out, py::handle input, const cpu::PackedConv2dWeight& weight, py::handle scale,
+                         py::handle bias, py::handle residual, py::handle input_scale, py::handle input_shift,
+                         bool input_relu, bool relu, int threads) {
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_threads(threads);
+  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
+  if (const char* refusal = cpu::conv2d_strassen_refusal(weight, x.dtype)) throw py::value_error(refusal);
+  require_shape(x, "input", y.n, weight.in_channels, y.h, y.w);
+  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cpu::conv2d_strassen(y, x, weight, prologue, epilogue, threads);
+}
+
+double cpu_conv2d_strassen_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels) {
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+  if (in_channels < 2) throw py::value_error("in_channels must be at least 2");
+  const auto [n, k, p, q] = out_shape;
+  return cpu::conv2d_strassen_cycles(n, p * q, k, in_channels);
 }
 
 void require_winograd(const int64_t shape[4], int tile) {
@@ -228,7 +254,7 @@ double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_cha
   }
   if (in_channels < 1) throw py::value_error("in_channels must be positive");
   const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};
-  require_winograd(weight_shape, tile == 0 ? 2 : tile);
+  if (tile != 0 || filter != 1) require_winograd(weight_shape, tile == 0 ? 2 : tile);
   const auto [n, k, p, q] = out_shape;
   return cpu::conv2d_cycles(n, k, p, q, in_channels, filter, tile, bf16);
 }
@@ -401,6 +427,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
   m.def("cpu_conv2d_winograd_plain_cycles", &cpu_conv2d_winograd_plain_cycles, py::arg("out_shape"),
         py::arg("in_channels"), py::arg("groups"));
+  m.def("cpu_conv2d_strassen", &cpu_conv2d_strassen, py::arg("out"), py::arg("input"), py::arg("weight"),
+        py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+        py::arg("input_relu"), py::arg("relu"), py::arg("threads"));
+  m.def("cpu_conv2d_strassen_cycles", &cpu_conv2d_strassen_cycles, py::arg("out_shape"), py::arg("in_channels"));
   m.def("cpu_conv2d_cycles", &cpu_conv2d_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("filter"),
         py::arg("tile"), py::arg("bf16"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/conv2d_strassen.h"
 #include "cpu/conv2d_winograd_plain.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_short.h"
@@ -55,6 +56,19 @@ class PyPlan {
     convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
                 [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue,
                     int threads) { return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads); });
+  }
+
+  void conv2d_strassen(const py::tuple& out, const py::tuple& input, std::shared_ptr<cpu::PackedConv2dWeight> weight,
+                       const py::object& scale, const py::object& bias, const py::object& residual,
+                       const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu) {
+    const Operand x = operand(input, "input"), y = operand(out, "out");
+    if (const char* refusal = cpu::conv2d_strassen_refusal(*weight, x.dtype)) throw py::value_error(refusal);
+    const TensorView xv = view(x, "input"), yv = view(y, "out");
+    require_shape(yv, "out", xv.n, yv.c, xv.h, xv.w);
+    convolution(out, input, *weight, conv2d_geometry(1, 1, 1, {1, 1}, {0, 0}, {1, 1}), scale, bias, residual,
+                input_scale, input_shift, input_relu, relu,
+                [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue,
+                    int threads) { return cpu::conv2d_strassen_work(y, x, *weight, prologue, epilogue, threads); });
   }
 
   void conv2d_winograd(const py::tuple& out, const py::tuple& input,
@@ -504,6 +518,9 @@ void bind_plan(py::module_& m) {
       .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
       .def("conv2d", &PyPlan::conv2d)
+      .def("conv2d_strassen", &PyPlan::conv2d_strassen, py::arg("out"), py::arg("input"), py::arg("weight"),
+           py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+           py::arg("input_relu"), py::arg("relu"))
       .def("conv2d_winograd", &PyPlan::conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)

@@ -41,10 +41,16 @@ class Plan:
         bias: PlanOperand | None, residual: PlanOperand | None, input_scale: PlanOperand | None,
         input_shift: PlanOperand | None, input_relu: bool, relu: bool, stride: Pair, padding: Pair, dilation: Pair,
     ) -> None: ...
-    def conv2d_winograd(
-        self, out: PlanOperand, input: PlanOperand, weight: PackedConv2dWinogradWeight | PlainWinogradWeight, scale: PlanOperand | None,
+    def conv2d_strassen(
+        self, out: PlanOperand, input: PlanOperand, weight: PackedConv2dWeight, scale: PlanOperand | None,
         bias: PlanOperand | None, residual: PlanOperand | None, input_scale: PlanOperand | None,
-        input_shift: PlanOperand | None, input_relu: bool, relu: bool, padding: Pair, max_pool: bool = False,
+        input_shift: PlanOperand | None, input_relu: bool, relu: bool,
+    ) -> None: ...
+    def conv2d_winograd(
+        self, out: PlanOperand, input: PlanOperand, weight: PackedConv2dWinogradWeight | PlainWinogradWeight,
+        scale: PlanOperand | None, bias: PlanOperand | None, residual: PlanOperand | None,
+        input_scale: PlanOperand | None, input_shift: PlanOperand | None, input_relu: bool, relu: bool, padding: Pair,
+        max_pool: bool = False,
     ) -> None: ...
     def linear(
         self, out: PlanOperand, input: PlanOperand, weight: PlanOperand, bias: PlanOperand | None, relu: bool
@@ -132,10 +138,16 @@ class PlainWinogradWeight:
     def bytes(self) -> int: ...
 
 def cpu_conv2d_winograd(
-    out: Tensor, input: Tensor, weight: PackedConv2dWinogradWeight | PlainWinogradWeight, scale: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, relu: bool,
-    padding: Pair, threads: int,
+    out: Tensor, input: Tensor, weight: PackedConv2dWinogradWeight | PlainWinogradWeight, scale: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None,
+    input_relu: bool, relu: bool, padding: Pair, threads: int,
 ) -> None: ...
+def cpu_conv2d_strassen(
+    out: Tensor, input: Tensor, weight: PackedConv2dWeight, scale: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None, input_relu: bool, relu: bool,
+    threads: int,
+) -> None: ...
+def cpu_conv2d_strassen_cycles(out_shape: tuple[int, ...], in_channels: int) -> float: ...
 def cpu_conv2d_cycles(
     out_shape: tuple[int, ...], in_channels: int, filter: int, tile: int, bf16: bool
 ) -> float: ...

@@ -209,10 +209,23 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   return tasks;
 }
 
-// One output row and enough channel blocks to be worth a task.
-int64_t cut_grouped(Conv2dProblem& problem) {
-  problem.blocks_per_task = std::min<int64_t>(8, problem.column_blocks);
-  return problem.out.n * problem.out.h * ceil_div(problem.column_blocks, problem.blocks_per_task);
+// As many output rows as leave the strip in L1 (of wide pictures, a few: its rows overlap the next task's), and vectors
+// of channels until a task is worth its beginning.
+int64_t cut_grouped(Conv2dProblem& problem, int threads) {
+  constexpr int64_t kStripBytes = 40 << 10, kFewRows = 4, kTaskProducts = 20000, kTasksPerThread = 4;
+  const Conv2dGeometry& g = problem.geometry;
+  const TensorView& out = problem.out;
+  const int64_t width = kernels().vector_width;
+  problem.strip_pixels = (out.w - 1) * g.stride_w + (g.filter_w - 1) * g.dilation_w + 1;
+  problem.strip_pitch = problem.strip_pixels * width;
+  int64_t rows = std::min(kFewRows, out.h);
+  while (rows < out.h && problem.input_rows(rows + 1) * problem.strip_pitch * 4 <= kStripBytes) ++rows;
+  const int64_t strips = ceil_div(out.h, rows);
+  problem.tile_rows = ceil_div(out.h, strips);
+  const int64_t products = problem.tile_rows * out.w * g.filter_h * g.filter_w * problem.group_in;
+  const int64_t most = out.n * strips * problem.column_blocks / (kTasksPerThread * threads);
+  problem.blocks_per_task = std::clamp<int64_t>(std::min(kTaskProducts / products, most), 1, problem.column_blocks);
+  return out.n * ceil_div(out.h, problem.tile_rows) * ceil_div(problem.column_blocks, problem.blocks_per_task);
 }
 
 }  // namespace
@@ -251,9 +264,10 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   work.constants = weight.data();
   work.constant_bytes = weight.bytes();
   if (weight.spans_groups) {
-    work.tasks = cut_grouped(problem);
-    work.run = [problem, memory = vectors.memory, &table](int64_t task, void*) {
-      table.conv2d_grouped_task(problem, task);
+    work.tasks = cut_grouped(problem, threads);
+    work.scratch_bytes = table.conv2d_grouped_scratch_bytes(problem);
+    work.run = [problem, memory = vectors.memory, &table](int64_t task, void* scratch) {
+      table.conv2d_grouped_task(problem, task, scratch);
     };
   } else {
     choose_source(problem);

@@ -1,11 +1,10 @@
 // Winograd convolution with plain weights on the CPU: their packing and the work. The arithmetic is in
 // isa/conv2d_winograd_plain.cpp.
-#include "conv2d_winograd_plain.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "conv2d_winograd_plain.h"
 #include "isa/table.h"
 #include "preparation.h"
 
@@ -111,8 +110,8 @@ double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, 
                                     int64_t groups) {
   const double width = kernels().vector_width;
   constexpr double kThreads = 2, kBytesPerCycle = 9, kPhaseCycles = 6000;
-  constexpr double kThere = 300, kBack = 270;      // of one tile and vector of channels
-  constexpr double kStep = 18, kPass = 60;         // of four tiles and six points: a channel, and a pass over 32
+  constexpr double kThere = 300, kBack = 270;  // of one tile and vector of channels
+  constexpr double kStep = 18, kPass = 60;     // of four tiles and six points: a channel, and a pass over 32
   const double tiles = static_cast<double>(n * ceil_div(p, kTile) * ceil_div(q, kTile));
   const double out_vectors = std::ceil(static_cast<double>(out_channels) / width);
   const double in_vectors = std::ceil(static_cast<double>(in_channels) / width);

@@ -46,6 +46,11 @@ class PackedConv2dWeight {
 void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight, const Prologue& prologue,
             const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
 
+// conv2d() for a 1x1 filter with stride 1 and one group, without padding, of fp32 tensors and an even number of input
+// channels, by Strassen's algorithm.
+void conv2d_strassen(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
+                     const Prologue& prologue, const Epilogue& epilogue, int threads);
+
 // 3x3 or 5x5 weights transformed for Winograd convolution in tiles of tile x tile outputs (layouts:
 // isa/conv2d_winograd.cpp and isa/conv2d_winograd_bf16.cpp).
 class PackedConv2dWinogradWeight {
@@ -110,6 +115,8 @@ void batch_norm_vectors(float* centre, float* scale, float* shift, const double*
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                   const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+Works conv2d_strassen_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
+                           const Prologue& prologue, const Epilogue& epilogue, int threads);
 // max_pool: `out` is the maximum of each 2x2 window of what is convolved; rows and columns that make no whole window
 // are not computed. Then there may be no residual.
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,

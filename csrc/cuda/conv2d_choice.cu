@@ -16,7 +16,7 @@
 //
 // Two more families of tma kernels stand in the table of all kernels only, see kRuleUsesUnproven:
 //   tma .. split 2, 4, 8   reductions split over a cluster, for grids that leave most of the device idle
-//   tma .. by 32           stages of two blocks of 32 channels, for 96, 160 ... channels
+//   tma .. by 32, by 96    stages of two blocks of 32 channels, or of one of 96, for 96, 160 ... channels
 //
 // "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
 #include <cuda_bf16.h>
@@ -32,8 +32,8 @@
 namespace fastcnn::cuda {
 namespace {
 
-// Whether the rule may choose kernels that no GPU has run (Choice::unproven). Off until fastcnn/backends/proven.json
-// holds them; the tuner, which checks every candidate's results, times them all the same.
+// Whether the rule may choose kernels that no GPU has run: those that split, and those by 32 and 96. Off until
+// fastcnn/backends/proven.json holds them; the tuner, which checks every candidate's results, times them all the same.
 constexpr bool kRuleUsesUnproven = false;
 
 int64_t tiles(const ConvProblem& problem, int rows, int columns) {
@@ -88,7 +88,7 @@ int64_t stages_of(const ConvShape& shape) {
   return shape.reduction / shape.channels * ceil_divide(shape.channels, kTensorMapRow);
 }
 
-// The tiles of conv2d_tma.cu that serve a problem that tma_fits, without those "by 32".
+// The tiles of conv2d_tma.cu that serve a problem that tma_fits, in stages of 64 channels.
 std::vector<Choice> tma_choices(const ConvProblem& problem) {
   const auto together = [](LoadPath path, int rows, int columns) {
     return Choice{Kernel::tma, path, rows, columns, false};
@@ -108,36 +108,40 @@ std::vector<Choice> tma_choices(const ConvProblem& problem) {
              in_turns(64),
              in_turns(32)};
   }
-  found.erase(
-      std::remove_if(found.begin(), found.end(),
-                     [&](const Choice& choice) { return !whole_columns(problem, choice.tile_columns); }),
-      found.end());
+  found.erase(std::remove_if(found.begin(), found.end(),
+                             [&](const Choice& choice) { return !whole_columns(problem, choice.tile_columns); }),
+              found.end());
   return found;
 }
 
-// Those of conv2d_tma_split.cu: where there is something to split, and not more blocks than twice the device's.
+// Those of conv2d_tma_split.cu: with a stage for each block of a cluster, and not more blocks than twice the device's.
 std::vector<Choice> split_choices(const ConvProblem& problem, int64_t multiprocessors) {
   std::vector<Choice> found;
   const LoadPath path = problem.has_prologue() ? LoadPath::staged_vectors : LoadPath::async_vectors;
-  if (stages_of(problem.shape) < 2) return found;
   for (const int columns : {64, 128}) {
     if ((problem.has_prologue() && columns == 128) || !whole_columns(problem, columns)) continue;
     for (const int split : {2, 4, 8}) {
-      if (tiles(problem, 128, columns) * split > 2 * multiprocessors) continue;
+      if (stages_of(problem.shape) < split || tiles(problem, 128, columns) * split > 2 * multiprocessors) continue;
       found.push_back({Kernel::tma, path, 128, columns, false, split});
     }
   }
   return found;
 }
 
-// Stages of two blocks of 32 channels: where a last block of 64 would be at most half full.
-std::vector<Choice> choices_by_32(const ConvProblem& problem) {
-  if (problem.groups > 1 || problem.has_prologue()) return {};
-  if (ceil_divide(problem.shape.channels, kTensorMapHalfRow) % 2 == 0) return {};
-  constexpr LoadPath kAsync = LoadPath::async_vectors;
-  return {{Kernel::tma, kAsync, 256, 128, false, 1, kTensorMapHalfRow},
-          {Kernel::tma, kAsync, 128, 128, true, 1, kTensorMapHalfRow},
-          {Kernel::tma, kAsync, 128, 64, true, 1, kTensorMapHalfRow}};
+// Stages of two blocks of 32 channels, where a last block of 64 would be at most half full, or of 96, where they are
+// fewer then.
+std::vector<Choice> other_blocks(const ConvProblem& problem) {
+  const int64_t channels = problem.shape.channels;
+  std::vector<Choice> found;
+  if (problem.groups > 1 || problem.has_prologue() || ceil_divide(channels, kTensorMapHalfRow) % 2 == 0) return found;
+  for (const int block : {kTensorMapHalfRow, kTensorMapWideBlock}) {
+    const bool fewer = ceil_divide(channels, kTensorMapWideBlock) < ceil_divide(channels, kTensorMapRow);
+    if (block == kTensorMapWideBlock && !fewer) continue;
+    found.push_back({Kernel::tma, LoadPath::async_vectors, 256, 128, false, 1, block});
+    found.push_back({Kernel::tma, LoadPath::async_vectors, 128, 128, true, 1, block});
+    found.push_back({Kernel::tma, LoadPath::async_vectors, 128, 64, true, 1, block});
+  }
+  return found;
 }
 
 // Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
@@ -153,7 +157,7 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
       static_cast<double>(ceil_divide(tiles(problem, choice.tile_rows, choice.tile_columns), multiprocessors));
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
   const double blocks = static_cast<double>(taps * ceil_divide(shape.channels, choice.block));
-  const double stages = std::ceil(blocks * choice.block / kTensorMapRow);
+  const double stages = std::max(std::ceil(blocks / 2), blocks * choice.block / kTensorMapRow);  // of 64 channels
   const double multiplying = std::max(products / 2048, stages * (1.7 * rows + 3.4 * columns + 72));
   // With a prologue every column tile changes its rows again. The largest tile leaves room for three stages only.
   double starting = problem.has_prologue() ? 2500 : 600;
@@ -165,9 +169,9 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
 
 // The same for a split reduction, an estimate that no measurement stands behind yet: a block's share of the stages at
 // the price above, then 1500 cycles for two barriers of the cluster, laying down the accumulators and one round trip
-// through distributed shared memory, and the accumulators' bytes once out and once in at 32 bytes a cycle. 512 channels,
-// 3x3 at 7x7 and batch 1: 72 stages of 507 cycles, 37100 in all, 21 us (measured: 14.5 to 16.0); eight blocks of 9
-// stages of 725 (128x128 tiles) 12700, 7 us.
+// through distributed shared memory, and the accumulators' bytes once out and once in at 32 bytes a cycle. 512
+// channels, 3x3 at 7x7 and batch 1: 72 stages of 507 cycles, 37100 in all, 21 us (measured: 14.5 to 16.0); eight blocks
+// of 9 stages of 725 (128x128 tiles) 12700, 7 us.
 double split_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
   const double rows = choice.tile_rows, columns = choice.tile_columns;
   const double stages = static_cast<double>(ceil_divide(stages_of(problem.shape), choice.split));
@@ -179,10 +183,10 @@ double split_cycles(const ConvProblem& problem, const Choice& choice, int64_t mu
 }
 
 // Where the rule may split: the kernel that does not would fill less than half of the device, with 16 stages or more
-// each. Clusters of eight do not find room on all multiprocessors, hence the sixth that is left free.
+// for each tile. Clusters do not find room on all multiprocessors, hence the eighth that is left free.
 bool worth_splitting(const ConvProblem& problem, const Choice& whole, const Choice& choice, int64_t multiprocessors) {
   return 2 * tiles(problem, whole.tile_rows, whole.tile_columns) < multiprocessors && stages_of(problem.shape) >= 16 &&
-         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 5 / 6;
+         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 7 / 8;
 }
 
 // The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for
@@ -204,7 +208,7 @@ Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
 }
 
 // `tma`, or what should be faster of the kernels that no GPU has run.
-[[maybe_unused]] Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
+Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
   Choice best = tma;
   double cycles = tma_cycles(problem, tma, multiprocessors);
   const auto consider = [&](const Choice& choice, double estimate) {
@@ -212,7 +216,7 @@ Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
     best = choice;
     cycles = estimate;
   };
-  for (const Choice& choice : choices_by_32(problem)) consider(choice, tma_cycles(problem, choice, multiprocessors));
+  for (const Choice& choice : other_blocks(problem)) consider(choice, tma_cycles(problem, choice, multiprocessors));
   for (const Choice& choice : split_choices(problem, multiprocessors)) {
     if (!worth_splitting(problem, tma, choice, multiprocessors)) continue;
     consider(choice, split_cycles(problem, choice, multiprocessors));
@@ -254,7 +258,7 @@ std::string name_of(const Choice& choice) {
     case Kernel::tma:
       return "tma" + tile + (choice.in_turns ? " in turns" : path) +
              (choice.split > 1 ? " split " + std::to_string(choice.split) : "") +
-             (choice.block < kTensorMapRow ? " by " + std::to_string(choice.block) : "");
+             (choice.block != kTensorMapRow ? " by " + std::to_string(choice.block) : "");
     case Kernel::wgmma:
       return "wgmma" + tile + path;
     case Kernel::mma:
@@ -316,7 +320,7 @@ std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_
   if (device.wgmma && tma_fits(problem, dtype)) {
     for (const Choice& choice : tma_choices(problem)) add(choice);
     for (const Choice& choice : split_choices(problem, device.multiprocessors)) add(choice);
-    for (const Choice& choice : choices_by_32(problem)) add(choice);
+    for (const Choice& choice : other_blocks(problem)) add(choice);
     for (const int columns : {32, 64}) {
       if (patch_fits(problem, dtype, columns, device)) {
         add({Kernel::patch, LoadPath::async_vectors, kPatchRows, columns});

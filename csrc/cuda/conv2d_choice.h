@@ -18,12 +18,10 @@ struct Choice {
   bool in_turns = false;  // tma: a tile belongs to one warpgroup
   int split = 1;          // tma: blocks that share a tile's reduction
   int block = 64;         // tma: channels that a stage takes from one tap
-
-  // Compiled and emulated, and not yet run on a GPU: served by name and to the tuner.
-  bool unproven() const { return split > 1 || block < 64; }
 };
 
-// "wgmma 128x256", "mma 64x64 elements", "tma 128x64 in turns", "tma 128x64 split 4": unique among the kernels that can serve one case.
+// "wgmma 128x256", "mma 64x64 elements", "tma 128x64 in turns", "tma 128x64 split 4": unique among the kernels that can
+// serve one case.
 std::string name_of(const Choice& choice);
 
 // The kernel that the rule chooses.

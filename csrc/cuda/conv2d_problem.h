@@ -56,15 +56,17 @@ void launch_conv2d_wgmma(const ConvProblem& problem, LoadPath path, int tile_col
 
 // wgmma fed by bulk copies (sm_90a; bf16, fp16), for every problem that tma_fits. Tiles served, as rows x columns:
 // together 256x128, 256x64, 128x128, 128x64, 128x32; in turns 128x128, 128x64, 128x32; with a prologue 128x128, 128x64.
-// With groups, a group's filters must be whole columns; 32 columns serve up to 32 filters only. `block` is 64, or without
-// groups and a prologue 32 (together 256x128; in turns 128x128, 128x64): channels that a stage takes from one tap.
+// With groups, a group's filters must be whole columns; 32 columns serve up to 32 filters only. `block` is 64, or
+// without groups and a prologue 32 or 96 (together 256x128; in turns 128x128, 128x64): channels that a stage takes from
+// one tap.
 bool tma_fits(const ConvProblem& problem, DType dtype);
 template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns, int block,
                        const LaunchTarget& target);
 
-// The same with each tile's reduction split over a cluster of `split` = 2, 4 or 8 blocks: for grids that leave most of
-// the device idle. Tiles of 128x128, or 128x64 with or without a prologue.
+// The same with each tile's reduction split over a cluster of `split` = 2, 4 or 8 blocks, at most one for each 64
+// channels of a tap: for grids that leave most of the device idle. Tiles of 128x128, or 128x64 with or without a
+// prologue.
 template <typename T>
 void launch_conv2d_tma_split(const ConvProblem& problem, int tile_columns, int split, const LaunchTarget& target);
 

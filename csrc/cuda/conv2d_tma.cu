@@ -9,9 +9,10 @@
 //     in turns   a tile is kGroupRows pixels and belongs to one warpgroup; while it stores, the other multiplies. A
 //                warpgroup begins when the other has all its stages: a barrier's parity tells only neighbouring rounds
 //                of a stage apart
-// Copies: a stage holds 64 values of the reduction (device/tma_stages.cuh): a tap's block of 64 channels, or "by 32" two
-//   blocks of 32, so that 96 or 160 channels leave no stage half empty. The copy engine computes every address, fills padding with zeros and
-//   reports to the stage's `full` barrier; warps report to `empty` when a stage has been multiplied.
+// Copies: a stage holds one tap's block of 64 channels of A (pixels) and B (filters). Where 64 would be half empty (96,
+//   160 ... channels), "by 32" it holds two blocks of 32, "by 96" one of 96 (device/tma_stages.cuh). The copy engine
+//   computes every address, fills padding with zeros and reports to the stage's `full` barrier; warps report to `empty`
+//   when a stage has been multiplied.
 // With a prologue (1x1 filters without padding): the warpgroup applies it in place to its rows of A when a stage has
 //   landed, while the tensor cores still work on the stage before.
 // Shared memory: the stages, and for each warpgroup its part of the output, into which the copy engine brings the
@@ -43,7 +44,7 @@ __device__ __forceinline__ void copy_tiles(const TmaConvolution& problem, uint32
   StageRing<Tile::kStages> ring;
   for (int tile = static_cast<int>(blockIdx.x); tile < problem.tiles; tile += static_cast<int>(gridDim.x)) {
     const TileOrigin origin = TileOrigin::of<Tile>(problem, tile);
-    if constexpr (Tile::kBlock < kTensorMapRow) {
+    if constexpr (Tile::kBlock != kTensorMapRow) {
       copy_blocks<Tile>(problem, stages, barriers, ring, origin, 0,
                         problem.filter_h * problem.filter_w * problem.channel_blocks);
       continue;
@@ -73,7 +74,7 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
   const int lane = thread % 32;
   const int taps = problem.filter_h * problem.filter_w;
   StageState state;
-  if constexpr (Tile::kBlock < kTensorMapRow) {
+  if constexpr (Tile::kBlock != kTensorMapRow) {
     multiply_blocks<Tile>(problem, stages, barriers, ring, group, thread, 0, taps * problem.channel_blocks, state, acc);
   } else {
     clear<Tile>(acc);
@@ -89,7 +90,7 @@ __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uin
     }
   }
   if (Tile::kInTurns && lane == 0) barrier_arrive(barriers.turn(1 - group));
-  end_products<Tile>(barriers, state, true, lane, acc);
+  end_products<Tile>(barriers, state, lane, acc);
 }
 
 // The epilogue, in the accumulators' own layout: a lane holds pairs of columns, its quad 16 bytes of a row. In the
@@ -277,13 +278,19 @@ bool tma_fits(const ConvProblem& problem, DType dtype) {
 template <typename T>
 void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_columns, bool in_turns, int block,
                        const LaunchTarget& target) {
-  constexpr int kHalf = kTensorMapHalfRow;
+  constexpr int kHalf = kTensorMapHalfRow, kWide = kTensorMapWideBlock;
   if (block == kHalf && in_turns && tile_columns == 128) {
     launch_tma_tile<TmaTile<T, 128, 128, true, 4, false, kHalf>>("conv2d tma 128x128 in turns by 32", problem, target);
   } else if (block == kHalf && in_turns) {
     launch_tma_tile<TmaTile<T, 128, 64, true, 6, false, kHalf>>("conv2d tma 128x64 in turns by 32", problem, target);
   } else if (block == kHalf) {
     launch_tma_tile<TmaTile<T, 128, 128, false, 3, false, kHalf>>("conv2d tma 256x128 by 32", problem, target);
+  } else if (block == kWide && in_turns && tile_columns == 128) {
+    launch_tma_tile<TmaTile<T, 128, 128, true, 3, false, kWide>>("conv2d tma 128x128 in turns by 96", problem, target);
+  } else if (block == kWide && in_turns) {
+    launch_tma_tile<TmaTile<T, 128, 64, true, 5, false, kWide>>("conv2d tma 128x64 in turns by 96", problem, target);
+  } else if (block == kWide) {
+    launch_tma_tile<TmaTile<T, 128, 128, false, 2, false, kWide>>("conv2d tma 256x128 by 96", problem, target);
   } else if (problem.has_prologue()) {
     if (tile_columns == 128) {
       launch_tma_tile<TmaTile<T, 64, 128, false, 5, true>>("conv2d tma 128x128 staged", problem, target);

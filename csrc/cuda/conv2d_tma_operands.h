@@ -8,6 +8,7 @@ namespace fastcnn::cuda {
 
 struct TmaOperands {
   TensorMap input, weight;
+  TensorMap input_rest, weight_rest;  // of blocks of 96 channels: rows of 32, for the channels behind the first 64
   FastDivisor by_column_tiles, by_image, by_row;
   int32_t tiles;
   int32_t filter_h, filter_w, channel_blocks;
@@ -36,17 +37,20 @@ inline PixelMap pixels_of(const ConvProblem& problem, int tile_pixels) {
   return pixels;
 }
 
-// For tiles of `rows` pixels by `columns` filters, brought in blocks of `block` channels (64 or 32).
+// For tiles of `rows` pixels by `columns` filters, brought in blocks of `block` channels (64, 32 or 96).
 inline void set_operands(TmaOperands& operands, const ConvProblem& problem, DType dtype, int rows, int columns,
                          int block) {
   const ConvShape& shape = problem.shape;
   const int64_t filters = filters_of_all_groups(problem);
   const int64_t taps = taps_of(shape), column_tiles = ceil_divide(filters, columns);
-  PixelMap pixels = pixels_of(problem, rows);
-  pixels.row = block;
-  operands.input = pixel_map(input_of(problem, dtype), pixels);
-  operands.weight =
-      filter_map(problem.weight, dtype, filters, taps, shape.channels, problem.weight_row_stride, columns, block);
+  const auto set_maps = [&](TensorMap& input, TensorMap& weight, int row) {
+    PixelMap pixels = pixels_of(problem, rows);
+    pixels.row = row;
+    input = pixel_map(input_of(problem, dtype), pixels);
+    weight = filter_map(problem.weight, dtype, filters, taps, shape.channels, problem.weight_row_stride, columns, row);
+  };
+  set_maps(operands.input, operands.weight, block == kTensorMapHalfRow ? kTensorMapHalfRow : kTensorMapRow);
+  if (block == kTensorMapWideBlock) set_maps(operands.input_rest, operands.weight_rest, kTensorMapHalfRow);
   operands.by_column_tiles = FastDivisor(column_tiles);
   operands.by_image = shape.by_image;
   operands.by_row = shape.by_row;
@@ -54,7 +58,7 @@ inline void set_operands(TmaOperands& operands, const ConvProblem& problem, DTyp
   operands.filter_w = static_cast<int32_t>(shape.by_filter_w.divisor);
   operands.filter_h = static_cast<int32_t>(taps / operands.filter_w);
   operands.channel_blocks = static_cast<int32_t>(ceil_divide(shape.channels, block));
-  operands.last_steps = last_steps_of(shape);
+  operands.last_steps = static_cast<int32_t>(ceil_divide(shape.channels - (operands.channel_blocks - 1) * block, 16));
   operands.stride_h = shape.stride_h;
   operands.stride_w = shape.stride_w;
   operands.pad_top = shape.pad_top;

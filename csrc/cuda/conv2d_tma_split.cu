@@ -1,5 +1,5 @@
-// The kernel of conv2d_tma.cu with each tile's reduction split over a cluster of blocks, for grids of few tiles and long
-// reductions: 512 channels at 7x7 and batch 1 are 8 tiles of 72 stages, one behind the other on 8 of 132
+// The kernel of conv2d_tma.cu with each tile's reduction split over a cluster of blocks, for grids of few tiles and
+// long reductions: 512 channels at 7x7 and batch 1 are 8 tiles of 72 stages, one behind the other on 8 of 132
 // multiprocessors.
 //
 //   out[m, k] = act(sum_j A[m, j] * B[k, j] * scale[k] + bias[k] + residual[m, k])       as in conv2d_mma.cuh
@@ -124,9 +124,8 @@ __device__ __forceinline__ void finish_rows(const SplitConvolution& problem, uin
       if (problem.residual != nullptr) y[i] += to_float(added[i]);
       y[i] = problem.relu ? relu(y[i]) : y[i];
     }
-    store<kWidth>(static_cast<T*>(problem.out) + static_cast<int64_t>(first_row + row[pass]) * problem.out_stride +
-                      column,
-                  y);
+    store<kWidth>(
+        static_cast<T*>(problem.out) + static_cast<int64_t>(first_row + row[pass]) * problem.out_stride + column, y);
   }
 }
 
@@ -138,7 +137,7 @@ __device__ __forceinline__ void compute_share(const SplitConvolution& problem, u
   StageState state;
   TmaAccumulator<Tile> acc;
   multiply_blocks<Tile>(problem, stages, barriers, ring, group, thread, first, last, state, acc);
-  end_products<Tile>(barriers, state, last > first, thread % 32, acc);
+  end_products<Tile>(barriers, state, thread % 32, acc);
   store_accumulators<Tile>(acc, sums, group, thread);
   cluster_arrive();
   int32_t column_tile;
@@ -159,7 +158,8 @@ __device__ __forceinline__ void compute_share(const SplitConvolution& problem, u
 #endif
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1) conv2d_tma_split(const __grid_constant__ SplitConvolution problem) {
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    conv2d_tma_split(const __grid_constant__ SplitConvolution problem) {
 #if defined(FASTCNN_HAS_WGMMA)
   const int thread = static_cast<int>(threadIdx.x), warpgroup = uniform(thread / 128);
   // A cluster is `split` neighbours of the grid's only axis: its blocks' ranks are the remainders.

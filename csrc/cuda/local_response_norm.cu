@@ -3,7 +3,8 @@
 //   out[c] = x[c] / (k + alpha / size * sum_{j = c - size/2}^{c + (size-1)/2} x[j]^2) ^ beta,  x = 0 outside 0..C-1
 //
 // Layout: (pixels, C) with a pixel stride each; pixels are independent.
-// Work, windows of 5 channels (the published networks') and aligned tensors: a thread takes 16 bytes of four pixels, all
+// Work, windows of 5 channels (the published networks') and aligned tensors: a thread takes 16 bytes of four pixels,
+// all
 //   in flight together, and has the two channels on either side from its neighbours in the warp by shuffles; the first
 //   and the last lane load theirs. Nothing passes through shared memory.
 // Work, the rest: a block takes a few pixels, lays their squares down in shared memory as fp32, and sums each window

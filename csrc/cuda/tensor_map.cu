@@ -99,11 +99,11 @@ TensorMap pixel_map(const TensorView& image, const PixelMap& pixels) {
   const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(pixels.stride_w), static_cast<cuuint32_t>(pixels.stride_h),
                                1};
   TensorMap map;
-  check_encoded(
-      encode(reinterpret_cast<CUtensorMap*>(&map), type_of(image.dtype), 4, image.data, sizes, strides, lower, upper,
-             static_cast<cuuint32_t>(pixels.row), static_cast<cuuint32_t>(pixels.tile_pixels), steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(pixels.row), promotion(image.pixel_stride), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-      "cuTensorMapEncodeIm2col");
+  check_encoded(encode(reinterpret_cast<CUtensorMap*>(&map), type_of(image.dtype), 4, image.data, sizes, strides, lower,
+                       upper, static_cast<cuuint32_t>(pixels.row), static_cast<cuuint32_t>(pixels.tile_pixels), steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(pixels.row), promotion(image.pixel_stride),
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                "cuTensorMapEncodeIm2col");
   return map;
 }
 

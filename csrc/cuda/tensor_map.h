@@ -2,8 +2,8 @@
 // passed to the kernel by value, so a CUDA graph keeps its own copy.
 //
 // Copies bring rows of up to 64 values of 2 bytes into 128 bytes of shared memory, in the 128B swizzle of
-// device/tile_layout.h, or where `row` says so rows of up to 32 values into 64 bytes, in the 64B swizzle. Values outside
-// the tensor arrive as zero.
+// device/tile_layout.h, or where `row` says so rows of up to 32 values into 64 bytes, in the 64B swizzle. Values
+// outside the tensor arrive as zero.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@
 
 namespace fastcnn::cuda {
 
-constexpr int kTensorMapRow = 64;      // values in a row of shared memory
-constexpr int kTensorMapHalfRow = 32;  // the same, in the 64B swizzle
+constexpr int kTensorMapRow = 64;                                       // values in a row of shared memory
+constexpr int kTensorMapHalfRow = 32;                                   // the same, in the 64B swizzle
+constexpr int kTensorMapWideBlock = kTensorMapRow + kTensorMapHalfRow;  // channels that two copies bring
 
 struct alignas(64) TensorMap {
   uint64_t opaque[16];

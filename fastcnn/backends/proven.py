@@ -25,6 +25,7 @@ _CUDA_CONV2D = (
     "tma 128x128 split 2", "tma 128x128 split 4", "tma 128x128 split 8",
     "tma 128x64 staged split 2", "tma 128x64 staged split 4", "tma 128x64 staged split 8",
     "tma 256x128 by 32", "tma 128x128 in turns by 32", "tma 128x64 in turns by 32",
+    "tma 256x128 by 96", "tma 128x128 in turns by 96", "tma 128x64 in turns by 96",
     "wgmma 128x64", "wgmma 128x128", "wgmma 128x256", "wgmma 128x64 staged", "wgmma 128x128 staged",
     "mma 64x64", "mma 128x32", "mma 128x64", "mma 128x128",
     "mma 64x64 staged", "mma 128x32 staged", "mma 128x64 staged", "mma 64x64 elements",

@@ -69,7 +69,7 @@ def conv_bn(
             return bn_act(conv_act(x, conv), bn, **end.arguments())
         scale, shift = _folded(norm, filters["bias"])
         y = ops.conv2d(x, **{**filters, "bias": shift}, scale=scale, residual=residual, activation=name, out=out)
-    return y if end.leaves_no_doubt(y) else end.laid_out(y, lambda: _convolved(y, x, conv, bn))
+    return y if end.leaves_no_doubt(y, normalised=True) else end.laid_out(y, lambda: _convolved(y, x, conv, bn))
 
 
 def conv_act(
@@ -144,12 +144,13 @@ def bn_act_conv(
         first: Settings = {"preactivation": preactivation, "preactivation_in_place": preactivation_in_place}
         return end.after(bn_act_conv(x, bn, conv, next_bn=next_bn, **first))
     # Of an image that is contiguous and channels-last at once, the ReLU decides which of them the convolution sees.
-    together = before is not None and not _strides.is_ambiguous(x)
+    together = before is not None and not _strides.is_ambiguous(x.shape)
+    normalised = next_bn is not None
     if together and not (isinstance(bn, dict) or isinstance(conv, dict) or isinstance(next_bn, dict)):
         y = fusing.bn_act_conv(
             x, bn, conv, preactivation=preactivation, next_bn=next_bn, residual=residual, activation=activation, out=out
         )
-        return y if end.leaves_no_doubt(y) else end.laid_out(y, lambda: _convolved(y, x, conv, next_bn))
+        return y if end.leaves_no_doubt(y, normalised) else end.laid_out(y, lambda: _convolved(y, x, conv, next_bn))
     filters, norm = _filters(conv), _statistics(bn)
     # Autocast rounds the convolution's input, not the batch norm's.
     if not together or filters is None or norm is None or x.dtype != fusing._dtype_of_convolution(x):
@@ -165,7 +166,7 @@ def bn_act_conv(
     if next_norm is not None:
         given["scale"], filters["bias"] = _folded(next_norm, filters["bias"])
     y = ops.conv2d(x, **filters, **given, residual=residual, activation=name, out=out)
-    return y if end.leaves_no_doubt(y) else end.laid_out(y, lambda: _convolved(y, x, conv, next_bn))
+    return y if end.leaves_no_doubt(y, normalised) else end.laid_out(y, lambda: _convolved(y, x, conv, next_bn))
 
 
 def linear_act(
@@ -312,15 +313,15 @@ class _End:
             return y.relu_()
         return fusing._one_by_one(y, (), None, self.activation, self.out)
 
-    def leaves_no_doubt(self, y: Tensor) -> bool:
+    def leaves_no_doubt(self, y: Tensor, normalised: bool = False) -> bool:
         """Whether a fused operator, to which the residual is the right operand and which activates in place, has surely
-        given a result of the same strides.
+        given a result of the same strides. ``normalised``: a batch norm is one of the steps that it made one.
         """
         if self.out is not None:
             return True
         residual = self.residual
         ordered = residual is not None and (self.residual_first or self.writes is not None)
-        if not ordered and not self._makes_a_new_tensor:
+        if not ordered and not normalised and not self._makes_a_new_tensor:
             return True
         strides = y.stride()
         return (not ordered or residual.stride() == strides) and _strides.is_definite(y.shape, strides)

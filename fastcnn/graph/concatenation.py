@@ -30,6 +30,7 @@ from fastcnn.graph.capturing import memory_is_unknown
 from fastcnn.nn import fusing
 from fastcnn.ops._layout import empty_channels_last, is_channels_last
 from fastcnn.ops._registration import autocasts
+from fastcnn.ops._strides import is_ambiguous
 
 # ---- in each call ----------------------------------------------------------------------------------------------------
 
@@ -82,6 +83,8 @@ def target(slices: Slices | None, i: int, x: Tensor, conv: Any, modules: Sequenc
     part = slices.slice(i)
     if calls.conv_shape(x, conv) != part.shape or any(roles.has_hooks(m) for m in modules):
         return None
+    if is_ambiguous(part.shape):
+        return None  # so is its format in PyTorch
     if not is_channels_last(x) and not is_channels_last(conv["weight"] if isinstance(conv, dict) else conv.weight):
         return None  # PyTorch's part would be contiguous
     slices.filled[i] = part

@@ -143,18 +143,21 @@ def _flag_of(
     graph: fx.Graph, node: fx.Node, flags: dict[fx.Node, fx.Node], modules: Mapping[str, nn.Module], assumed: set[str]
 ) -> fx.Node | None:
     """The flag of a member's value, for which nodes may be put before it; None where it lies as in PyTorch."""
-    operands = _operands(node, modules)
-    given = list(dict.fromkeys(flags.get(operand) for operand in operands))
+    writing = node.kwargs.get("out")  # which asks for the layout of what the call will read
+    at = writing if isinstance(writing, fx.Node) and writing.target is concatenation.target else node
+    operands = {operand: flags.get(operand) for operand in _operands(node)}
+    image = node.args[0] if node.args else None
+    if node.target in _CONVOLUTIONS and isinstance(image, fx.Node) and image in operands:
+        layer: Any = node.args[_CONVOLUTIONS[node.target]]
+        operands[image] = _flag_of_convolution(graph, at, operands[image], layer, modules, assumed)
+    given = list(dict.fromkeys(operands.values()))
     if len(given) > 1:
-        writing = node.kwargs.get("out")  # which asks for the layout of what the call will read
-        at = writing if isinstance(writing, fx.Node) and writing.target is concatenation.target else node
         with graph.inserting_before(at):
-            met = graph.call_function(meet, tuple((operand, flags.get(operand, False)) for operand in operands))
+            met = graph.call_function(meet, tuple((operand, flag or False) for operand, flag in operands.items()))
             for i, operand in enumerate(operands):
                 one = graph.call_function(_item, (met, i))
-                node.replace_input_with(operand, one)
-                if at is not node:
-                    at.replace_input_with(operand, one)
+                for reader in {at, node}:
+                    reader.replace_input_with(operand, one)
             flag = graph.call_function(_item, (met, len(operands)))
     elif not given or given[0] is None:
         return None
@@ -162,16 +165,30 @@ def _flag_of(
         flag = given[0]
     if node.target is concatenation.end:
         node.update_kwarg("converted", flag)
-    if node.target not in _CONVOLUTIONS:
-        return flag
-    layer: Any = node.args[_CONVOLUTIONS[node.target]]  # type: ignore[index]
+    return flag
+
+
+def _flag_of_convolution(
+    graph: fx.Graph, at: fx.Node, flag: fx.Node | None, layer: Any, modules: Mapping[str, nn.Module], assumed: set[str]
+) -> fx.Node | None:
+    """The flag of a convolution's result, from its input's."""
+    if flag is None:
+        return None
     known = _weight_of(layer, modules)
-    if isinstance(known, Tensor):
-        if isinstance(layer, fx.Node):
-            assumed.add(str(layer.target))
-        return None if is_channels_last(known) else flag
-    with graph.inserting_after(node):
-        return graph.call_function(goes_on, (flag, layer))
+    if not isinstance(known, Tensor):
+        with graph.inserting_before(at):
+            return graph.call_function(goes_on, (flag, _earlier(graph, layer)))
+    if isinstance(layer, fx.Node):
+        assumed.add(str(layer.target))
+    return None if is_channels_last(known) else flag
+
+
+def _earlier(graph: fx.Graph, layer: Any) -> Any:
+    """A layer for a call that may come before the one that it was taken for."""
+    weight = layer["weight"] if isinstance(layer, dict) else layer
+    if weight.op == "get_attr":
+        weight = graph.create_node("get_attr", weight.target)
+    return {"weight": weight} if isinstance(layer, dict) else weight
 
 
 def _weight_of(layer: Any, modules: Mapping[str, nn.Module]) -> Any:
@@ -183,7 +200,7 @@ def _weight_of(layer: Any, modules: Mapping[str, nn.Module]) -> Any:
     return weight if isinstance(weight, Tensor) and weight.dim() == 4 else None
 
 
-def _operands(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+def _operands(node: fx.Node) -> list[fx.Node]:
     """The values whose layouts decide that of a member's result."""
     if node.target is concatenation.end:
         given: Any = node.args[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
@@ -59,7 +60,7 @@ def _step_names(recipe: Recipe, eager: Sequence[LayerTime]) -> list[str]:
     waiting = list(eager)
     names = []
     for index, step in enumerate(recipe.steps):
-        operator = step.operator.removesuffix("_winograd").removesuffix("_short")
+        operator = re.sub("_(winograd|strassen|short)$", "", step.operator)
         facts = (operator, tuple(step.out.shape), _flops(recipe, step))
         match = next((call for call in waiting if (call.operator, call.out_shape, call.flops) == facts), None)
         if match is not None:

@@ -75,7 +75,7 @@ def _layers(axes: Any, layers: Sequence[LayerTime], peak: float) -> None:
     left = 0.0
     total = sum(layer.median_ms for layer in layers)
     for layer in layers:
-        fast = layer.algorithm is not None and "winograd" in layer.algorithm
+        fast = layer.algorithm is not None and ("winograd" in layer.algorithm or "strassen" in layer.algorithm)
         axes.bar(
             left, layer.share_of(peak), layer.median_ms, align="edge", linewidth=0.3, edgecolor="white",
             color=_FAST_COLOUR if fast else _OURS_COLOUR,
@@ -83,6 +83,6 @@ def _layers(axes: Any, layers: Sequence[LayerTime], peak: float) -> None:
         left += layer.median_ms
     axes.axhline(1, color="#555555", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, total)
-    axes.set_xlabel("ms, call after call (orange: Winograd)")
+    axes.set_xlabel("ms, call after call (orange: Winograd, Strassen)")
     axes.set_ylabel(f"share of {peak / 1e9:.0f} GFLOP/s")
     axes.set_title("layers: FLOP/s of the plain sum, as a share of the peak")

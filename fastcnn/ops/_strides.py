@@ -132,6 +132,8 @@ def _is_packed(shape: Sequence[int], strides: Strides, order: Sequence[int]) -> 
 
 def is_dense(shape: Sequence[int], strides: Strides) -> bool:
     """Whether values fill their memory without gaps, each its own."""
+    if 0 in shape:
+        return True
     step = 1
     for stride, size in sorted((strides[i], size) for i, size in enumerate(shape) if size != 1):
         if stride != step:
@@ -140,9 +142,9 @@ def is_dense(shape: Sequence[int], strides: Strides) -> bool:
     return True
 
 
-def is_ambiguous(tensor: Tensor) -> bool:
-    """Contiguous and channels-last at once, but for the strides of dimensions of size 1."""
-    return tensor.dim() == 4 and tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+def is_ambiguous(shape: Sequence[int]) -> bool:
+    """Whether such images are contiguous and channels-last at once, but for the strides of dimensions of size 1."""
+    return len(shape) == 4 and bool(shape[1] == 1 or shape[2] == shape[3] == 1 or 0 in shape)
 
 
 def is_definite(shape: Sequence[int], strides: Strides) -> bool:
@@ -155,8 +157,8 @@ def is_definite(shape: Sequence[int], strides: Strides) -> bool:
 
 @functools.lru_cache(4096)
 def _is_definite(shape: tuple[int, ...], strides: Strides) -> bool:
-    if len(shape) != 4:
-        return strides == contiguous(shape)
+    if len(shape) != 4 or 0 in shape:
+        return strides == contiguous(shape) and 0 not in shape
     if strides == contiguous(shape):
         return not _is_packed(shape, strides, (1, 3, 2, 0))
     return strides == channels_last(shape) and not _is_packed(shape, strides, (3, 2, 1, 0))

@@ -21,7 +21,7 @@ TINY = {torch.float64: 1e-14, torch.float32: 2.5e-7, torch.bfloat16: 4e-3, torch
 NORM_FACTOR = 2.0
 LARGEST_FACTOR = 4.0
 
-# The one stated exception: an fp32 layer computed by a fast algorithm (Winograd).
+# The one stated exception: an fp32 layer computed by a fast algorithm (Winograd, Strassen).
 FAST_ALGORITHM_ALLOWANCE = 1e-5
 
 

@@ -112,7 +112,7 @@ def _exact_outputs(call: Call) -> tuple[Tensor, ...]:
 
 
 def fast_algorithm(call: Call) -> str | None:
-    """The fast algorithm (Winograd) that serves an fp32 call, as the backend itself says; None: an ordinary one."""
+    """The fast algorithm (Winograd, Strassen) that serves an fp32 call, as the backend says; None: an ordinary one."""
     ask: Any = getattr(backend_module(call.backend), "fast_algorithm", None)
     return ask(call.operator, *call.args) if ask is not None and call.dtype == torch.float32 else None
 

@@ -52,7 +52,7 @@ def verify(
             on the backend ``"reference"``.
         backend: the backend to verify; default: the choice in force.
         per_layer: check every operator call too.
-        exact: use no fast algorithm (Winograd) and grant no allowance.
+        exact: use no fast algorithm (Winograd, Strassen) and grant no allowance.
         strict: raise :class:`fastcnn.backends.UnsupportedError` where a kernel does not cover a call.
         name: what to call the network in the result; default: its class.
         progress: called with the name of each stage and layer as it begins.

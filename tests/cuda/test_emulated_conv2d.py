@@ -108,14 +108,14 @@ CASES = [
     Case("tma 128x64", BF16, SM90, 192, 192, groups=3, image=(2, 9, 10), asked=True),
     Case("tma 256x128", F16, SM90_TWO, 256, 512, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
     Case("tma 128x64 in turns", F16, SM90_TWO, 128, 128, groups=2, image=(3, 9, 10), asked=True),
-    # Reductions split over a cluster: odd shares, fewer stages than blocks, tails of rows, columns and channels, slices.
+    # Reductions split over a cluster: even and odd shares, one stage for each block; tails of rows, columns, channels.
     Case("tma 128x64 split 2", BF16, SM90_LARGE, 64, 64, image=(2, 9, 11), asked=True),
     Case("tma 128x64 split 2", F16, SM90_LARGE, 136, 120, ONE, padding=NONE, image=(3, 9, 11), x_extra=8, asked=True),
     Case("tma 128x64 split 4", BF16, SM90_LARGE, 200, 72, ONE, padding=NONE, image=(1, 7, 7), out_start=8, out_extra=16,
          residual_extra=8, asked=True),
     Case("tma 128x64 split 4", F16, SM90_LARGE, 128, 128, groups=2, image=(2, 9, 10), stride=(2, 2), asked=True),
-    Case("tma 128x64 split 8", F16, SM90_LARGE, 72, 64, ONE, padding=NONE, image=(1, 13, 11), x_start=8, x_extra=16,
-         asked=True),
+    Case("tma 128x64 split 8", F16, SM90_LARGE, 72, 64, (2, 2), padding=(0, 1, 1, 0), image=(1, 13, 11), x_start=8,
+         x_extra=16, asked=True),
     Case("tma 128x64 split 8", BF16, SM90_LARGE, 96, 40, image=(1, 8, 9), stride=(2, 1), padding=(2, 1, 0, 1),
          out_extra=8, asked=True),
     Case("tma 128x128 split 2", F16, SM90_LARGE, 104, 248, ONE, padding=NONE, image=(1, 12, 12), asked=True),
@@ -127,7 +127,7 @@ CASES = [
          x_extra=8, asked=True),
     Case("tma 128x64 staged split 4", F16, SM90_LARGE, 328, 64, ONE, padding=NONE, image=(1, 7, 7), prologue=True,
          asked=True),
-    Case("tma 128x64 staged split 8", BF16, SM90_LARGE, 200, 40, ONE, padding=NONE, image=(1, 15, 15), prologue=True,
+    Case("tma 128x64 staged split 8", BF16, SM90_LARGE, 520, 40, ONE, padding=NONE, image=(1, 15, 15), prologue=True,
          stride=(2, 2), asked=True),
     # Stages of two blocks of 32 channels: an odd number of blocks, blocks of two taps in one stage, channel tails.
     Case("tma 256x128 by 32", BF16, SM90, 96, 128, image=(3, 9, 11), asked=True),
@@ -138,6 +138,15 @@ CASES = [
          image=(4, 9, 10), asked=True),
     Case("tma 128x64 in turns by 32", BF16, SM90, 144, 64, (3, 2), stride=(2, 1), image=(3, 13, 9), asked=True),
     Case("tma 128x64 in turns by 32", F16, SM90_TWO, 16, 72, ONE, padding=NONE, image=(1, 3, 3), asked=True),
+    # Stages of 96 channels, the last one full, of 64, 48 and 16; a reduction of one stage.
+    Case("tma 256x128 by 96", BF16, SM90, 96, 128, image=(3, 9, 11), asked=True),
+    Case("tma 256x128 by 96", F16, SM90_TWO, 160, 136, (2, 3), padding=(1, 1, 0, 1), image=(5, 9, 10), asked=True),
+    Case("tma 128x128 in turns by 96", F16, SM90, 144, 120, stride=(2, 1), image=(2, 12, 13), x_start=8, x_extra=16,
+         out_extra=8, asked=True),
+    Case("tma 128x128 in turns by 96", BF16, SM90_TWO, 72, 200, ONE, padding=NONE, image=(4, 9, 10), asked=True),
+    Case("tma 128x64 in turns by 96", BF16, SM90, 208, 64, dilation=(1, 2), padding=(1, 2, 1, 2), image=(3, 7, 9),
+         asked=True),
+    Case("tma 128x64 in turns by 96", F16, SM90_TWO, 288, 72, ONE, padding=NONE, image=(3, 9, 9), asked=True),
     # Taps that share a patch: parts of rows, whole rows, several images; halos on all sides, a channel tail, groups.
     Case("patch 256x64", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
     Case("patch 256x64", F16, SM90_TWO, 56, 120, image=(1, 19, 61), out_start=8, out_extra=16, asked=True),
@@ -279,10 +288,19 @@ def test_split_sums_do_not_depend_on_the_order_of_blocks(kernel: str, emulated_o
     assert (outs[0].nchw - exact).norm() <= 2e-3 * exact.norm()
 
 
+def test_every_block_of_a_cluster_has_a_stage(emulated_once, pixels) -> None:
+    for channels, served in ((256, ("2", "4")), (512, ("2", "4", "8")), (64, ())):
+        x, out = torch.ones(1, channels, 2, 2, dtype=BF16), pixels.empty(1, 2, 2, 64, BF16)
+        emulated_once.conv2d(out, pixels.of(x), torch.ones(64, channels, 1, 1, dtype=BF16), device=SM90_LARGE)
+        found = tuple(name.split()[-1] for name in emulated_once.kernels if name.startswith("tma 128x64 split"))
+        assert found == served
+
+
 def test_the_rule_chooses_proven_kernels_only(emulated_once, pixels) -> None:
     """What no GPU has run is served by name, and so to the tuner, even where it should be best."""
     missing = proven.unproven(proven.record())["cuda"]
-    for c, k, size, asked in ((512, 64, 7, "tma 128x64 split 8"), (96, 128, 9, "tma 256x128 by 32")):
+    layers = (512, 64, 7, "tma 128x64 split 8"), (96, 128, 9, "tma 256x128 by 32"), (96, 128, 9, "tma 256x128 by 96")
+    for c, k, size, asked in layers:
         x, weight = torch.ones(1, c, size, size, dtype=BF16), torch.ones(k, c, 3, 3, dtype=BF16)
         chosen = emulated_once.conv2d(
             pixels.empty(1, size, size, k, BF16), pixels.of(x), weight, padding=(1, 1), device=SM90_LARGE, kernel=asked

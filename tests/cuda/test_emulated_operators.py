@@ -150,7 +150,7 @@ def test_local_response_norm(dtype, c, extra, start, size, alpha, beta, k, emula
 
 # Chunks of 16 bytes that fill warps, straddle them, and are all of a block; more pixels than a block holds.
 @dtypes
-@pytest.mark.parametrize(("c", "image"), [(8, (3, 61, 5)), (96, (2, 9, 11)), (192, (1, 7, 13)), (1024, (1, 3, 3))])
+@pytest.mark.parametrize(("c", "image"), [(8, (3, 61, 5)), (96, (2, 9, 11)), (192, (1, 7, 13)), (1024, (1, 12, 13))])
 @pytest.mark.parametrize("extra", [0, 8])
 def test_local_response_norm_of_published_networks(dtype, c, image, extra, emulated_once, pixels) -> None:
     n, h, w = image
@@ -178,6 +178,14 @@ def test_batch_statistics(dtype, layout: str, image: tuple[int, int, int], emula
     wide = x.double()
     assert_accurate(mean, x.float().mean((0, 2, 3)), wide.mean((0, 2, 3)))
     assert_accurate(variance, x.float().var((0, 2, 3), correction=0), wide.var((0, 2, 3), correction=0))
+
+
+def test_batch_statistics_of_more_slabs_than_a_pass_merges(emulated_once, pixels) -> None:
+    x = random((1, 128, 130, 330)) + 3.0
+    mean, variance = emulated_once.batch_statistics(pixels.of(x))
+    wide = x.double()
+    assert_accurate(mean, x.mean((0, 2, 3)), wide.mean((0, 2, 3)))
+    assert_accurate(variance, x.var((0, 2, 3), correction=0), wide.var((0, 2, 3), correction=0))
 
 
 def test_batch_statistics_survive_a_large_mean(emulated_once, pixels) -> None:

@@ -36,6 +36,7 @@ class Kernel:
     stack_bytes: int = 0
     spill_bytes: int = 0
     opcodes: dict[str, int] = field(default_factory=dict)
+    loads_in_flight: int = 0  # most 16-byte loads from global memory that stand before a use of any of them
 
     def count(self, prefix: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
@@ -50,6 +51,27 @@ class Kernel:
         kernel, rest = symbol[start : start + length], symbol[start + length :].split("EEv")[0]
         arguments = re.findall(r"T(bf16|f16|f32)_|L[ib](\d+)E|LoadPathE(\d)|7(Maximum)|4(Mean)", rest)
         return f"{kernel}<{', '.join(next(filter(None, a)) for a in arguments)}>"
+
+
+REGISTER = re.compile(r"\bR(\d+)")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);", re.MULTILINE)
+
+
+def loads_in_flight(code: str) -> int:
+    """In the order in which the instructions stand, which is nearly that of a pass through the kernel's loop."""
+    most, pending = 0, set()
+    loads = 0
+    for opcode, operands in INSTRUCTION.findall(code):
+        load = opcode.startswith("LDG") and ".128" in opcode
+        destination, _, sources = operands.partition(",")
+        if pending & {int(r) for r in REGISTER.findall(sources if load else operands)}:
+            pending, loads = set(), 0
+        if load:
+            first = int(REGISTER.findall(destination)[0])
+            pending |= set(range(first, first + 4))
+            loads += 1
+            most = max(most, loads)
+    return most
 
 
 def find_nvcc() -> str | None:
@@ -80,6 +102,7 @@ def inspect(nvcc: str, cuobjdump: str, source: Path, architecture: str, folder: 
     for block in re.split(r"Function : ", sass.stdout)[1:]:
         symbol, code = block.split("\n", 1)
         kernels[symbol] = Kernel(architecture, symbol, opcodes=dict(Counter(OPCODE.findall(code))))
+        kernels[symbol].loads_in_flight = loads_in_flight(code)
     for block in re.split(r"Compiling entry function '", done.stderr)[1:]:
         kernel = kernels[block.split("'", 1)[0]]
         numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
@@ -219,12 +242,42 @@ def test_exact_fp32_uses_no_tensor_cores(machine_code, architecture: str) -> Non
         assert kernel.count("LDS.128") >= 4 * 16
 
 
+def moves_vectors(kernel: Kernel) -> bool:
+    """And not single elements, for unaligned tensors: kernel<dtype, width, ...>."""
+    return kernel.name.rstrip(">").split(", ")[1:2] != ["1"]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_bound_kernels_move_16_bytes(machine_code, architecture: str) -> None:
-    families = ("elementwise<", "pool2d<", "global_mean<", "local_response_norm_kernel<", "conv2d_depthwise<")
+    families = (
+        "elementwise<", "pool2d<", "global_mean<", "local_response_norm_of_5<", "local_response_norm_kernel<",
+        "conv2d_depthwise<",
+    )  # fmt: skip
     for family in families:
-        for kernel in named(machine_code[0], family, architecture=architecture):
-            if ", 1" in kernel.name:  # single elements, for unaligned tensors
-                continue
+        for kernel in filter(moves_vectors, named(machine_code[0], family, architecture=architecture)):
             assert any(o.startswith("LDG") and ".128" in o for o in kernel.opcodes), kernel.name
             assert any(o.startswith("STG") and ".128" in o for o in kernel.opcodes), kernel.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("family", "registers"), [("elementwise<", 85), ("local_response_norm_of_5<", 64), ("batch_statistics_slabs<", 64)]
+)
+def test_memory_bound_kernels_keep_loads_in_flight(machine_code, architecture: str, family: str, registers: int):
+    """Four of a thread, on three or four blocks of 256 threads: 48 KiB or more on a multiprocessor."""
+    for kernel in filter(moves_vectors, named(machine_code[0], family, architecture=architecture)):
+        assert kernel.loads_in_flight >= 4, kernel.name
+        assert kernel.registers <= registers, kernel.name
+
+
+def test_split_kernels_meet_in_clusters(machine_code) -> None:
+    kernels = named(machine_code[0], "conv2d_tma_split", architecture="sm_90a")
+    assert len(kernels) == 6
+    for kernel in kernels:
+        columns = "128" if ", 128, " in kernel.name else "64"
+        assert kernel.count(f"HGMMA.64x{columns}x16") >= 4, kernel.name
+        # Arriving and waiting, twice for each of the warps that copy and multiply.
+        assert kernel.opcodes["UCGABAR_ARV"] >= 4, kernel.name
+        assert kernel.opcodes["UCGABAR_WAIT"] >= 4, kernel.name
+        assert kernel.count("LD.E.128") >= 2 * (2 + 4 + 8), kernel.name  # 8 columns from each of the cluster's blocks
+        assert kernel.registers <= 168, kernel.name  # 65536 for 384 threads

@@ -361,6 +361,40 @@ def test_strict_lists_what_was_not_fused() -> None:
     assert "_fastcnn" not in net.__dict__
 
 
+ACTIVATIONS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
+    "ReLU6": nn.ReLU6(), "SiLU": nn.SiLU(), "GELU": nn.GELU(), "Hardswish": nn.Hardswish(), "Sigmoid": nn.Sigmoid(),
+    "LeakyReLU": nn.LeakyReLU(0.1), "Hardsigmoid": nn.Hardsigmoid(), "Mish": nn.Mish(), "Tanh": nn.Tanh(),
+    "SiLU in place": nn.SiLU(inplace=True), "ReLU6 in place": nn.ReLU6(inplace=True),
+    "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish, "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu, "silu in place": lambda x: F.silu(x, inplace=True), "sigmoid_": lambda x: x.sigmoid_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_that_no_epilogue_has(name: str) -> None:
+    """The convolution and its batch norm are one call; the activation is left, named, and listed by `strict`."""
+    activation = ACTIVATIONS[name]
+    kind = name.split()[0]
+    net = Net()
+    if isinstance(activation, nn.Module):
+        net.relu = activation
+        where = "relu"
+    else:
+        del net.relu
+        net.relu = activation  # type: ignore[assignment]
+        where = kind
+    assert left_of(net)[where] == "of the activations only ReLU is fused"
+    assert patterns(net) == ["conv+bn", "linear"]
+    report = fastcnn.report(fastcnn.optimize(net), (2, C, 6, 5))
+    assert Left(where, kind, "of the activations only ReLU is fused") in report.left
+    assert {entry.module for entry in report.left} == {where, "mean"}
+    assert report.fused_fraction == 1
+    assert "of the activations only ReLU is fused" in str(report)
+    with pytest.raises(fastcnn.NotFusedError, match=rf"{where} \({kind}\): of the activations only ReLU") as caught:
+        fastcnn.optimize(net, strict=True)
+    assert caught.value.left == report.left
+
+
 def test_strict_is_content_with_a_fused_model() -> None:
     model = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU(), nn.Dropout(), nn.Flatten())
     assert patterns(fastcnn.optimize(model, strict=True)) == ["conv+bn+relu"]

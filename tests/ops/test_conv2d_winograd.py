@@ -20,10 +20,16 @@ from fastcnn.backends import cpp
 
 
 class Form(NamedTuple):
-    """F(tile x tile, filter x filter)."""
+    """F(tile x tile, filter x filter); plain: with weights that are transformed while they are used."""
 
     tile: int
     filter: int
+    plain: bool = False
+
+    def pack(self, weight: Tensor, groups: int = 1) -> _native.PackedConv2dWinogradWeight | _native.PlainWinogradWeight:
+        if self.plain:
+            return _native.PlainWinogradWeight(weight, groups)
+        return _native.PackedConv2dWinogradWeight(weight, self.tile)
 
     @property
     def usual(self) -> float:
@@ -32,7 +38,9 @@ class Form(NamedTuple):
         return USUAL if self.filter == 3 else 3e-6
 
 
-FORMS = (Form(4, 3), Form(2, 3), Form(2, 5))
+TRANSFORMED = (Form(4, 3), Form(2, 3), Form(2, 5))
+PLAIN = Form(4, 3, plain=True)
+FORMS = (*TRANSFORMED, PLAIN)
 
 # What the accuracy rule grants fast algorithms, and what these points keep to with room for small sums.
 STATED, USUAL = 1e-5, 1e-6
@@ -98,7 +106,7 @@ class Arguments(NamedTuple):
             x = F.relu(x)
         (top, left), (bottom, right) = case.padding, case.padding_end
         more = (w.shape[2] - 3) // 2
-        y = F.conv2d(F.pad(x, (left + more, right + more, top + more, bottom + more)), w)
+        y = F.conv2d(F.pad(x, (left + more, right + more, top + more, bottom + more)), w, groups=self.groups)
         if self.scale is not None:
             y = y * self.scale.to(dtype).view(-1, 1, 1)
         if self.bias is not None:
@@ -107,8 +115,12 @@ class Arguments(NamedTuple):
             y = y + self.residual.to(dtype)
         return F.relu(y) if self.relu else y
 
-    def run(self, case: Case, tile: int, out: Tensor, threads: int) -> None:
-        packed = _native.PackedConv2dWinogradWeight(self.w, tile)
+    @property
+    def groups(self) -> int:
+        return self.x.shape[1] // self.w.shape[1]
+
+    def run(self, case: Case, form: Form, out: Tensor, threads: int) -> None:
+        packed = form.pack(self.w, self.groups)
         top, left = (padding + (self.w.shape[2] - 3) // 2 for padding in case.padding)
         _native.cpu_conv2d_winograd(
             out, self.x, packed, self.scale, self.bias, self.residual, self.input_scale, self.input_shift,
@@ -116,11 +128,13 @@ class Arguments(NamedTuple):
         )  # fmt: skip
 
 
-def arguments(case: Case, dtype: torch.dtype, *, full: bool, slices: bool, filter: int = 3) -> Arguments:
+def arguments(
+    case: Case, dtype: torch.dtype, *, full: bool, slices: bool, filter: int = 3, groups: int = 1
+) -> Arguments:
     generator = torch.Generator().manual_seed(sum(case.out_shape))
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     lay = sliced if slices else lambda t: t.contiguous(memory_format=torch.channels_last)
-    x, w = draw(case.n, case.c, case.h, case.w).to(dtype), draw(case.k, case.c, filter, filter).to(dtype)
+    x, w = draw(case.n, case.c, case.h, case.w).to(dtype), draw(case.k, case.c // groups, filter, filter).to(dtype)
     if not full:
         return Arguments(lay(x), w, None, None, None, None, None, False)
     return Arguments(
@@ -128,11 +142,11 @@ def arguments(case: Case, dtype: torch.dtype, *, full: bool, slices: bool, filte
     )
 
 
-def check(case: Case, form: Form, dtype: torch.dtype, full: bool, threads: int) -> None:
+def check(case: Case, form: Form, dtype: torch.dtype, full: bool, threads: int, groups: int = 1) -> None:
     """One call into a poisoned slice: right everywhere, nothing written beside it."""
-    given = arguments(case, dtype, full=full, slices=full, filter=form.filter)
+    given = arguments(case, dtype, full=full, slices=full, filter=form.filter, groups=groups)
     out = GuardedSlice(case.out_shape, dtype)
-    given.run(case, form.tile, out.view, threads)
+    given.run(case, form, out.view, threads)
     out.assert_guards_intact()
     exact = given.reference(case, torch.float64)
     if dtype == torch.float32:
@@ -149,6 +163,23 @@ def test_equals_float64(case: Case, form: Form, dtype: torch.dtype, full: bool):
     check(case, form, dtype, full, threads=2)
 
 
+# Groups of whole vectors of channels, and their number: tasks that begin and end within groups.
+GROUPED = [
+    (Case(2, 64, 7, 7, 96), 2),
+    (Case(1, 160, 9, 13, 160), 5),
+    (Case(1, 96, 14, 14, 48), 3),
+    (Case(3, 32, 5, 6, 32), 2),
+]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "groups"), GROUPED, ids=str)
+def test_groups_of_whole_vectors(case: Case, groups: int, dtype: torch.dtype, full: bool):
+    for threads in (1, 2, 3):
+        check(case, PLAIN, dtype, full, threads, groups)
+
+
 @pytest.mark.parametrize("size", [(5, 5), (6, 9), (12, 8)], ids=str)
 def test_a_large_filter_without_padding(size: tuple[int, int]):
     check(Case(2, 21, *size, 35, (-1, -1), (-1, -1)), Form(2, 5), torch.float32, full=True, threads=2)
@@ -163,7 +194,7 @@ def test_a_bfloat16_layer_keeps_to_the_rule(c: int, relu: bool):
     if relu:
         given = given._replace(x=given.x.relu())
     out = torch.empty(case.out_shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    given.run(case, 2, out, 2)
+    given.run(case, Form(2, 3), out, 2)
     exact = given.reference(case, torch.float64)
     assert_accurate(out, given.reference(case, torch.bfloat16), exact)
     assert relative_error(out, exact) < 5e-3
@@ -176,6 +207,8 @@ def check_kernels() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 for full in (False, True):
                     check(case, form, dtype, full, threads=1 if full else 3)
+    for case, groups in GROUPED:
+        check(case, PLAIN, torch.float32, True, threads=3, groups=groups)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
@@ -201,7 +234,7 @@ def test_the_same_bits_on_any_number_of_threads(case: Case, form: Form, dtype: t
     results = []
     for threads in (1, 2, 3, 4):
         out = torch.full(case.out_shape, float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
-        given.run(case, form.tile, out, threads)
+        given.run(case, form, out, threads)
         results.append(out)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -211,9 +244,9 @@ def test_an_image_does_not_depend_on_its_batch(form: Form):
     case = Case(5, 24, 13, 10, 40)
     given = arguments(case, torch.float32, full=False, slices=False, filter=form.filter)
     out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
-    given.run(case, form.tile, out, 2)
+    given.run(case, form, out, 2)
     alone = torch.empty_like(out[3:4]).contiguous(memory_format=torch.channels_last)
-    given._replace(x=given.x[3:4]).run(case._replace(n=1), form.tile, alone, 2)
+    given._replace(x=given.x[3:4]).run(case._replace(n=1), form, alone, 2)
     assert torch.equal(out[3:4], alone)
 
 
@@ -226,18 +259,19 @@ def test_error_keeps_far_below_the_stated_one(form: Form, channels: int, relu: b
     if relu:
         given = given._replace(x=given.x.relu())
     out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
-    given.run(case, form.tile, out, 2)
+    given.run(case, form, out, 2)
     error = relative_error(out, given.reference(case, torch.float64))
     assert error <= USUAL < STATED
 
 
-def test_a_nan_reaches_its_tiles_and_nothing_else():
+@pytest.mark.parametrize("form", [Form(4, 3), PLAIN], ids=str)
+def test_a_nan_reaches_its_tiles_and_nothing_else(form: Form):
     case = Case(1, 16, 16, 16, 16)
     given = arguments(case, torch.float32, full=False, slices=False)
     clean = given.reference(case, torch.float64)
     given.x[0, 3, 1, 2] = float("nan")
     out = torch.empty(case.out_shape).contiguous(memory_format=torch.channels_last)
-    given.run(case, 4, out, 2)
+    given.run(case, form, out, 2)
     assert out[..., :3, 1:4].isnan().all()  # wherever the exact result is NaN
     assert not out[..., 4:, :].isnan().any()
     assert not out[..., 4:].isnan().any()
@@ -308,7 +342,7 @@ def test_a_weight_packed_in_pairs_takes_bfloat16_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", TRANSFORMED, ids=str)
 def test_a_packed_weight_from_its_bytes(form: Form, dtype: torch.dtype):
     case = Case(1, 19, 9, 8, 40)
     given = arguments(case, dtype, full=False, slices=False, filter=form.filter)
@@ -335,6 +369,44 @@ def test_a_packed_weight_from_its_bytes(form: Form, dtype: torch.dtype):
         _native.PackedConv2dWinogradWeight.from_packed(content, shape, form.tile, "float16")
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_plain_weight_from_its_bytes(groups: int):
+    weight = torch.randn(64, 48, 3, 3) if groups == 1 else torch.randn(64, 32, 3, 3)
+    packed = _native.PlainWinogradWeight(weight, groups)
+    content, shape = packed.packed(), tuple(weight.shape)
+    assert _native.PlainWinogradWeight.from_packed(content, shape, groups).packed() == content
+    assert len(content) == packed.bytes == weight.numel() * 4
+    with pytest.raises(ValueError, match=f"packed must have {packed.bytes} bytes, has {packed.bytes - 4}"):
+        _native.PlainWinogradWeight.from_packed(content[:-4], shape, groups)
+    with pytest.raises(ValueError, match=r"weight must have shape \(K, C/groups, 3, 3\)"):
+        _native.PlainWinogradWeight.from_packed(content, (*shape[:2], 3, 1), groups)
+    with pytest.raises(ValueError, match="groups must be 1, or divide the channels into whole vectors, is 64"):
+        _native.PlainWinogradWeight.from_packed(content, shape, 64)
+    with pytest.raises(ValueError, match="groups must be 1, or divide the channels into whole vectors, is 0"):
+        _native.PlainWinogradWeight(weight, 0)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        _native.PlainWinogradWeight(weight.half(), groups)
+
+
+def test_wrong_arguments_beside_a_plain_weight_are_named():
+    packed = _native.PlainWinogradWeight(torch.randn(8, 16, 3, 3), 1)
+    nhwc = lambda *shape: torch.randn(*shape).contiguous(memory_format=torch.channels_last)  # noqa: E731
+
+    def run(out: Tensor, x: Tensor, threads: int = 1) -> None:
+        _native.cpu_conv2d_winograd(out, x, packed, None, None, None, None, None, False, False, (1, 1), threads)
+
+    out, x = nhwc(1, 8, 6, 6), nhwc(1, 16, 6, 6)
+    run(out, x)
+    with pytest.raises(ValueError, match="input must have shape"):
+        run(out, nhwc(1, 15, 6, 6))
+    with pytest.raises(ValueError, match="out must have shape"):
+        run(nhwc(1, 9, 6, 6), x)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        run(out.half(), x.half())
+    with pytest.raises(ValueError, match="threads must be positive"):
+        run(out, x, threads=0)
+
+
 # ---- the choice -------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +429,9 @@ def served(monkeypatch) -> list[str]:
     [
         ("winograd4", (1, 64, 28, 28), 64, {}),
         ("winograd4", (8, 16, 7, 7), 32, {}),
-        ("winograd2", (1, 512, 7, 7), 512, {}),  # large weights for few tiles
+        ("winograd4_plain", (1, 512, 7, 7), 512, {}),  # large weights for few tiles
+        ("winograd4_plain", (1, 1024, 7, 7), 1024, {"groups": 32}),
+        ("direct", (1, 96, 28, 28), 96, {"groups": 12}),
         ("winograd4", (8, 512, 7, 7), 512, {}),
         ("direct", (1, 64, 4, 4), 64, {}),  # too little work for the way there and back
         ("direct", (1, 3, 28, 28), 64, {}),
@@ -495,7 +569,7 @@ def test_the_tuner_times_every_algorithm_and_exact_overrules_its_choice(served, 
         report = tune(layer, x, rounds=3, save=False, again=True)
         (call,) = report.calls
         names = {c.name: c.rejected for c in call.candidates}
-        assert {"cpp", "cpp:direct", "cpp:winograd4", "cpp:winograd2"} <= names.keys()
+        assert {"cpp", "cpp:direct", "cpp:winograd4", "cpp:winograd2", "cpp:winograd4_plain"} <= names.keys()
         assert not any(names.values())
         fastcnn.tuning._adopt(x.device, {call.key: "cpp:winograd2"})
         served.clear()
@@ -510,7 +584,7 @@ def test_the_tuner_times_every_algorithm_and_exact_overrules_its_choice(served, 
 def test_variants_are_offered_where_they_can_run():
     x, w, out = torch.empty(1, 16, 8, 8), torch.empty(16, 16, 3, 3), torch.empty(1, 16, 4, 4)
     args = (out, x, w, None, None, None, None, None, False, "none")
-    assert cpp.variants("conv2d", *args, (1, 1), (1, 1), (1, 1), 1) == ("direct", "winograd4", "winograd2")
+    assert cpp.variants("conv2d", *args, (1, 1), (1, 1), (1, 1), 1) == cpp.ALGORITHMS
     assert cpp.variants("conv2d", *args, (2, 2), (1, 1), (1, 1), 1) == ()
     assert cpp.variants("linear", out, x, w, None, "none") == ()
     with pytest.raises(ValueError, match="winograd4 serves 3x3"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcnn import ops
 from fastcnn.ops import _strides
 
-SHAPES = [*itertools.product((1, 2), (1, 3), (1, 3), (1, 2)), (0, 3, 2, 2), (2, 3, 0, 2)]
+SHAPES = [*itertools.product((1, 2), (1, 3), (1, 3), (1, 2)), (0, 3, 2, 2)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -37,8 +37,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def operands(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> Iterator[tuple[str, Tensor]]:
-    for shape in shapes:
+def operands(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for shape in SHAPES:
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         for name, layout in LAYOUTS.items():
             yield f"{name} {shape}", layout(values)
@@ -98,7 +98,7 @@ def test_batch_norm(training: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("filters", [1, 3])
 @pytest.mark.parametrize("size", [1, 3])
 def test_convolution(size: int, filters: int, dtype: torch.dtype) -> None:
-    for name, x in operands(dtype, SHAPES[:-1]):
+    for name, x in operands(dtype):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             weight = torch.randn(filters, x.shape[1], size, size).to(dtype).contiguous(memory_format=memory_format)
             plain = F.conv2d(x, weight, None, 1, size // 2)
@@ -114,8 +114,6 @@ def test_others(dtype: torch.dtype) -> None:
         for other, residual in residuals(x):
             ours = ops.residual_add(x, residual, activation="relu")
             assert ours.stride() == (x + residual).stride(), (name, other)
-        if 0 in x.shape[1:]:
-            continue
         assert ops.max_pool2d(x, 3, 1, 1).stride() == F.max_pool2d(x, 3, 1, 1).stride(), name
         assert ops.avg_pool2d(x, 2, 2, 1).stride() == F.avg_pool2d(x, 2, 2, 1).stride(), name
         assert ops.adaptive_avg_pool2d(x, (1, 2)).stride() == F.adaptive_avg_pool2d(x, (1, 2)).stride(), name

@@ -1,6 +1,5 @@
 // The table of one instruction-set variant.
 #include "table.h"
-
 #include "variant.h"
 #include "vector.h"
 
@@ -19,11 +18,14 @@ const KernelTable& kernel_table() {
       kPermutes,
       conv2d_scratch_bytes,
       conv2d_task,
+      conv2d_grouped_scratch_bytes,
       conv2d_grouped_task,
       winograd_scratch_bytes,
       winograd_task,
       winograd_plain_scratch_bytes,
       winograd_plain_task,
+      strassen_scratch_bytes,
+      strassen_task,
       pool2d_task,
       local_response_norm_scratch_bytes,
       local_response_norm_task,

@@ -31,7 +31,7 @@ struct Conv2dProblem {
   const float* bias;
   TensorView residual;
   bool relu;
-  // How the work is cut: see isa/conv2d.cpp.
+  // How the work is cut: see isa/conv2d.cpp and isa/conv2d_grouped.cpp.
   ConvSource source;
   int64_t chunk;                      // reduction values per pass; not of a strip
   int64_t tile_rows;                  // per task: output pixels, or output rows of a strip
@@ -72,6 +72,30 @@ struct WinogradProblem {
   int64_t tiles_h, tiles_w;  // in an image's height and width
   int64_t tiles;             // in the batch
   int64_t tiles_per_block, blocks, columns_per_task;
+};
+
+// One 1x1 convolution by Strassen's algorithm, ready to run. Filled by conv2d_strassen.cpp.
+struct StrassenProblem {
+  TensorView out, input;
+  const float* packed_weight;  // as PackedConv2dWeight packs them: [column block][in channel][kColumnBlock]
+  int64_t in_channels, out_channels, column_blocks;
+  // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
+  const float* input_scale;
+  const float* input_shift;
+  bool input_relu;
+  const float* scale;
+  const float* bias;
+  TensorView residual;
+  bool relu;
+  bool in_place;  // the input's own values are read where they lie
+  // How the sums are formed, by the shapes alone: see isa/conv2d_strassen.cpp.
+  int64_t chunk_half;        // most input channels of a half of a chunk
+  int64_t blocks_per_image;  // of pixels, each cut in an upper and a lower half
+  // How the work is cut.
+  int64_t pixel_blocks_per_task, pairs_per_task;  // pairs of column blocks
+  int64_t row_tasks;                              // tasks that the blocks of pixels make
+
+  bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
 };
 
 enum class PoolKind : int32_t { max, average, adaptive };
@@ -236,11 +260,14 @@ struct KernelTable {
   int64_t (*conv2d_scratch_bytes)(const Conv2dProblem&);
   // Runs task `index` of the problem with this thread's scratch (64-byte aligned).
   void (*conv2d_task)(const Conv2dProblem&, int64_t index, void* scratch);
-  void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index);
+  int64_t (*conv2d_grouped_scratch_bytes)(const Conv2dProblem&);
+  void (*conv2d_grouped_task)(const Conv2dProblem&, int64_t index, void* scratch);
   int64_t (*winograd_scratch_bytes)(const WinogradProblem&);
   void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   int64_t (*winograd_plain_scratch_bytes)(const WinogradProblem&);
   void (*winograd_plain_task)(const WinogradProblem&, int64_t index, void* scratch);
+  int64_t (*strassen_scratch_bytes)(const StrassenProblem&);
+  void (*strassen_task)(const StrassenProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);
   int64_t (*local_response_norm_scratch_bytes)(const LocalResponseNormProblem&);
   void (*local_response_norm_task)(const LocalResponseNormProblem&, int64_t index, void* scratch);

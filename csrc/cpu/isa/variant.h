@@ -8,11 +8,14 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 constexpr int kConv2dMaxChunk = 384;
 int64_t conv2d_scratch_bytes(const Conv2dProblem& problem);
 void conv2d_task(const Conv2dProblem& problem, int64_t index, void* scratch);
-void conv2d_grouped_task(const Conv2dProblem& problem, int64_t index);
+int64_t conv2d_grouped_scratch_bytes(const Conv2dProblem& problem);
+void conv2d_grouped_task(const Conv2dProblem& problem, int64_t index, void* scratch);
 int64_t winograd_scratch_bytes(const WinogradProblem& problem);
 void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch);
 int64_t winograd_plain_scratch_bytes(const WinogradProblem& problem);
 void winograd_plain_task(const WinogradProblem& problem, int64_t index, void* scratch);
+int64_t strassen_scratch_bytes(const StrassenProblem& problem);
+void strassen_task(const StrassenProblem& problem, int64_t index, void* scratch);
 void pool2d_task(const Pool2dProblem& problem, int64_t index);
 int64_t local_response_norm_scratch_bytes(const LocalResponseNormProblem& problem);
 void local_response_norm_task(const LocalResponseNormProblem& problem, int64_t index, void* scratch);

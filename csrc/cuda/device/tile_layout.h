@@ -52,10 +52,10 @@ constexpr int kSlabColumns = 32;
 constexpr int kSlabPitch = 40;
 constexpr int kSlabBytes = kSlabRows * kSlabPitch * 4;
 
-// wgmma's shared-memory descriptor for a K-major tile with rows of 128 or 64 bytes in the swizzle of as many bytes, from
-// PTX "Matrix Descriptor Format": address / 16 in bits 0-13; leading offset (unused here, 1) in 16-29; stride between
-// groups of 8 rows / 16 in 32-45; swizzle mode (1: 128B, 2: 64B) in 62-63. The tile starts on a boundary of 8 rows; 16
-// values of k further is 32 bytes further, the hardware applies the xor to the final address.
+// wgmma's shared-memory descriptor for a K-major tile with rows of 128 or 64 bytes in the swizzle of as many bytes,
+// from PTX "Matrix Descriptor Format": address / 16 in bits 0-13; leading offset (unused here, 1) in 16-29; stride
+// between groups of 8 rows / 16 in 32-45; swizzle mode (1: 128B, 2: 64B) in 62-63. The tile starts on a boundary of 8
+// rows; 16 values of k further is 32 bytes further, the hardware applies the xor to the final address.
 template <int kRowBytes = 128>
 FASTCNN_HD uint64_t wgmma_descriptor(uint32_t shared_address) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "rows are 64 or 128 bytes");

@@ -1,9 +1,11 @@
 // Stages of operands between the copy engine and wgmma: their layout, barriers, copies and products. Shared by
 // conv2d_tma.cu and conv2d_tma_split.cu.
 //
-// The reduction runs over filter taps and blocks of their channels. A stage holds A (pixels x 64 channels) and B
-// (filters x 64 channels): one block of 64 as rows of 128 bytes in the 128B swizzle, or with kBlock = 32 two blocks of
-// 32, which may belong to neighbouring taps, each as rows of 64 bytes in the 64B swizzle.
+// The reduction runs over filter taps and blocks of their channels. A stage holds A (pixels x channels) and B (filters
+// x channels):
+//   kBlock = 64   one block of 64 channels, as rows of 128 bytes in the 128B swizzle
+//   kBlock = 32   two blocks of 32, which may belong to neighbouring taps, each as rows of 64 bytes in the 64B swizzle
+//   kBlock = 96   one block of 96: 64 channels as above, then 32, the rows of both behind each other
 #pragma once
 
 #include "../conv2d_tma_operands.h"
@@ -21,11 +23,13 @@ struct TmaTile {
   using Type = T;
   static constexpr int kGroupRows = kGroupRows_, kColumns = kColumns_, kStages = kStages_;
   static constexpr bool kInTurns = kInTurns_, kPrologue = kPrologue_;
-  static constexpr int kBlock = kBlock_, kRowBytes = kBlock * 2, kBlocksOfStage = kTensorMapRow / kBlock;
+  static constexpr int kBlock = kBlock_, kBlocksOfStage = kBlock == kTensorMapHalfRow ? 2 : 1;
+  static constexpr int kChannels = kBlock * kBlocksOfStage, kSteps = kChannels / 16;  // of a stage
   static constexpr int kRows = kInTurns ? kGroupRows : 2 * kGroupRows;
   static constexpr int kThreads = 3 * 128;
   static constexpr int kAtoms = kColumns / 8;  // of 8 columns in an accumulator
-  static constexpr int kBytesA = kRows * 128, kBytesB = kColumns * 128, kStageBytes = kBytesA + kBytesB;
+  static constexpr int kBytesA = kRows * kChannels * 2, kBytesB = kColumns * kChannels * 2;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kOutputBytes = kGroupRows * (kColumns < 64 ? 64 : kColumns) * 2;  // of a warpgroup
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutputBytes + 2 * kColumns * 8 + 1024 + 256;
   static_assert(kSharedBytes <= 227 * 1024, "one block must fit a multiprocessor");
@@ -88,7 +92,17 @@ __device__ __forceinline__ void copy_blocks(const TmaOperands& problem, uint32_t
     const uint32_t to = stages + ring.stage * Tile::kStageBytes, full = barriers.full(ring.stage);
     const int here = last - at < kPart ? last - at : kPart;
     barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
-    barrier_arrive_expecting(full, here * (Tile::kStageBytes / kPart));
+    // A block of 96: the channels behind the first 64, where it has them.
+    const int rest = block * Tile::kBlock + kTensorMapRow;
+    const bool narrow = Tile::kBlock == kTensorMapWideBlock && rest >= problem.channels;
+    barrier_arrive_expecting(full, narrow ? (Tile::kRows + Tile::kColumns) * 128 : here * (Tile::kStageBytes / kPart));
+    if constexpr (Tile::kBlock == kTensorMapWideBlock) {
+      if (!narrow) {
+        copy_pixels(to + Tile::kRows * 128, problem.input_rest, full, origin.channel + rest, origin.w, origin.h,
+                    origin.n, s * problem.dilation_w, r * problem.dilation_h);
+        copy_box_3d(to + Tile::kBytesA + Tile::kColumns * 128, problem.weight_rest, full, rest, tap, origin.filter);
+      }
+    }
     for (int part = 0; part < here; ++part) {
       copy_pixels(to + part * (Tile::kBytesA / kPart), problem.input, full, origin.channel + block * Tile::kBlock,
                   origin.w, origin.h, origin.n, s * problem.dilation_w, r * problem.dilation_h);
@@ -108,19 +122,29 @@ __device__ __forceinline__ void copy_blocks(const TmaOperands& problem, uint32_t
 template <typename Tile>
 using TmaAccumulator = float[Tile::kGroupRows / 64][Tile::kColumns / 2];
 
-// 16 channels: `step` counts through the stage.
-template <typename Tile>
-__device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_t tile_a, uint32_t tile_b, int step) {
-  constexpr int kSteps = Tile::kBlock / 16;  // of a block
-  const int part = Tile::kBlocksOfStage == 1 ? 0 : step / kSteps;
-  const int inside = Tile::kBlocksOfStage == 1 ? step : step % kSteps;
-  const uint32_t a = tile_a + part * (Tile::kBytesA / Tile::kBlocksOfStage) + inside * 32;
-  const uint32_t b = tile_b + part * (Tile::kBytesB / Tile::kBlocksOfStage) + inside * 32;
+// 16 channels, of rows of kRowBytes.
+template <typename Tile, int kRowBytes>
+__device__ __forceinline__ void multiply_rows(TmaAccumulator<Tile>& acc, uint32_t a, uint32_t b) {
 #pragma unroll
   for (int half = 0; half < Tile::kGroupRows / 64; ++half) {
-    wgmma<typename Tile::Type, Tile::kColumns>(acc[half],
-                                               wgmma_descriptor<Tile::kRowBytes>(a + half * 64 * Tile::kRowBytes),
-                                               wgmma_descriptor<Tile::kRowBytes>(b));
+    wgmma<typename Tile::Type, Tile::kColumns>(acc[half], wgmma_descriptor<kRowBytes>(a + half * 64 * kRowBytes),
+                                               wgmma_descriptor<kRowBytes>(b));
+  }
+}
+
+// The same where `step` counts through the stage's channels, from its row `row` on.
+template <typename Tile>
+__device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_t tile_a, uint32_t tile_b, int row,
+                                              int step) {
+  if constexpr (Tile::kBlock == kTensorMapHalfRow) {
+    const int part = step / 2, inside = step % 2;
+    multiply_rows<Tile, 64>(acc, tile_a + (part * Tile::kRows + row) * 64 + inside * 32,
+                            tile_b + part * Tile::kColumns * 64 + inside * 32);
+  } else if (Tile::kBlock == kTensorMapRow || step < 4) {
+    multiply_rows<Tile, 128>(acc, tile_a + row * 128 + step * 32, tile_b + step * 32);
+  } else {
+    multiply_rows<Tile, 64>(acc, tile_a + Tile::kRows * 128 + row * 64 + (step - 4) * 32,
+                            tile_b + Tile::kColumns * 128 + (step - 4) * 32);
   }
 }
 
@@ -187,7 +211,7 @@ struct StageState {
   PrologueFactors factors;
 };
 
-// One stage: `steps` products of 16 channels, 4 of them where it is whole. The prologue's factors for the next stage
+// One stage: `steps` products of 16 channels, kSteps where it is whole. The prologue's factors for the next stage
 // are those from `next_channel` on.
 template <typename Tile>
 __device__ __forceinline__ void multiply_stage(const TmaOperands& problem, uint32_t stages,
@@ -195,21 +219,21 @@ __device__ __forceinline__ void multiply_stage(const TmaOperands& problem, uint3
                                                int group, int thread, bool whole, int steps, int next_channel,
                                                StageState& state, TmaAccumulator<Tile>& acc) {
   const int lane = thread % 32, rows_of_group = Tile::kInTurns ? 0 : group * Tile::kGroupRows;
-  const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes + rows_of_group * Tile::kRowBytes;
+  const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes;
   const uint32_t tile_b = stages + ring.stage * Tile::kStageBytes + Tile::kBytesA;
   barrier_wait(barriers.full(ring.stage), ring.parity);
   if constexpr (Tile::kPrologue) {
-    apply_prologue_in_place<Tile>(state.factors, problem.input_relu, tile_a, group, thread);
+    apply_prologue_in_place<Tile>(state.factors, problem.input_relu, tile_a + rows_of_group * 128, group, thread);
     state.factors.load(problem, next_channel);
   }
   wgmma_fence();
   if (whole) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) multiply_step<Tile>(acc, tile_a, tile_b, step);
+    for (int step = 0; step < Tile::kSteps; ++step) multiply_step<Tile>(acc, tile_a, tile_b, rows_of_group, step);
     wgmma_commit();
   } else {
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) multiply_step<Tile>(acc, tile_a, tile_b, step);
+    for (int step = 0; step < steps; ++step) multiply_step<Tile>(acc, tile_a, tile_b, rows_of_group, step);
     wgmma_commit();
   }
   wgmma_wait<1>();
@@ -227,7 +251,8 @@ __device__ __forceinline__ void clear(TmaAccumulator<Tile>& acc) {
   }
 }
 
-// acc = the product of the blocks [first, last) of a tile's reduction, but for the wait for the last stage.
+// acc = the product of the blocks [first, last) of a tile's reduction, one or more, but for the wait for the last
+// stage.
 template <typename Tile>
 __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint32_t stages,
                                                 const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
@@ -236,28 +261,29 @@ __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint
   clear<Tile>(acc);
   int block = first % problem.channel_blocks;
   if constexpr (Tile::kPrologue) state.factors.load(problem, block * kTensorMapRow + thread % 8 * 8);
-#pragma unroll 1
-  for (int at = first; at < last; at += Tile::kBlocksOfStage) {
+  int at = first;
+  do {  // no way past the loop: it would define acc beside wgmma, and ptxas would wait for each product in turn
     bool whole = at + 1 < last;
     int steps = 2;
-    if constexpr (Tile::kBlock == kTensorMapRow) {
-      whole = block + 1 < problem.channel_blocks || problem.last_steps == 4;
+    if constexpr (Tile::kBlocksOfStage == 1) {
+      whole = block + 1 < problem.channel_blocks || problem.last_steps == Tile::kSteps;
       steps = problem.last_steps;
     }
     multiply_stage<Tile>(problem, stages, barriers, ring, group, thread, whole, steps,
                          (block + 1) * kTensorMapRow + thread % 8 * 8, state, acc);
     if (++block == problem.channel_blocks) block = 0;
-  }
+    at += Tile::kBlocksOfStage;
+  } while (at < last);
 }
 
-// The products of the last stage, if there was `any`, are done, and acc may be read.
+// The products of the last stage are done, and acc may be read.
 template <typename Tile>
-__device__ __forceinline__ void end_products(const TmaBarriers<Tile>& barriers, const StageState& state, bool any,
-                                             int lane, TmaAccumulator<Tile>& acc) {
+__device__ __forceinline__ void end_products(const TmaBarriers<Tile>& barriers, const StageState& state, int lane,
+                                             TmaAccumulator<Tile>& acc) {
   wgmma_wait<0>();
 #pragma unroll
   for (int half = 0; half < Tile::kGroupRows / 64; ++half) hold(acc[half]);
-  if (any && lane == 0) barrier_arrive(barriers.empty(state.before));
+  if (lane == 0) barrier_arrive(barriers.empty(state.before));
 }
 
 #endif

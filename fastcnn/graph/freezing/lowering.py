@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from fastcnn.backends import cpp
 from fastcnn.graph.freezing.capture import Captured
-from fastcnn.graph.freezing.choosing import Choose, by_rule
+from fastcnn.graph.freezing.choosing import Choose, by_rule, plan_step
 from fastcnn.graph.freezing.program import (
     Attribute,
     Buffer,
@@ -363,9 +363,7 @@ def _conv2d(low: Lowering, out: View, args: list[Any]) -> None:
     vectors = (low.vector(scale, "scale"), low.vector(bias, "bias"))
     r = None if residual is None else low.as_pixels(residual)
     prologue = (low.vector(in_scale, "input_scale"), low.vector(in_shift, "input_shift"))
-    direct = algorithm == cpp.DIRECT
-    name = "conv2d" if direct else "conv2d_winograd"
-    geometry = (stride, top_left, dilation) if direct else (top_left,)
+    name, geometry = plan_step(algorithm, stride, top_left, dilation)
     attributes = (relu, activation == "relu", *geometry)
     low.filled_as_pixels(
         out,

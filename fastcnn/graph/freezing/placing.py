@@ -51,8 +51,8 @@ def _can_live_in(program: Program, at: int, step: Step) -> bool:
 
 _PIXEL_STEPS = frozenset(
     {
-        "conv2d", "conv2d_winograd", "channel_affine", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
-        "local_response_norm", "copy", "fill", "map",
+        "conv2d", "conv2d_winograd", "conv2d_strassen", "channel_affine", "max_pool2d", "avg_pool2d",
+        "adaptive_avg_pool2d", "local_response_norm", "copy", "fill", "map",
     }
 )  # fmt: skip
 

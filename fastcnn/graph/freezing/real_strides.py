@@ -18,8 +18,8 @@ class WrongStrides(Interpreter):
     """Runs a captured graph on zeros and compares strides.
 
     Attributes:
-        found: operators with a fake result of other strides. Those of dimensions of size 1 do not count: they say
-            nothing about where values lie, and fake ones are as good as real ones.
+        found: operators with a fake result of other strides. Those of dimensions of size 1 count too: they say nothing
+            about where values lie, but by them the next operator may take its input for channels-last.
     """
 
     def __init__(self, module: GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -43,17 +43,17 @@ class WrongStrides(Interpreter):
     def _compared(self, n: Node, real: Any, fake: Any, copy: Tensor | None) -> Any:
         if not isinstance(real, Tensor) or real.numel() == 0 or real.stride() == fake.stride():
             return real
-        # What follows is judged on its own: it gets the strides that the graph was made for.
-        if _strides_that_count(real) == _strides_that_count(fake):
-            return real.as_strided(fake.shape, fake.stride(), real.storage_offset())
-        if copy is not None and _strides_that_count(real) == _strides_that_count(copy):
+        if copy is not None and real.stride() == copy.stride():
             return real
         self.found.add(n.target)
+        # What follows is judged on its own: it gets the strides that the graph was made for.
+        if _lie_alike(real, fake.stride()):
+            return real.as_strided(fake.shape, fake.stride(), real.storage_offset())
         return torch.empty_strided(fake.shape, fake.stride(), dtype=real.dtype, device=real.device).copy_(real)
 
 
 def _copied_to(n: Node) -> list[Tensor | None]:
-    """For each of a node's results, where its only reader copies it, as :class:`RealStrides` makes of a wrong one."""
+    """For each of a node's results, what :class:`RealStrides` has made of a wrong one: its only reader."""
     targets: list[Tensor | None] = [None] * len(n.meta["val"])
     for user in n.users:
         if user.target is operator.getitem:
@@ -63,13 +63,16 @@ def _copied_to(n: Node) -> list[Tensor | None]:
 
 def _only_copy(n: Node) -> Tensor | None:
     readers = list(n.users)
-    if len(readers) == 1 and readers[0].target is torch.ops.aten.copy_.default and readers[0].args[1] is n:
+    if len(readers) != 1:
+        return None
+    copied = readers[0].target is torch.ops.aten.copy_.default and readers[0].args[1] is n
+    if copied or readers[0].target is torch.ops.aten.as_strided.default:
         return readers[0].meta["val"]  # type: ignore[no-any-return]
     return None
 
 
 class RealStrides(TorchDispatchMode):
-    """While a graph is captured: results of ``suspects`` are copied into memory of the real results' strides."""
+    """While a graph is captured: results of ``suspects`` get the real results' strides, where need be by a copy."""
 
     def __init__(self, suspects: set[Any]) -> None:
         super().__init__()
@@ -80,10 +83,13 @@ class RealStrides(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func not in self._suspects or any(value.alias_info for value in func._schema.returns):  # views stay views
+        if func not in self._suspects:
             return result
+        is_view = any(value.alias_info for value in func._schema.returns)  # and stays one
         strides = iter([real.stride() for real in _tensors(_real_result(func, args, kwargs))])
-        return tree_map(lambda fake: _restrided(fake, next(strides)) if isinstance(fake, Tensor) else fake, result)
+        return tree_map(
+            lambda fake: _restrided(fake, next(strides), is_view) if isinstance(fake, Tensor) else fake, result
+        )
 
 
 def _real_result(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,8 +100,12 @@ def _real_result(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         return func(*real_args, **real_kwargs)
 
 
-def _restrided(fake: Tensor, stride: tuple[int, ...]) -> Tensor:
+def _restrided(fake: Tensor, stride: tuple[int, ...], is_view: bool) -> Tensor:
     if fake.stride() == stride:
+        return fake
+    if _lie_alike(fake, stride):
+        return fake.as_strided(fake.shape, stride)
+    if is_view:
         return fake
     return torch.empty_strided(fake.shape, stride, dtype=fake.dtype, device=fake.device).copy_(fake)
 
@@ -109,5 +119,6 @@ def _tensors(value: Any) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def _strides_that_count(tensor: Tensor) -> list[int]:
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+def _lie_alike(tensor: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether other strides differ in dimensions of size 1 alone: the same values in the same places."""
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True))

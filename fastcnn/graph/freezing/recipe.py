@@ -26,9 +26,9 @@ ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs f
 # What a step may call on the native plan.
 OPERATORS = frozenset(
     {
-        "conv2d", "conv2d_winograd", "linear", "linear_short", "channel_affine", "max_pool2d", "avg_pool2d",
-        "adaptive_avg_pool2d",
-        "local_response_norm", "copy", "fill", "map", "reduce_last", "layer_norm", "softmax",
+        "conv2d", "conv2d_winograd", "conv2d_strassen", "linear", "linear_short", "channel_affine", "max_pool2d",
+        "avg_pool2d", "adaptive_avg_pool2d", "local_response_norm", "copy", "fill", "map", "reduce_last",
+        "layer_norm", "softmax",
     }
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ bool eager = false;
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr uint32_t kSharedStart = 128;  // not a multiple of 1024: kernels that need more alignment must see to it
+constexpr uint32_t kSharedStart = 128;       // not a multiple of 1024: kernels that need more alignment must see to it
 constexpr uint32_t kClusterStep = 1u << 24;  // between the addresses of a cluster's blocks, the first one's included
 
 struct Fiber {
