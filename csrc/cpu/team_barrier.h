@@ -33,7 +33,9 @@ class TeamBarrier {
   }
 
  private:
-  static constexpr int kSpins = 5000;  // some 50 to 100 microseconds
+  // Some 5 microseconds. A yield costs little more than a spin where nobody else wants the processor; where the thread
+  // that is waited for does, because the system has put both on one, it saves all further ones.
+  static constexpr int kSpins = 300;
 
   static int processors() {
 #ifdef _OPENMP
