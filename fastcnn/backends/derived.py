@@ -103,6 +103,8 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[..., T], *others: Tens
     die with them. On a GPU an inference tensor, whose writes cannot be seen, is never cached.
     """
     tensors = (tensor, *others)
+    if any(t is not None and t.is_meta for t in tensors):  # there is no state to compare
+        return make(*tensors)
     states = states_of(tensors)
     identity = id(tensor)
     kept = _kept.get()

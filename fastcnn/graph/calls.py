@@ -323,6 +323,8 @@ class _End:
         ordered = residual is not None and (self.residual_first or self.writes is not None)
         if not ordered and not normalised and not self._makes_a_new_tensor:
             return True
+        if residual is None:
+            return not _strides.is_ambiguous(y.shape)
         strides = y.stride()
         return (not ordered or residual.stride() == strides) and _strides.is_definite(y.shape, strides)
 

@@ -109,7 +109,8 @@ class Plan:
     function: Callable[..., Any] | None = None  # of the module and the tensors
     function_of_owner: Callable[..., Any] | None = None  # the same, faster, for the module that was traced
     rebuild: Callable[[list[Any]], Any] | None = None
-    layouts: tuple[tuple[nn.Module, tuple[int, ...]], ...] = ()  # layers, and the strides of their weights
+    layers: tuple[nn.Module, ...] = ()  # of whose weights the memory layout is taken for granted, and
+    layouts: list[tuple[int, ...]] = field(default_factory=list)  # the weights' strides
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs or not all(type(a) is Tensor for a in args):
@@ -125,10 +126,13 @@ class Plan:
         return result if self.rebuild is None else self.rebuild(result)
 
     def holds(self) -> bool:
-        return all(guard.holds() for guard in self.guards) and all(
-            (weight := module._parameters.get("weight")) is not None and weight.stride() == strides
-            for module, strides in self.layouts
-        )
+        if not all(guard.holds() for guard in self.guards):
+            return False
+        try:
+            strides = [layer._parameters["weight"].stride() for layer in self.layers]  # type: ignore[union-attr]
+        except (KeyError, AttributeError):  # a weight that is computed now, or none
+            return False
+        return strides == self.layouts
 
 
 class _Watched(fx.Interpreter):
@@ -227,11 +231,11 @@ def make(module: nn.Module, spec: pytree.TreeSpec, leaves: list[Any]) -> Plan:
     guards = tuple(Guard.of(m, path == "") for path, m in traced.inlined.items())
     modules = dict(module.named_modules(remove_duplicate=False))
     sites, left, assumed = rewrite(traced.graph, modules, traced.opaque)
-    layouts = tuple((modules[path], modules[path].weight.stride()) for path in sorted(assumed))
+    layers = tuple(modules[path] for path in sorted(assumed))
     known = {path: m for path, m in modules.items() if _ancestors(path) <= traced.inlined.keys()}
     return Plan(
         guards, sites, tuple(left), None, traced.opaque, traced.graph, _compiled(traced, {}), _compiled(traced, known),
-        traced.rebuild, layouts,
+        traced.rebuild, layers, [layer.weight.stride() for layer in layers],
     )  # fmt: skip
 
 
