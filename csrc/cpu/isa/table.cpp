@@ -1,5 +1,6 @@
 // The table of one instruction-set variant.
 #include "table.h"
+
 #include "variant.h"
 #include "vector.h"
 
