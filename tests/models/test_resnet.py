@@ -255,7 +255,9 @@ def test_compiles_without_graph_breaks(mode: str) -> None:
     randomise_batch_norms(model).train(mode == "train")
     eager, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(mode == "train"):
+    # By plain sums: a compiled training step may use fast algorithms, and batch statistics of two values enlarge what
+    # they differ by.
+    with fastcnn.exact(), torch.set_grad_enabled(mode == "train"):
         actual, expected = compiled(x), eager(x)
         assert relative_error(actual, expected) <= 1e-5
         if mode == "train":
