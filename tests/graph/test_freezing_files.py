@@ -225,7 +225,7 @@ def _other_algorithm(header: dict[str, Any]) -> None:
 
 
 def _unknown_algorithm(header: dict[str, Any]) -> None:
-    header["recipe"]["weights"][0][2] = "strassen"
+    header["recipe"]["weights"][0][2] = "toom_cook"
 
 
 def _weight_of_another_step(header: dict[str, Any]) -> None:
