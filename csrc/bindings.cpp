@@ -133,39 +133,50 @@ double cpu_conv2d_strassen_cycles(const std::array<int64_t, 4>& out_shape, int64
   return cpu::conv2d_strassen_cycles(n, p * q, k, in_channels);
 }
 
-void require_winograd(const int64_t shape[4], int tile) {
-  const bool square = shape[2] == shape[3] && (shape[2] == 3 || shape[2] == 5);
-  if (shape[0] < 1 || shape[1] < 1 || !square) {
-    throw py::value_error("weight must have shape (K, C, 3, 3) or (K, C, 5, 5) and not be empty, has shape " +
-                          describe(shape, 4));
+void require_winograd(const int64_t shape[4], int tile, int stride) {
+  if (shape[0] < 1 || shape[1] < 1 || shape[2] != shape[3]) {
+    throw py::value_error("weight must have shape (K, C, R, R) and not be empty, has shape " + describe(shape, 4));
   }
-  if (tile != 2 && (tile != 4 || shape[2] != 3)) {
-    throw py::value_error("tile must be 2, or 4 for 3x3 filters, is " + std::to_string(tile));
+  if (stride < 1) throw py::value_error("stride must be positive, is " + std::to_string(stride));
+  const int64_t taps = (shape[2] + stride - 1) / stride;
+  if (taps < 2 || taps > 5) {
+    throw py::value_error("weight must have 2 to 5 rows of taps for each of the input's phases, has " +
+                          std::to_string(taps) + " (shape " + describe(shape, 4) + ", stride " +
+                          std::to_string(stride) + ")");
+  }
+  if (!cpu::winograd_has(tile, static_cast<int>(taps))) {
+    throw py::value_error("tile must be " +
+                          std::string(taps == 3   ? "2 or 4"
+                                      : taps == 4 ? "4"
+                                                  : "2") +
+                          " for " + std::to_string(taps) + " taps a phase, is " + std::to_string(tile));
   }
 }
 
 std::shared_ptr<cpu::PackedConv2dWinogradWeight> packed_conv2d_winograd_weight_from(const py::buffer& packed,
                                                                                     const std::array<int64_t, 4>& shape,
-                                                                                    int tile,
+                                                                                    int tile, int stride,
                                                                                     const std::string& dtype) {
   const DType packed_dtype = packed_dtype_of(dtype);
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
-  require_winograd(shape.data(), tile);
+  require_winograd(shape.data(), tile, stride);
   const int filter = static_cast<int>(shape[2]);
-  auto weight = std::make_shared<cpu::PackedConv2dWinogradWeight>(packed_dtype, shape[0], shape[1], filter, tile);
+  auto weight =
+      std::make_shared<cpu::PackedConv2dWinogradWeight>(packed_dtype, shape[0], shape[1], filter, tile, stride);
   assign_packed(*weight, info);
   return weight;
 }
 
-std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py::handle weight, int tile) {
+std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py::handle weight, int tile, int stride) {
   const Imported t(weight, "weight", kDLCPU);
   t.require_dimensions(4);
   const DType dtype = t.dtype();
   if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
-  require_winograd(t.tensor.shape, tile);
+  require_winograd(t.tensor.shape, tile, stride);
   py::gil_scoped_release release;
-  return std::make_shared<cpu::PackedConv2dWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, tile);
+  return std::make_shared<cpu::PackedConv2dWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, tile,
+                                                           stride);
 }
 
 void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv2dWinogradWeight& weight,
@@ -179,7 +190,8 @@ void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv
   require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
   const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
   const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
-  const Conv2dGeometry geometry = conv2d_geometry(weight.filter, weight.filter, 1, {1, 1}, padding, {1, 1});
+  const Conv2dGeometry geometry =
+      conv2d_geometry(weight.filter, weight.filter, 1, {weight.stride, weight.stride}, padding, {1, 1});
   if (weight.bf16_pairs && x.dtype != DType::bf16) {
     throw py::type_error("input must be bfloat16, as the weight that was packed");
   }
@@ -247,16 +259,17 @@ double cpu_conv2d_winograd_plain_cycles(const std::array<int64_t, 4>& out_shape,
   return cpu::conv2d_winograd_plain_cycles(n, k, p, q, in_channels, groups);
 }
 
-double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int tile,
+double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int stride, int tile,
                          bool bf16) {
   for (const int64_t size : out_shape) {
     if (size < 1) throw py::value_error("out_shape must be positive");
   }
   if (in_channels < 1) throw py::value_error("in_channels must be positive");
+  if (filter < 1) throw py::value_error("filter must be positive");
   const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};
-  if (tile != 0 || filter != 1) require_winograd(weight_shape, tile == 0 ? 2 : tile);
+  if (tile != 0) require_winograd(weight_shape, tile, stride);
   const auto [n, k, p, q] = out_shape;
-  return cpu::conv2d_cycles(n, k, p, q, in_channels, filter, tile, bf16);
+  return cpu::conv2d_cycles(n, k, p, q, in_channels, filter, stride, tile, bf16);
 }
 
 // The two views of a pooling, of one dtype, batch and channel count.
@@ -407,9 +420,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("relu"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   py::class_<cpu::PackedConv2dWinogradWeight, std::shared_ptr<cpu::PackedConv2dWinogradWeight>>(
       m, "PackedConv2dWinogradWeight")
-      .def(py::init(&pack_conv2d_winograd_weight), py::arg("weight"), py::arg("tile"))
+      .def(py::init(&pack_conv2d_winograd_weight), py::arg("weight"), py::arg("tile"), py::arg("stride") = 1)
       .def_static("from_packed", &packed_conv2d_winograd_weight_from, py::arg("packed"), py::arg("shape"),
-                  py::arg("tile"), py::arg("dtype"))
+                  py::arg("tile"), py::arg("stride"), py::arg("dtype"))
       .def("packed", &packed_bytes<cpu::PackedConv2dWinogradWeight>)
       .def_property_readonly("bytes", &cpu::PackedConv2dWinogradWeight::bytes);
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
@@ -432,7 +445,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("input_relu"), py::arg("relu"), py::arg("threads"));
   m.def("cpu_conv2d_strassen_cycles", &cpu_conv2d_strassen_cycles, py::arg("out_shape"), py::arg("in_channels"));
   m.def("cpu_conv2d_cycles", &cpu_conv2d_cycles, py::arg("out_shape"), py::arg("in_channels"), py::arg("filter"),
-        py::arg("tile"), py::arg("bf16"));
+        py::arg("stride"), py::arg("tile"), py::arg("bf16"));
   m.def("cpu_max_pool2d", &cpu_max_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("threads"));
   m.def("cpu_avg_pool2d", &cpu_avg_pool2d, py::arg("out"), py::arg("input"), py::arg("kernel"), py::arg("stride"),

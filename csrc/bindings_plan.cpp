@@ -79,7 +79,8 @@ class PyPlan {
     if (weight->bf16_pairs && operand(input, "input").dtype != DType::bf16) {
       throw py::type_error("input must be bfloat16, as the weight that was packed");
     }
-    const Conv2dGeometry geometry = conv2d_geometry(weight->filter, weight->filter, 1, {1, 1}, padding, {1, 1});
+    const Conv2dGeometry geometry =
+        conv2d_geometry(weight->filter, weight->filter, 1, {weight->stride, weight->stride}, padding, {1, 1});
     convolution(
         out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
         [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {

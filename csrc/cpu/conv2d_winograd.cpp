@@ -16,18 +16,31 @@
 namespace fastcnn::cpu {
 namespace {
 
+// The finite points of tiles with `side` points to a side; the last point is infinity.
+std::vector<double> finite_points(int side) {
+  switch (side) {
+    case 3:
+      return {1, -1};
+    case 4:
+      return {0, 1, -1};
+    case 6:
+      return {0, 0.625, -0.625, 1.5, -1.5};
+    default:
+      return {0.375, -0.375, 0.875, -0.875, 1.75, -1.75};
+  }
+}
+
 // G, row by row: the filter polynomial's value at each finite point over the product of its distances to the others;
 // at infinity its leading coefficient.
-std::vector<double> filter_transform(int side, int filter) {
-  const std::vector<double> points =
-      side == 6 ? std::vector<double>{0, 0.625, -0.625, 1.5, -1.5} : std::vector<double>{0, 1, -1};
+std::vector<double> filter_transform(int side, int taps) {
+  const std::vector<double> points = finite_points(side);
   std::vector<double> rows;
   for (const double p : points) {
     double value = 1;
     for (const double q : points) value /= p == q ? 1 : p - q;
-    for (int tap = 0; tap < filter; ++tap, value *= p) rows.push_back(value);
+    for (int tap = 0; tap < taps; ++tap, value *= p) rows.push_back(value);
   }
-  rows.resize(static_cast<size_t>(side * filter));
+  rows.resize(static_cast<size_t>(side * taps));
   rows.back() = 1;
   return rows;
 }
@@ -43,13 +56,23 @@ uint16_t nearest_bf16(float value) {
 }  // namespace
 
 PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(DType dtype, int64_t out_channels, int64_t in_channels,
-                                                       int filter, int tile)
-    : out_channels(out_channels), in_channels(in_channels), filter(filter), tile(tile), data_(nullptr, std::free) {
+                                                       int filter, int tile, int stride)
+    : out_channels(out_channels),
+      in_channels(in_channels),
+      filter(filter),
+      stride(stride),
+      tile(tile),
+      bf16_pairs(dtype == DType::bf16 && winograd_by_pairs(in_channels, filter, tile, stride)),
+      phases(filter, stride, in_channels, bf16_pairs ? 2 : 1),
+      data_(nullptr, std::free) {
   const KernelTable& table = kernels();
-  bf16_pairs = dtype == DType::bf16 && table.bf16 != nullptr && winograd_by_pairs(in_channels, side());
-  channel_vectors = ceil_div(in_channels, bf16_pairs ? 2 * table.vector_width : table.vector_width);
   column_blocks = ceil_div(out_channels, table.column_block);
-  bytes_ = column_blocks * side() * side() * channel_vectors * table.vector_width * table.column_block * 4;
+  const int t = side();
+  point_words_.push_back(0);
+  for (int point = 0; point < t * t; ++point) {
+    point_words_.push_back(point_words_.back() + phases.words(point / t == t - 1, point % t == t - 1));
+  }
+  bytes_ = column_blocks * point_words_.back() * table.column_block * 4;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }
 
@@ -58,54 +81,69 @@ void PackedConv2dWinogradWeight::assign(const void* packed) {
 }
 
 PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
-                                                       const int64_t strides[4], int tile)
-    : PackedConv2dWinogradWeight(dtype, shape[0], shape[1], static_cast<int>(shape[2]), tile) {
+                                                       const int64_t strides[4], int tile, int stride)
+    : PackedConv2dWinogradWeight(dtype, shape[0], shape[1], static_cast<int>(shape[2]), tile, stride) {
   const KernelTable& table = kernels();
-  const int64_t block = table.column_block;
-  const int64_t word_channels = bf16_pairs ? 2 : 1;
-  const int64_t words = channel_vectors * table.vector_width, channels = words * word_channels;
-  const int t = side(), taps = filter;
+  const int64_t block = table.column_block, lanes = table.vector_width;
+  const int t = side(), taps = phases.taps();
   const std::vector<double> g = filter_transform(t, taps);
-  // A task is one channel of one column block: t*t rows of `block` values, zeros where k or c is beyond the end.
+  // Which row of a point's weights is a word's; -1: none.
+  std::vector<int64_t> ranks[4];
+  for (int at = 0; at < 4; ++at) {
+    ranks[at].assign(static_cast<size_t>(phases.vectors() * lanes), -1);
+    int64_t rank = 0;
+    for (const WinogradRun& run : phases.runs(at / 2, at % 2)) {
+      for (int lane = 0; lane < run.count; ++lane) ranks[at][run.vector * lanes + run.first + lane] = rank++;
+    }
+  }
+  // A task is one word of one column block: at each point a row of `block` values, zeros where k is beyond the end.
   const auto transform = [&](int64_t task, void* scratch) {
-    const int64_t c = task % channels, first = task / channels * block;
+    const int64_t at = task % (phases.vectors() * lanes), first = task / (phases.vectors() * lanes) * block;
+    const WinogradPhases::Word word = phases.word(at / lanes, at % lanes);
     double* values = static_cast<double*>(scratch);  // [r][s][block]
     double* half = values + taps * taps * block;     // [i][s][block]
-    std::fill(values, half, 0.0);
-    const int64_t columns = c < in_channels ? std::min(block, out_channels - first) : 0;
-    for (int64_t k = 0; k < columns; ++k) {
-      for (int tap = 0; tap < taps * taps; ++tap) {
-        const int64_t from =
-            (first + k) * strides[0] + c * strides[1] + tap / taps * strides[2] + tap % taps * strides[3];
-        values[tap * block + k] = read_as_float(weight, dtype, from);
+    const int64_t columns = std::min(block, out_channels - first);
+    float* to = data_.get() + first * point_words_.back();
+    for (int64_t part = 0; part < (word.count == 0 ? 0 : bf16_pairs ? 2 : 1); ++part) {
+      std::fill(values, half, 0.0);
+      for (int64_t k = 0; part < word.count && k < columns; ++k) {
+        for (int tap = 0; tap < taps * taps; ++tap) {
+          const int r = tap / taps * stride + word.row, s = tap % taps * stride + word.column;
+          if (r >= filter || s >= filter) continue;
+          const int64_t from =
+              (first + k) * strides[0] + (word.channel + part) * strides[1] + r * strides[2] + s * strides[3];
+          values[tap * block + k] = read_as_float(weight, dtype, from);
+        }
       }
-    }
-    for (int i = 0; i < t; ++i) {
-      for (int64_t at = 0; at < taps * block; ++at) {
-        double sum = 0;
-        for (int r = 0; r < taps; ++r) sum += g[taps * i + r] * values[r * taps * block + at];
-        half[taps * i * block + at] = sum;
-      }
-    }
-    float* to = data_.get() + first * t * t * words + c / word_channels * block;
-    for (int i = 0; i < t; ++i) {
-      const double* row = half + taps * i * block;
-      for (int j = 0; j < t; ++j, to += words * block) {
-        for (int64_t k = 0; k < block; ++k) {
+      for (int i = 0; i < t; ++i) {
+        for (int64_t at = 0; at < taps * block; ++at) {
           double sum = 0;
-          for (int s = 0; s < taps; ++s) sum += g[taps * j + s] * row[s * block + k];
-          const float value = static_cast<float>(sum);
-          if (bf16_pairs) {
-            reinterpret_cast<uint16_t*>(to + k)[c % 2] = nearest_bf16(value);
-          } else {
-            to[k] = value;
+          for (int r = 0; r < taps; ++r) sum += g[taps * i + r] * values[r * taps * block + at];
+          half[taps * i * block + at] = sum;
+        }
+      }
+      for (int i = 0; i < t; ++i) {
+        const double* row = half + taps * i * block;
+        for (int j = 0; j < t; ++j) {
+          const int64_t rank = ranks[2 * (i == t - 1) + (j == t - 1)][at];
+          if (rank < 0) continue;
+          float* place = to + (point_words_[i * t + j] + rank) * block;
+          for (int64_t k = 0; k < block; ++k) {
+            double sum = 0;
+            for (int s = 0; s < taps; ++s) sum += g[taps * j + s] * row[s * block + k];
+            const float value = static_cast<float>(sum);
+            if (bf16_pairs) {
+              reinterpret_cast<uint16_t*>(place + k)[part] = nearest_bf16(value);
+            } else {
+              place[k] = value;
+            }
           }
         }
       }
     }
   };
   const int64_t scratch_bytes = (taps + t) * taps * block * 8;
-  parallel_tasks(column_blocks * channels, default_threads(), scratch_bytes, transform);
+  parallel_tasks(column_blocks * phases.vectors() * lanes, default_threads(), scratch_bytes, transform);
 }
 
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
@@ -122,8 +160,15 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.pad_left = geometry.pad_left;
   p.tile = weight.tile;
   p.side = weight.side();
+  p.stride = weight.stride;
   p.packed_weight = weight.data();
-  p.channel_vectors = weight.channel_vectors;
+  p.channel_vectors = weight.phases.vectors();
+  p.rows_per_vector = weight.phases.rows_per_vector();
+  for (int at = 0; at < 4; ++at) {
+    const std::vector<WinogradRun>& runs = weight.phases.runs(at / 2, at % 2);
+    p.runs[at] = {runs.data(), static_cast<int64_t>(runs.size())};
+  }
+  p.point_words = weight.point_words().data();
   p.column_blocks = weight.column_blocks;
   p.input_scale = prologue.scale;
   p.input_shift = prologue.shift;
@@ -137,11 +182,13 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
 
-  const WinogradCut cut =
-      cheapest_cut({p.side, p.tiles, p.channel_vectors, p.column_blocks, weight.bf16_pairs}, threads);
+  const WinogradCut cut = cheapest_cut(
+      {p.side, p.stride, p.tiles, p.channel_vectors, weight.point_words().back(), p.column_blocks, weight.bf16_pairs},
+      threads);
   p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.columns_per_task = cut.columns_per_task;
+  p.columns_at_once = cut.columns_at_once;
   Work work;
   work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
   work.threads = cut.threads;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "conv2d_winograd_phases.h"
 #include "isa/table.h"
 #include "preparation.h"
 
@@ -15,6 +16,10 @@ namespace {
 constexpr double kL2 = 832 << 10, kL3 = 16 << 20;                 // of which a thread, or all, may fill this much
 constexpr double kNearBytesPerCycle = 12, kFarBytesPerCycle = 9;  // for a thread, from L3 and from memory
 constexpr double kPhaseCycles = 6000, kTaskCycles = 1000;         // until all threads have come; to begin a task
+
+// By the number of points to a tile's side: cycles to transform a tile of a vector of channels there and back. Tiles of
+// phases are read from scattered places.
+constexpr double kThere[] = {0, 0, 0, 80, 90, 0, 270, 270}, kBack[] = {0, 0, 0, 60, 90, 0, 270, 330};
 
 // Products and a stream of bytes that is fetched ahead of them: the longer one, and what they take from each other.
 double beside(double products, double stream) {
@@ -27,9 +32,10 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   const int64_t blocks = ceil_div(sizes.tiles, tiles), parts = ceil_div(sizes.column_blocks, columns);
   const double points = sizes.side * sizes.side;
   const double channel_vectors = static_cast<double>(sizes.channel_vectors);
-  const double channels = channel_vectors * table.vector_width;
+  const double words = static_cast<double>(sizes.words);
   const double block = static_cast<double>(tiles), part = static_cast<double>(columns);
-  const double panel_bytes = block * points * channels * 4, weight_bytes = points * channels * table.column_block * 4;
+  const double panel_bytes = block * points * channel_vectors * table.vector_width * 4,
+               weight_bytes = words * table.column_block * 4;
   const double products_bytes = block * points * table.column_block * 4;
   // L2 holds the products of a column block and, of one point, the panel, the weights and those fetched ahead. All
   // threads' panels stay in L3.
@@ -37,11 +43,12 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   if (tiles > table.micro_rows && (in_use > kL2 || panel_bytes * threads > kL3 / 2)) return INFINITY;
 
   // Of one tile and vector of channels, in either direction; of one column block, where the sums of fewer than 4 tiles
-  // wait for each other.
-  const double there = sizes.side == 6 ? 270 : sizes.bf16_pairs ? 80 : 90;
-  const double back = sizes.side == 6 ? 270 : sizes.bf16_pairs ? 160 : 90;
-  const double products =
-      points * channels * static_cast<double>(std::max(tiles, 4 * ceil_div(tiles, table.micro_rows))) * 1.06;
+  // wait for each other, and with what it takes to begin and end a micro-tile.
+  const double there = kThere[sizes.side] * (sizes.bf16_pairs ? 0.9 : 1) * (sizes.stride > 1 ? 2 : 1);
+  const double back = sizes.bf16_pairs ? 160 : kBack[sizes.side];
+  const int64_t micro_tiles = ceil_div(tiles, table.micro_rows);
+  const double products = words * static_cast<double>(std::max(tiles, 4 * micro_tiles)) * 1.06 +
+                          (sizes.stride > 1 ? 45 * points * static_cast<double>(micro_tiles) : 0);
   // Of the blocks that a thread passes through with the same weights, the first reads them from memory, the others from
   // L3 if they fit there, or find them in L2.
   const double passes = static_cast<double>(parts < threads ? ceil_div(blocks, threads) : blocks);
@@ -53,14 +60,26 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   const double input_vectors = channel_vectors * (sizes.bf16_pairs ? 2 : 1);
   const double task = part * beside(products, weights + panel) +
                       block * (there * input_vectors + back * part * table.column_block / table.vector_width);
-  return static_cast<double>(ceil_div(blocks * parts, threads)) * (task + kTaskCycles) +
+  // Brought into the caches once.
+  const double scratch = sizes.stride > 1 ? (panel_bytes + products_bytes) / kNearBytesPerCycle : 0;
+  return static_cast<double>(ceil_div(blocks * parts, threads)) * (task + kTaskCycles) + scratch +
          (threads > 1 ? kPhaseCycles : 0);
+}
+
+// With few channels to a word of products, what counts is how the output is written: two column blocks together, as
+// long as L2 has room for them.
+int64_t at_once(const WinogradSizes& sizes, int64_t tiles, int64_t columns) {
+  const KernelTable& table = kernels();
+  const int64_t points = sizes.side * sizes.side;
+  const bool few = sizes.words <= points * 16;
+  return few && 2 * tiles * points * table.column_block * 4 <= 256 << 10 ? std::min<int64_t>(columns, 2) : 1;
 }
 
 }  // namespace
 
-bool winograd_by_pairs(int64_t in_channels, int side) {
-  return side == 4 && in_channels > kernels().vector_width;
+bool winograd_by_pairs(int64_t in_channels, int filter, int tile, int stride) {
+  const KernelTable& table = kernels();
+  return table.bf16 != nullptr && filter == 3 && tile == 2 && stride == 1 && in_channels > table.vector_width;
 }
 
 WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
@@ -69,7 +88,7 @@ WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
   const auto consider = [&](int team, int64_t blocks, int64_t parts) {
     const int64_t tiles = ceil_div(sizes.tiles, blocks), columns = ceil_div(sizes.column_blocks, parts);
     const double cycles = cycles_of(sizes, team, tiles, columns);
-    if (best.cycles == 0 || cycles < best.cycles) best = {team, tiles, columns, cycles};
+    if (best.cycles == 0 || cycles < best.cycles) best = {team, tiles, columns, at_once(sizes, tiles, columns), cycles};
   };
   for (int64_t micro_tiles = 1; micro_tiles <= 16; ++micro_tiles) {
     const int64_t blocks = ceil_div(sizes.tiles, micro_tiles * table.micro_rows);
@@ -83,17 +102,20 @@ WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
   return best;
 }
 
-double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int tile,
-                     bool bf16) {
+double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int stride,
+                     int tile, bool bf16) {
   const KernelTable& table = kernels();
   constexpr int kThreads = 2;
   const int64_t columns = ceil_div(out_channels, table.column_block);
   if (tile > 0) {
-    const int64_t tiles = n * ceil_div(p, tile) * ceil_div(q, tile);
-    const int side = tile + filter - 1;
-    const bool pairs = bf16 && winograd_by_pairs(in_channels, side);
-    const int64_t channel_vectors = ceil_div(in_channels, pairs ? 2 * table.vector_width : table.vector_width);
-    return cheapest_cut({side, tiles, channel_vectors, columns, pairs}, kThreads).cycles;
+    const bool pairs = bf16 && winograd_by_pairs(in_channels, filter, tile, stride);
+    const WinogradPhases phases(filter, stride, in_channels, pairs ? 2 : 1);
+    const int64_t tiles = n * ceil_div(p, tile) * ceil_div(q, tile), finite = tile + phases.taps() - 2;
+    const int64_t words = finite * finite * phases.words(false, false) +
+                          finite * (phases.words(false, true) + phases.words(true, false)) + phases.words(true, true);
+    return cheapest_cut({static_cast<int>(finite) + 1, stride, tiles, phases.vectors(), words, columns, pairs},
+                        kThreads)
+        .cycles;
   }
   const int64_t words = ceil_div(filter * filter * in_channels, bf16 ? 2 : 1);  // of the reduction
   const double weight_values = static_cast<double>(words * columns * table.column_block);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/types.h"
+#include "conv2d_winograd_phases.h"
 #include "work.h"
 #include "workspace.h"
 
@@ -51,35 +52,37 @@ void conv2d(const TensorView& out, const TensorView& input, const PackedConv2dWe
 void conv2d_strassen(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                      const Prologue& prologue, const Epilogue& epilogue, int threads);
 
-// 3x3 or 5x5 weights transformed for Winograd convolution in tiles of tile x tile outputs (layouts:
-// isa/conv2d_winograd.cpp and isa/conv2d_winograd_bf16.cpp).
+// Square filters transformed for Winograd convolution in tiles of tile x tile outputs (layouts: isa/conv2d_winograd.cpp
+// and isa/conv2d_winograd_bf16.cpp).
 class PackedConv2dWinogradWeight {
  public:
-  // weight: (K, C, 3, 3) with tile 2 or 4, or (K, C, 5, 5) with tile 2; the given element strides, fp32 or bf16.
+  // weight: (K, C, R, R) with the given element strides, fp32 or bf16. winograd_has(tile, ceil(R / stride)).
   PackedConv2dWinogradWeight(const void* weight, DType dtype, const int64_t shape[4], const int64_t strides[4],
-                             int tile);
+                             int tile, int stride);
   // The same with the values of an earlier packing for this instruction set: `packed` holds bytes() bytes. dtype: of
   // the weight that was packed.
-  PackedConv2dWinogradWeight(DType dtype, int64_t out_channels, int64_t in_channels, int filter, int tile);
+  PackedConv2dWinogradWeight(DType dtype, int64_t out_channels, int64_t in_channels, int filter, int tile, int stride);
   void assign(const void* packed);
 
   int64_t out_channels, in_channels;
-  int filter, tile;  // of a side: taps, outputs
+  int filter, stride, tile;  // of a side: taps, outputs
   // Of a bf16 3x3 weight in tiles of 2x2, where the processor has bf16 dot products: packed in pairs, which take bf16
   // tensors only.
   bool bf16_pairs;
-  int64_t channel_vectors;  // vectors of input channels, or of pairs of them
+  WinogradPhases phases;
   int64_t column_blocks;
-  int side() const { return tile + filter - 1; }  // of a tile's input, and of its points
+  int side() const { return tile + phases.taps() - 1; }  // of a tile's points, and its input in one phase
+  const std::vector<int64_t>& point_words() const { return point_words_; }  // before each point, and all
   const float* data() const { return data_.get(); }
   int64_t bytes() const { return bytes_; }
 
  private:
+  std::vector<int64_t> point_words_;
   std::unique_ptr<float, void (*)(void*)> data_;
   int64_t bytes_;
 };
 
-// conv2d() for 3x3 or 5x5 filters, stride 1, dilation 1, one group, by Winograd's algorithm.
+// conv2d() for square filters, dilation 1, one group, by Winograd's algorithm. The geometry's stride is the weight's.
 void conv2d_winograd(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                      const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
 

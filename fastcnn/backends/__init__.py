@@ -110,13 +110,13 @@ def use_backend(name: str | None, *, strict: bool = False) -> Iterator[None]:
 def exact(on: bool = True) -> Iterator[None]:
     """Say whether fastcnn's operators keep to ordinary algorithms inside a ``with`` block, in this thread.
 
-    They do not by default: a 3x3 or 5x5 convolution on the CPU may be computed by Winograd's algorithm, with fewer
-    multiplications, with a relative error of about 6e-7 (stated limit: 1e-5) where the ordinary sum has 3e-7 (in bf16,
-    on a processor with bf16 dot products, about 4e-3 where the ordinary sum, rounded, has 1.7e-3), and so that a NaN or
-    infinity of the input reaches a whole tile of the output. A large 1x1 convolution on the CPU in fp32 may be computed
-    by Strassen's algorithm, with a relative error of about 7e-7, and so that a NaN or infinity of a pixel reaches
-    another pixel of its image too. Calls that record a gradient never use them, except in a graph made by
-    torch.compile. ``exact()``, or ``FASTCNN_EXACT=1`` for the whole process, rules them out;
+    They do not by default: a 3x3, 5x5 or strided convolution on the CPU may be computed by Winograd's algorithm, with
+    fewer multiplications, with a relative error of about 6e-7, with a stride 8e-7 (stated limit: 1e-5) where the
+    ordinary sum has 3e-7 (in bf16, on a processor with bf16 dot products, about 4e-3 where the ordinary sum, rounded,
+    has 1.7e-3), and so that a NaN or infinity of the input reaches a whole tile of the output. A large 1x1 convolution
+    on the CPU in fp32 may be computed by Strassen's algorithm, with a relative error of about 7e-7, and so that a NaN
+    or infinity of a pixel reaches another pixel of its image too. Calls that record a gradient never use them, except
+    in a graph made by torch.compile. ``exact()``, or ``FASTCNN_EXACT=1`` for the whole process, rules them out;
     ``exact(False)`` allows it again inside. A model is frozen as the setting says when :func:`fastcnn.freeze` runs.
     """
     token = _exact.set(on)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,25 +34,31 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.float() for t in tensors]
 
 
-# How conv2d is computed: the plain sum, or Winograd's algorithm in tiles of 4x4 or 2x2 outputs; in tiles of 4x4 also
-# with weights that stay plain in memory and are transformed while they are used; or, of 1x1 filters, Strassen's
+class Tiles(NamedTuple):
+    """Winograd's algorithm in tiles of ``size`` x ``size`` outputs, for convolutions of one stride."""
+
+    size: int
+    stride: int
+
+
+# How conv2d is computed: the plain sum, or Winograd's algorithm, where winogradMsS is for stride S; in tiles of 4x4
+# also with weights that stay plain in memory and are transformed while they are used; or, of 1x1 filters, Strassen's
 # algorithm.
 DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN = "direct", "winograd4", "winograd2", "winograd4_plain"
 STRASSEN = "strassen"
-_TILES = {WINOGRAD4: 4, WINOGRAD2: 2}
-ALGORITHMS = (DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN, STRASSEN)
+_TILES = {WINOGRAD4: Tiles(4, 1), WINOGRAD2: Tiles(2, 1)}
+_TILES.update({f"winograd{size}s{stride}": Tiles(size, stride) for stride in (2, 3, 4) for size in (4, 2)})
+ALGORITHMS = (DIRECT, *_TILES, WINOGRAD4_PLAIN, STRASSEN)
 SHORT = "short"  # a fully connected weight in fewer bits, without loss
-_BY_FILTER: dict[tuple[int, ...], tuple[str, ...]] = {
-    (1, 1): (DIRECT, STRASSEN),
-    (3, 3): (DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN),
-    (5, 5): (DIRECT, WINOGRAD2),
-}
-# What the fast ones cover.
+# By the taps of a phase, to a side: those of filters with stride 1 are the filter's.
+_SIZES = {1: {3: (4, 2), 5: (2,)}, 2: {2: (2,), 3: (4, 2), 4: (4,)}}
+_SIZES[3] = _SIZES[4] = _SIZES[2]
+# What those of fixed filters cover.
 _SERVES = {
-    WINOGRAD4: "3x3 filters with one group",
-    WINOGRAD2: "3x3 and 5x5 filters with one group",
-    WINOGRAD4_PLAIN: "3x3 filters with one group or with groups of whole vectors",
-    STRASSEN: "1x1 filters with one group, an even number of input channels, no padding, fp32 or fp16",
+    WINOGRAD4: "3x3 filters with stride 1 and one group",
+    WINOGRAD2: "3x3 and 5x5 filters with stride 1 and one group",
+    WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group or groups of whole vectors",
+    STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
 _WORTHWHILE = 1.06  # by how much the estimate must favour Strassen's algorithm: it is off by as much
 
@@ -75,16 +81,25 @@ def algorithms(
 ) -> tuple[str, ...]:
     """Those that cover a convolution, the plain sum first. ``weight``: its shape; ``padded``: whether the output of a
     1x1 filter is larger than the input."""
-    if stride != (1, 1) or dilation != (1, 1):
+    r, s = weight[2:]
+    step = stride[0]
+    if r != s or stride != (step, step) or dilation != (1, 1):
         return (DIRECT,)
-    if groups != 1:
-        out_channels, in_channels = weight[0], weight[1] * groups
-        plain = _native.PlainWinogradWeight.covers(out_channels, in_channels, groups)
-        return (DIRECT, WINOGRAD4_PLAIN) if plain and tuple(weight[2:]) == (3, 3) else (DIRECT,)
-    covering = _BY_FILTER.get(tuple(weight[2:]), (DIRECT,))
-    if STRASSEN in covering and (padded or dtype == torch.bfloat16 or weight[1] % 2 != 0):
-        return (DIRECT,)
-    return covering
+    if (r, step, groups) == (1, 1, 1):
+        strassen = not padded and dtype != torch.bfloat16 and weight[1] % 2 == 0
+        return (DIRECT, STRASSEN) if strassen else (DIRECT,)
+    plain = (r, step) == (3, 1) and _native.PlainWinogradWeight.covers(weight[0], weight[1] * groups, groups)
+    sizes = _SIZES.get(step, {}).get(-(-r // step), ()) if groups == 1 else ()
+    names = [name for name, tiles in _TILES.items() if tiles.stride == step and tiles.size in sizes]
+    return (DIRECT, *names, WINOGRAD4_PLAIN) if plain else (DIRECT, *names)
+
+
+def _served(algorithm: str) -> str:
+    if algorithm in _SERVES:
+        return _SERVES[algorithm]
+    size, stride = _TILES[algorithm]
+    taps = [taps for taps, sizes in _SIZES[stride].items() if size in sizes]
+    return f"{(min(taps) - 1) * stride + 1} to {max(taps) * stride} taps a side with stride {stride} and one group"
 
 
 def has_bf16_dot_products() -> bool:
@@ -104,11 +119,12 @@ def conv2d_algorithm(
     """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact`, of whether a gradient
     is recorded and of the processor's instruction set, nothing else. ``out`` and ``weight`` are shapes.
 
-    Where Winograd is allowed and covers the form, from 8 channels in and out and 16 output pixels: what an estimate of
-    cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as large as the
-    weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the edge of a
-    narrow output waste products. In bf16, on a processor with bf16 dot products, those serve the plain sum and 2x2
-    tiles; 4x4 tiles are computed in fp32.
+    Where Winograd is allowed and covers the form, from 8 channels in (with a stride: any) and out and 16 output pixels:
+    what an estimate of cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as
+    large as the weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the
+    edge of a narrow output waste products. With a stride s the filter is one of r/s taps with stride 1 over s*s phases
+    of the input. In bf16, on a processor with bf16 dot products, those serve the plain sum and 2x2 tiles of 3x3 filters
+    with stride 1; all else is computed in fp32.
 
     1x1 filters in fp32 (and fp16): Strassen's algorithm, which takes 7 products where the plain sum takes 8 and the
     same weights, where the estimate prefers it: large layers with some 128 channels in and out or more.
@@ -117,15 +133,21 @@ def conv2d_algorithm(
     if covering == (DIRECT,) or not backends.allows_fast_algorithms():
         return DIRECT
     bf16 = dtype == torch.bfloat16 and has_bf16_dot_products()
-    return _cheapest(covering, tuple(out), weight[1], weight[2], groups, bf16)
+    return _cheapest(covering, tuple(out), weight[1], weight[2], stride[0], groups, bf16)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(
-    covering: tuple[str, ...], out: tuple[int, ...], in_channels: int, filter: int, groups: int, bf16: bool
+    covering: tuple[str, ...],
+    out: tuple[int, ...],
+    in_channels: int,
+    filter: int,
+    stride: int,
+    groups: int,
+    bf16: bool,
 ) -> str:
     n, k, p, q = out
-    if in_channels < 8 or k < 8 or n * p * q < 16:
+    if (in_channels < 8 and stride == 1) or k < 8 or n * p * q < 16:
         return DIRECT
 
     def cycles(name: str) -> float:
@@ -133,7 +155,8 @@ def _cheapest(
             return _native.cpu_conv2d_winograd_plain_cycles(out, in_channels * groups, groups)
         if name == STRASSEN:
             return _WORTHWHILE * _native.cpu_conv2d_strassen_cycles(out, in_channels)
-        return _native.cpu_conv2d_cycles(out, in_channels, filter, _TILES.get(name, 0), bf16)
+        tile = 0 if name == DIRECT else _TILES[name].size
+        return _native.cpu_conv2d_cycles(out, in_channels, filter, stride, tile, bf16)
 
     return min(covering, key=cycles)
 
@@ -198,7 +221,10 @@ def conv2d_by(
     if algorithm != DIRECT and algorithm not in algorithms(
         weight.shape, stride, dilation, groups, weight.dtype, padded
     ):
-        raise ValueError(f"{algorithm} serves {_SERVES[algorithm]} only, all with stride 1 and dilation 1")
+        raise ValueError(
+            f"{algorithm} serves {_served(algorithm)} only, all with dilation 1; weight has shape "
+            f"{tuple(weight.shape)}, stride is {stride}, dilation {dilation}, groups {groups}"
+        )
     result = out
     if out.dtype == torch.float16:
         result = torch.empty_like(out, dtype=torch.float32, memory_format=torch.channels_last)
@@ -234,7 +260,7 @@ def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
         return _native.PackedConv2dWeight(weight, groups)
     if algorithm == WINOGRAD4_PLAIN:
         return _native.PlainWinogradWeight(weight, groups)
-    return _native.PackedConv2dWinogradWeight(weight, _TILES[algorithm])
+    return _native.PackedConv2dWinogradWeight(weight, *_TILES[algorithm])
 
 
 def pack_linear(weight: Tensor) -> PackedWeight:
@@ -255,7 +281,7 @@ def packed_weight_from(
         return _native.PlainWinogradWeight.from_packed(packed, shape, groups)
     if algorithm not in _TILES or groups != 1:
         raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
-    return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, _TILES[algorithm], dtype)
+    return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, *_TILES[algorithm], dtype)
 
 
 def variants(operator: str, *args: Any) -> tuple[str, ...]:

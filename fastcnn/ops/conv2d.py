@@ -80,9 +80,10 @@ def conv2d(
     Returns:
         (N, K, P, Q), in the memory layout that PyTorch would choose; ``out`` if given.
 
-    3x3 and 5x5 convolutions with stride 1 on the CPU that record no gradient may be computed by Winograd's algorithm:
-    see :func:`fastcnn.exact` for what it costs and how to rule it out. A NaN or infinity in the input may then make
-    any output of the 4x4 tiles that see it NaN, not only those under the filter.
+    3x3 and 5x5 convolutions with stride 1, and those of square filters with strides 2 to 4, on the CPU that record no
+    gradient may be computed by Winograd's algorithm: see :func:`fastcnn.exact` for what it costs and how to rule it
+    out. A NaN or infinity in the input may then make any output of the 4x4 tiles that see it NaN, not only those under
+    the filter.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, device or dtype; the message names it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +280,51 @@ def test_tuning_takes_the_fastest_algorithm_that_is_right(dtype: torch.dtype, mo
     taken.update(dict.fromkeys(taken, 1.0), winograd2=0.99)  # too little to matter
     monkeypatch.setattr(cpp, "pack_weight", plain)
     assert chosen() == {usual}
+
+
+# Filter, stride, algorithm, input's shape and output channels: several phases of few channels in a vector; one phase.
+STRIDED = [
+    (7, 2, "winograd4s2", (1, 3, 111, 98), 64),
+    (11, 4, "winograd4s4", (2, 3, 118, 117), 64),
+    (5, 2, "winograd4s2", (1, 40, 54, 57), 64),
+    (3, 2, "winograd2s2", (8, 256, 28, 28), 256),
+]
+
+
+@pytest.mark.parametrize(("filter", "stride", "algorithm", "shape", "k"), STRIDED, ids=str)
+def test_winograd_with_a_stride_gives_the_models_own_bits(
+    filter: int, stride: int, algorithm: str, shape: tuple[int, ...], k: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(shape[1], k, filter, stride, filter // 2), nn.ReLU()).eval()
+    optimized = fastcnn.optimize(model)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    frozen = fastcnn.freeze(optimized, x)
+    assert [a for _, _, a, *_ in frozen._recipe.weights] == [algorithm]
+    assert torch.equal(frozen(x), unfrozen(optimized, x))
+    assert 0 < relative_error(frozen(x), copy.deepcopy(model).double()(x.double())) <= 2e-6
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(fastcnn.load_frozen(tmp_path / "frozen")(x), frozen(x))
+    with fastcnn.exact():
+        assert operators_of(fastcnn.freeze(optimized, x)) == ["conv2d"]
+
+
+def test_tuning_measures_strided_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"direct": 3.0, "winograd4s2": 2.0, "winograd2s2": 1.0}
+    monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: taken[layer.algorithm])
+    model, x = nn.Conv2d(16, 24, 5, 2, 2).eval(), images(1, 16, 12)
+
+    def chosen(strided: nn.Conv2d) -> list[str]:
+        frozen = fastcnn.freeze(strided, x, tune=True)
+        assert relative_error(frozen(x), copy.deepcopy(strided).double()(x.double())) <= 2e-6
+        return [algorithm for _, _, algorithm, *_ in frozen._recipe.weights]
+
+    assert chosen(model) == ["winograd2s2"]
+    taken["winograd4s2"] = 0.5
+    assert chosen(model) == ["winograd4s2"]
+    taken["direct"] = 0.1
+    assert chosen(model) == ["direct"]
+    assert chosen(nn.Conv2d(16, 24, 5, (2, 1), 2).eval()) == ["direct"]
 
 
 def test_a_tuned_model_computes_the_same_within_the_stated_error() -> None:

@@ -1,5 +1,5 @@
-// Convolution on the CPU by Winograd's minimal filtering F(4x4, 3x3), F(2x2, 3x3) and F(2x2, 5x5), for 3x3 and 5x5
-// filters with stride 1 and dilation 1.
+// Convolution on the CPU by Winograd's minimal filtering, for square filters with dilation 1: F(4x4, 3x3), F(2x2, 3x3)
+// and F(2x2, 5x5), and with a stride these, F(4x4, 4x4) and F(2x2, 2x2) of the input's phases.
 //
 //   Y = A^T [ sum_c (G w[k,c] G^T) . (B^T pro(x)[c] B) ] A      for each m x m tile of the output and each k
 //   y = act(scale[k] * Y + bias[k] + residual)
@@ -9,15 +9,24 @@
 // tile of m x m outputs under r x r filters costs t*t products for every (c, k) where the sum costs r*r*m*m: 4 times
 // fewer for F(4x4, 3x3), 2.25 times for F(2x2, 3x3), 2.78 times for F(2x2, 5x5).
 //
-// Points: t = 6 interpolates at 0, +-5/8, +-3/2 and infinity, t = 4 at 0, +-1 and infinity. The textbook's 0, +-1, +-2
-// make the transforms' coefficients whole numbers but cost twice the error: what counts is that the powers of the
-// points stay near 1, on both sides. All coefficients here are exact in fp32.
+// Strides: a convolution of stride s is one of stride 1 over the s*s phases of its input, each with channels of its own
+// and a filter of ceil(r/s) taps a side (conv2d_winograd_phases.h). Where a phase has one tap less, its filter is zero
+// at the point infinity, and nothing is multiplied there: a 7x7 filter with stride 2 costs 169/16 products an output
+// for every (c, k) where the sum costs 49, an 11x11 filter with stride 4 529/16 where the sum costs 121, a 3x3 filter
+// with stride 2 25/4 (F(2x2, 2x2)) where the sum costs 9.
+//
+// Points: t = 7 interpolates at +-3/8, +-7/8, +-7/4 and infinity, t = 6 at 0, +-5/8, +-3/2 and infinity, t = 4 at 0,
+// +-1 and infinity, t = 3 at +-1 and infinity. The textbook's 0, +-1, +-2 make the transforms' coefficients whole
+// numbers but cost twice the error: what counts is that the powers of the points stay near 1, on both sides. All
+// coefficients here are exact in fp32.
 //
 // Layouts, with L lanes to a vector:
 //   transformed input  [tile block][point][channel vector][tile][L], points padded apart to an odd number of vectors
-//                      so that a tile's t*t stores do not meet in the same sets of the cache
-//   weights            [column block][point][channel][kColumnBlock], transformed in double by conv2d_winograd.cpp
-//   products           [point][tile][kColumnBlock], of one tile block and one column block
+//                      so that a tile's t*t stores do not meet in the same sets of the cache; a vector holds channels
+//                      of one phase or, where they are few, of several
+//   weights            [column block][point][channel][kColumnBlock], transformed in double by conv2d_winograd.cpp,
+//                      without the channels that are zero at a point
+//   products           [column block][point][tile][kColumnBlock], of one tile block and one or two column blocks
 //
 // Work: tiles of all images are numbered in one row and cut into blocks of `tiles_per_block`. A task is one block and
 // `columns_per_task` column blocks. It transforms the block's input into its own scratch, vector of channels by vector
@@ -25,7 +34,8 @@
 // the t*t matrix products are formed by the register-blocked micro-kernel, then transformed back, finished and stored.
 // So weights are read once for each block. Where there are few tiles, threads share out the column blocks instead, and
 // each transforms the input for itself: that costs less than to wait for each other's transforms and fetch them from
-// another core's cache.
+// another core's cache. Meanwhile the next block's input and, where the weights stay in L2, this one's output are
+// fetched.
 //
 // Kept in registers: the micro-tile's sums, two weight vectors, one broadcast; a column of a transform. In L1: a
 // micro-tile's rows of the panel. In L2: a block's transformed input and the products of one column block.
@@ -45,14 +55,18 @@ namespace {
 // Products in fp32.
 struct Fp32Products {
   // Rounding grows with a chunk's length, and the way back enlarges it.
-  static constexpr int64_t kChunkVectors = 32 / kVectorWidth;
+  static constexpr int64_t kChunkRuns = 32 / kVectorWidth;
+  static constexpr int64_t kVectorChannels = kVectorWidth;
 
   template <typename T, int kTile>
-  static inline void transform(const WinogradProblem& problem, const TilePlace& place, int64_t v, int64_t point_stride,
-                               float* to) {
+  static inline void transform(const WinogradProblem& problem, const TilePlace& place, Phase phase, int64_t channel,
+                               int64_t point_stride, float* to) {
     const auto put = [&](int i, int j, Vector value)
                          __attribute__((always_inline)) { store(to + (i * kTile + j) * point_stride, value); };
-    transform_vector<T, kTile>(problem, place, v * kVectorWidth, put);
+    if constexpr (kTile == 4 || kTile == 6) {
+      if (problem.stride == 1) return transform_vector<T, kTile>(problem, place, channel, put);
+    }
+    transform_phase<kTile>(ChannelReader<T, kTile>(problem, place, phase, channel), put);
   }
   static inline Vector spread(const float* word) { return broadcast(*word); }
   static inline void add(Vector& sum, Vector x, Vector w) { sum += x * w; }
@@ -61,18 +75,17 @@ struct Fp32Products {
 }  // namespace
 
 int64_t winograd_scratch_bytes(const WinogradProblem& problem) {
-  return (panel_floats(problem) + point_count(problem) * product_point_stride(problem)) * 4;
+  return scratch_bytes(problem);
 }
 
 void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch) {
   float* memory = static_cast<float*>(scratch);
-  if (problem.side == 4) {
-    run<Fp32Products, 2, 4>(problem, index, memory);
-  } else if (problem.tile == 4) {
-    run<Fp32Products, 4, 6>(problem, index, memory);
-  } else {
-    run<Fp32Products, 2, 6>(problem, index, memory);
-  }
+  const auto is = [&](int tile, int side) { return problem.tile == tile && problem.side == side; };
+  if (is(2, 3)) return run<Fp32Products, 2, 3>(problem, index, memory);
+  if (is(2, 4)) return run<Fp32Products, 2, 4>(problem, index, memory);
+  if (is(2, 6)) return run<Fp32Products, 2, 6>(problem, index, memory);
+  if (is(4, 6)) return run<Fp32Products, 4, 6>(problem, index, memory);
+  run<Fp32Products, 4, 7>(problem, index, memory);
 }
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -4,232 +4,21 @@
 // `Products` is that arithmetic. Panels and weights consist of words of 32 bits, which only it looks into: a word is an
 // fp32 value, or two bf16 values of adjacent channels. A "channel vector" of a problem is a vector of words.
 //
-//   transform<T, M>(problem, place, v, point_stride, to)   writes channel vector v of a tile of inputs, point by point
-//   spread(word)                                           a word in every lane
-//   add(sum, x, w)                                         sum += x * w
-//   kChunkVectors                                          channel vectors that are summed without a break
+//   transform<T, M>(problem, place, phase, channel, point_stride, to)
+//                         writes the vector of words that begins with that channel, of a tile of inputs, point by point
+//   spread(word)          a word in every lane
+//   add(sum, x, w)        sum += x * w
+//   kChunkRuns            runs of channels that are summed without a break
+//   kVectorChannels       channels of a vector of words
 #pragma once
 
-#include <type_traits>
-
+#include "conv2d_winograd_input.h"
+#include "conv2d_winograd_points.h"
 #include "table.h"
 #include "vector.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
-
-// ---- transforms of one column -------------------------------------------------------------------------------------
-
-template <int Side>
-struct Points;
-
-template <>
-struct Points<6> {
-  static constexpr float p = 0.625f, q = 1.5f, pp = p * p, qq = q * q;
-  // b = B^T a, in pairs that have terms in common: kPairs says which two of b a pair holds.
-  static constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
-  template <int Pair>
-  static inline void input(const Vector (&a)[6], Vector& first, Vector& second) {
-    if constexpr (Pair == 0) {
-      first = (pp * qq) * a[0] + (a[4] - (pp + qq) * a[2]);
-      second = (pp * qq) * a[1] + (a[5] - (pp + qq) * a[3]);
-    } else {
-      constexpr float own = Pair == 1 ? p : q, other = Pair == 1 ? qq : pp;
-      const Vector even = a[4] - other * a[2], odd = own * (a[3] - other * a[1]);
-      first = even + odd;
-      second = even - odd;
-    }
-  }
-  // b = A^T a, for 4 outputs and 2
-  static inline void output(const Vector (&a)[6], Vector (&b)[4]) {
-    const Vector sum_p = a[1] + a[2], difference_p = a[1] - a[2];
-    const Vector sum_q = a[3] + a[4], difference_q = a[3] - a[4];
-    b[0] = a[0] + sum_p + sum_q;
-    b[1] = p * difference_p + rounded(q * difference_q);
-    b[2] = pp * sum_p + rounded(qq * sum_q);
-    b[3] = p * pp * difference_p + rounded(q * qq * difference_q) + a[5];
-  }
-  static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
-    b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
-    // In an order that leaves the compiler no choice of what to round: every kernel that inlines it gets the same bits.
-    b[1] = (a[5] + 0.625f * (a[1] - a[2])) + 1.5f * (a[3] - a[4]);
-  }
-};
-
-template <>
-struct Points<4> {
-  static constexpr int kPairs[2][2] = {{0, 3}, {1, 2}};
-  template <int Pair>
-  static inline void input(const Vector (&a)[4], Vector& first, Vector& second) {
-    first = Pair == 0 ? a[2] - a[0] : a[2] + a[1];
-    second = Pair == 0 ? a[3] - a[1] : a[2] - a[1];
-  }
-  static inline void output(const Vector (&a)[4], Vector (&b)[2]) {
-    b[0] = a[0] + a[1] + a[2];
-    b[1] = a[1] - a[2] + a[3];
-  }
-};
-
-// ---- sizes --------------------------------------------------------------------------------------------------------
-
-struct TileBlock {
-  int64_t first, count;  // tiles, numbered through the batch
-};
-
-static TileBlock tile_block(const WinogradProblem& problem, int64_t block) {
-  const int64_t first = block * problem.tiles_per_block;
-  const int64_t left = problem.tiles - first;
-  return {first, left < problem.tiles_per_block ? left : problem.tiles_per_block};
-}
-
-// Floats from one point to the next.
-static int64_t input_point_stride(const WinogradProblem& problem) {
-  return (problem.channel_vectors * problem.tiles_per_block | 1) * kVectorWidth;
-}
-static int64_t product_point_stride(const WinogradProblem& problem) {
-  return (problem.tiles_per_block * kMicroVectors | 1) * kVectorWidth;
-}
-static int64_t point_count(const WinogradProblem& problem) {
-  return problem.side * problem.side;
-}
-
-// ---- input transform ----------------------------------------------------------------------------------------------
-
-struct TilePlace {
-  int64_t image, p, q;  // first output row and column
-};
-
-static TilePlace place_of(const WinogradProblem& problem, int64_t tile) {
-  const int64_t column = tile % problem.tiles_w, row = tile / problem.tiles_w;
-  return {row / problem.tiles_h, row % problem.tiles_h * problem.tile, column * problem.tile};
-}
-
-template <typename T>
-static inline Vector load_lanes(const T* from, int64_t lanes) {
-  return lanes < kVectorWidth ? load_some(from, lanes) : load(from);
-}
-
-// Two rows of B^T d B: put(j, values) takes the rows' point j. The rows below it are read again for every pair of rows:
-// twice as many loads as values, but what lies between the two directions stays in registers.
-template <int kTile, int Pair, typename Put>
-static inline __attribute__((always_inline)) void transform_rows(const float* from, int64_t row_stride,
-                                                                 int64_t column_stride, Put put) {
-  Vector down[2][kTile];
-  constexpr int kHalf = kTile / 2;
-  const float* x[2] = {from, from + kHalf * row_stride};
-#pragma GCC unroll 6
-  for (int j = 0; j < kTile; ++j) {
-    __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(row_stride));  // keeps the compiler from making a pointer for every pixel
-    Vector column[kTile];
-#pragma GCC unroll 6
-    for (int i = 0; i < kTile; ++i) column[i] = load(x[i / kHalf] + i % kHalf * row_stride);
-    Points<kTile>::template input<Pair>(column, down[0][j], down[1][j]);
-    x[0] += column_stride, x[1] += column_stride;
-  }
-#pragma GCC unroll 2
-  for (int row = 0; row < 2; ++row) {
-    Vector across[kTile];
-    Points<kTile>::template input<0>(down[row], across[Points<kTile>::kPairs[0][0]],
-                                     across[Points<kTile>::kPairs[0][1]]);
-    Points<kTile>::template input<1>(down[row], across[Points<kTile>::kPairs[1][0]],
-                                     across[Points<kTile>::kPairs[1][1]]);
-    if constexpr (kTile == 6) {
-      Points<kTile>::template input<2>(down[row], across[Points<kTile>::kPairs[2][0]],
-                                       across[Points<kTile>::kPairs[2][1]]);
-    }
-#pragma GCC unroll 6
-    for (int j = 0; j < kTile; ++j) put(Points<kTile>::kPairs[Pair][row], j, across[j]);
-  }
-}
-
-// A vector of channels of a tile, from `channel` on, as fp32, pixel by pixel: where the input itself does not serve,
-// because it is bf16, needs the prologue, or because the tile or the vector reaches beyond its end.
-template <typename T, int kTile>
-static void gather_tile(const WinogradProblem& problem, const TilePlace& place, int64_t channel, float* to) {
-  alignas(64) static const T zeros[kVectorWidth] = {};
-  const TensorView x = problem.input;
-  const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left, lanes = x.c - channel;
-  const bool input_relu = problem.input_relu;
-  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || input_relu;
-  const auto outside = [](int64_t at, int64_t size) {
-    return static_cast<uint64_t>(at) >= static_cast<uint64_t>(size);
-  };
-  const T* from = static_cast<const T*>(x.data) + ((place.image * x.h + h0) * x.w + w0) * x.pixel_stride + channel;
-  if (lanes >= kVectorWidth && !has_prologue) {
-    // Without branches, which would be mispredicted at every edge: what lies outside is read from `zeros`.
-    uintptr_t inside[kTile];
-#pragma GCC unroll 6
-    for (int j = 0; j < kTile; ++j) inside[j] = outside(w0 + j, x.w) ? 0 : ~uintptr_t{0};
-    const uintptr_t nothing = reinterpret_cast<uintptr_t>(zeros);
-    for (int i = 0; i < kTile; ++i, from += x.w * x.pixel_stride) {
-      const uintptr_t row = reinterpret_cast<uintptr_t>(from) - nothing;
-      const uintptr_t row_inside = outside(h0 + i, x.h) ? 0 : ~uintptr_t{0};
-#pragma GCC unroll 6
-      for (int j = 0; j < kTile; ++j, to += kVectorWidth) {
-        const uintptr_t pixel = row + static_cast<uintptr_t>(j * x.pixel_stride) * sizeof(T);
-        store(to, load(reinterpret_cast<const T*>(nothing + (pixel & inside[j] & row_inside))));
-      }
-    }
-    return;
-  }
-  Vector scale = broadcast(1.0f), shift{};
-  if (problem.input_scale != nullptr) scale = load_lanes(problem.input_scale + channel, lanes);
-  if (problem.input_shift != nullptr) shift = load_lanes(problem.input_shift + channel, lanes);
-  for (int i = 0; i < kTile; ++i, from += x.w * x.pixel_stride) {
-    for (int j = 0; j < kTile; ++j, to += kVectorWidth) {
-      Vector value{};
-      if (!outside(h0 + i, x.h) && !outside(w0 + j, x.w)) {
-        value = load_lanes(from + j * x.pixel_stride, lanes);
-        if (has_prologue) value = value * scale + shift;
-        if (input_relu) value = relu(value);
-      }
-      store(to, value);
-    }
-  }
-}
-
-// 16 (or 8, or 4) channels of one tile from `channel` on: put(i, j, values) takes point (i, j)'s.
-template <typename T, int kTile, typename Put>
-static inline __attribute__((always_inline)) void transform_vector(const WinogradProblem& problem,
-                                                                   const TilePlace& place, int64_t channel, Put put) {
-  const TensorView& x = problem.input;
-  const int64_t h0 = place.p - problem.pad_top, w0 = place.q - problem.pad_left;
-  const bool inside = h0 >= 0 && w0 >= 0 && h0 + kTile <= x.h && w0 + kTile <= x.w;
-  const bool has_prologue = problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
-  alignas(64) float gathered[kTile * kTile * kVectorWidth];
-  const float* from = gathered;
-  int64_t row_stride = kTile * kVectorWidth, column_stride = kVectorWidth;
-  bool in_place = false;
-  if constexpr (std::is_same<T, float>::value) {
-    in_place = inside && x.c - channel >= kVectorWidth && !has_prologue;
-    if (in_place) {
-      row_stride = x.w * x.pixel_stride;
-      column_stride = x.pixel_stride;
-      from = static_cast<const float*>(x.data) + (place.image * x.h + h0) * row_stride + w0 * column_stride + channel;
-    }
-  }
-  if (!in_place) gather_tile<T, kTile>(problem, place, channel, gathered);
-  transform_rows<kTile, 0>(from, row_stride, column_stride, put);
-  transform_rows<kTile, 1>(from, row_stride, column_stride, put);
-  if constexpr (kTile == 6) transform_rows<kTile, 2>(from, row_stride, column_stride, put);
-}
-
-template <typename Products, int kTile>
-static void transform_block(const WinogradProblem& problem, int64_t block, float* to) {
-  const TileBlock tiles = tile_block(problem, block);
-  const int64_t vector_stride = tiles.count * kVectorWidth, point_stride = input_point_stride(problem);
-  for (int64_t i = 0; i < tiles.count; ++i) {
-    const TilePlace place = place_of(problem, tiles.first + i);
-    for (int64_t v = 0; v < problem.channel_vectors; ++v) {
-      float* first = to + i * kVectorWidth + v * vector_stride;  // of the first point
-      if (problem.input.dtype == DType::f32) {
-        Products::template transform<float, kTile>(problem, place, v, point_stride, first);
-      } else {
-        Products::template transform<uint16_t, kTile>(problem, place, v, point_stride, first);
-      }
-    }
-  }
-}
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
@@ -238,28 +27,28 @@ struct Stream {
   int64_t step;  // bytes further with every channel
 };
 
-// sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; all channels (words) of one point. They are summed in
+// sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; the words of one point's runs. They are summed in
 // chunks that are then added up. Meanwhile what is needed later is fetched into L2.
 template <typename Products, int Rows, int Vectors>
-static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, int64_t channel_vectors,
-                         float* sums, Stream first, Stream second) {
-  for (int64_t begin = 0; begin < channel_vectors; begin += Products::kChunkVectors) {
-    const int64_t left = channel_vectors - begin;
-    const int64_t count = left < Products::kChunkVectors ? left : Products::kChunkVectors;
+static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, const WinogradRun* runs,
+                         int64_t run_count, float* sums, Stream first, Stream second) {
+  for (int64_t begin = 0; begin < run_count; begin += Products::kChunkRuns) {
+    const int64_t end = run_count - begin < Products::kChunkRuns ? run_count : begin + Products::kChunkRuns;
     Vector sum[Rows][Vectors];
 #pragma GCC unroll 32
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
     }
-    for (int64_t v = 0; v < count; ++v) {
-      for (int64_t lane = 0; lane < kVectorWidth; ++lane) {
+    for (int64_t run = begin; run < end; ++run) {
+      const float* from = panel + runs[run].vector * vector_stride + runs[run].first;
+      for (int64_t lane = 0; lane < runs[run].count; ++lane) {
         Vector w[Vectors];
 #pragma GCC unroll 2
         for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kVectorWidth);
 #pragma GCC unroll 32
         for (int i = 0; i < Rows; ++i) {
-          const Vector x = Products::spread(panel + i * kVectorWidth + lane);
+          const Vector x = Products::spread(from + i * kVectorWidth + lane);
 #pragma GCC unroll 2
           for (int j = 0; j < Vectors; ++j) Products::add(sum[i][j], x, w[j]);
         }
@@ -270,7 +59,6 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
         __builtin_prefetch(second.at, 0, 2);
         second.at += second.step;
       }
-      panel += vector_stride;
     }
     if (begin > 0) {
 #pragma GCC unroll 32
@@ -287,7 +75,7 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
   }
 }
 
-using MicroKernel = void (*)(const float*, int64_t, const float*, int64_t, float*, Stream, Stream);
+using MicroKernel = void (*)(const float*, int64_t, const float*, const WinogradRun*, int64_t, float*, Stream, Stream);
 
 // One vector of columns leaves registers for twice as many tiles.
 template <typename Products, int Vectors>
@@ -313,13 +101,13 @@ constexpr int64_t kWeightsInL2 = 640 << 10;
 
 template <int M, int kTile>
 static inline void transform_columns(const float* products, int64_t point_stride, Vector (&half)[M][kTile]) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int j = 0; j < kTile; ++j) {
     Vector column[kTile], down[M];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i) column[i] = load(products + (i * kTile + j) * point_stride);
     Points<kTile>::output(column, down);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) half[i][j] = down[i];
   }
 }
@@ -403,79 +191,129 @@ static void transform_output(const WinogradProblem& problem, const TilePlace& pl
   }
 }
 
-// Where the input rows of a tile block begin, for fetching them ahead; tiles beyond the end of a row of tiles are left
-// out.
-struct InputRows {
+// Memory that is read or written row by row, for fetching it ahead.
+struct Rows {
   const char* first;
-  int64_t row_bytes, bytes;  // from one row to the next; of a row, those that the block reads
+  int64_t count, row_bytes, bytes;  // rows; from one to the next; of a row, those that are used
 
-  InputRows(const WinogradProblem& problem, int64_t block) {
-    const TensorView& x = problem.input;
-    const TilePlace place = place_of(problem, block * problem.tiles_per_block);
-    const int64_t h = place.p > problem.pad_top ? place.p - problem.pad_top : 0;
-    const int64_t w = place.q > problem.pad_left ? place.q - problem.pad_left : 0;
-    const int64_t pixel = x.pixel_stride * size_in_bytes(x.dtype);
-    const int64_t wanted = problem.tiles_per_block * problem.tile + problem.side - problem.tile, left = x.w - w;
-    first = static_cast<const char*>(x.data) + ((place.image * x.h + h) * x.w + w) * pixel;
-    row_bytes = x.w * pixel;
-    bytes = (left < wanted ? (left < 0 ? 0 : left) : wanted) * pixel;
+  // Part `at` of `parts`, the rows one after the other.
+  const char* part(int64_t at, int64_t parts) const {
+    return first + at * count / parts * row_bytes + at * count % parts * bytes / parts;
   }
+  int64_t step(int64_t parts) const { return count * bytes / parts; }
 };
 
-// One column block of one tile block: products, then the way back. Meanwhile part `part` of `parts` of what the next
-// tile block reads is fetched.
-template <typename Products, int M, int kTile>
-static void column_block(const WinogradProblem& problem, int64_t block, int64_t column, const float* panel,
-                         float* products, const InputRows& next, int64_t part, int64_t parts) {
-  constexpr int kPoints = kTile * kTile;
+// The input rows of a tile block. Those of whole rows of tiles make one long row; else tiles beyond the end of a row of
+// tiles are left out.
+static Rows input_rows(const WinogradProblem& problem, int64_t block) {
+  const TensorView& x = problem.input;
+  const TilePlace place = place_of(problem, block * problem.tiles_per_block);
+  const int64_t stride = problem.stride, top = place.p * stride - problem.pad_top;
+  const int64_t left = place.q * stride - problem.pad_left, h = top > 0 ? top : 0, w = left > 0 ? left : 0;
+  const int64_t pixel = x.pixel_stride * size_in_bytes(x.dtype), row_bytes = x.w * pixel;
+  const auto within = [](int64_t wanted, int64_t rest) { return rest < wanted ? (rest < 0 ? 0 : rest) : wanted; };
+  const char* first = static_cast<const char*>(x.data) + (place.image * x.h + h) * row_bytes;
+  const int64_t more = (problem.side - problem.tile) * stride;
+  if (problem.tiles_per_block >= problem.tiles_w) {
+    const int64_t tile_rows = (problem.tiles_per_block + problem.tiles_w - 1) / problem.tiles_w;
+    return {first, 1, row_bytes, within(tile_rows * problem.tile * stride + more, x.h - h) * row_bytes};
+  }
+  const int64_t wanted = problem.tiles_per_block * problem.tile * stride + more;
+  return {first + w * pixel, problem.side * stride, row_bytes, within(wanted, x.w - w) * pixel};
+}
+
+// Its output rows; those of whole rows of tiles make one long row.
+static Rows output_rows(const WinogradProblem& problem, int64_t block) {
+  const TensorView& y = problem.out;
   const TileBlock tiles = tile_block(problem, block);
-  const int64_t channels = problem.channel_vectors * kVectorWidth;
+  const TilePlace place = place_of(problem, tiles.first);
+  const int64_t window = problem.max_pool ? 2 : 1;
+  const int64_t p = place.p / window, q = place.q / window, tile = problem.tile / window;
+  const int64_t pixel = y.pixel_stride * size_in_bytes(y.dtype), row_bytes = y.w * pixel;
+  const char* first = static_cast<const char*>(y.data) + ((place.image * y.h + p) * y.w + q) * pixel;
+  if (q == 0 && tiles.count >= problem.tiles_w) {
+    return {first, 1, row_bytes, tiles.count / problem.tiles_w * tile * row_bytes};
+  }
+  const int64_t rest = y.w - q, wanted = tiles.count * tile;
+  return {first, tile, row_bytes, (rest < wanted ? rest : wanted) * pixel};
+}
+
+// What is fetched into L2 while a task's products are formed: the next task's input and, where weights stay in L2 and
+// need no fetching, this one's output, which would else be waited for line by line.
+struct Ahead {
+  Rows input, output;
+  bool weights_stay;
+};
+
+// The products of one column block of one tile block, number `part` of the task's `parts`.
+template <typename Products, int kTile>
+static void multiply(const WinogradProblem& problem, const TileBlock& tiles, int64_t column, const float* panel,
+                     float* products, const Ahead& ahead, int64_t part, int64_t parts) {
+  constexpr int kPoints = kTile * kTile;
+  const int64_t* before = problem.point_words;
+  const int64_t words = before[kPoints];
   const int64_t panel_stride = input_point_stride(problem), product_stride = product_point_stride(problem);
-  const float* weight = problem.packed_weight + column * kPoints * channels * kColumnBlock;
-  const int64_t first = column * kColumnBlock;
-  const int64_t columns = problem.out.c - first < kColumnBlock ? problem.out.c - first : kColumnBlock;
+  const float* weight = problem.packed_weight + column * words * kColumnBlock;
+  const int64_t columns = problem.out.c - column * kColumnBlock;
   const bool narrow = columns <= kVectorWidth;
   const MicroKernel* kernels = narrow ? kOneVector<Products>.by_rows : kTwoVectors<Products>.by_rows;
   // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
   // weights, so that reading them from memory takes its time beside the products, not before.
   const int64_t most = narrow ? MicroKernels<Products, 1>::kRows : MicroKernels<Products, 2>::kRows;
   const int64_t micro_tiles = (tiles.count + most - 1) / most;
-  // Weights that stay in L2 need no fetching; nor does half of the second stream where micro-tiles share the work.
-  const bool input_first = problem.columns_per_task * kPoints * channels * kColumnBlock * 4 <= kWeightsInL2;
-  const int64_t input_step = next.bytes / (kTile * parts * channels * micro_tiles);
   for (int point = 0; point < kPoints; ++point) {
-    const char* input =
-        next.first + point / kTile * next.row_bytes + (part * kTile + point % kTile) * (next.bytes / (kTile * parts));
+    const int64_t count = before[point + 1] - before[point];
+    const bool last_row = point / kTile == kTile - 1, last_column = point % kTile == kTile - 1;
+    const WinogradRuns& runs = problem.runs[2 * last_row + last_column];
     int64_t row = 0;
     for (int64_t micro = 0; micro < micro_tiles; ++micro) {
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
-      const char* ahead = reinterpret_cast<const char*>(
-          weight + ((point + 1) * channels + micro * channels / micro_tiles) * kColumnBlock);
-      kernels[height](
-          panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
-          weight + point * channels * kColumnBlock, problem.channel_vectors,
-          products + point * product_stride + row * kColumnBlock, {ahead, kColumnBlock * 4 / micro_tiles},
-          input_first || micro_tiles > 1 ? Stream{input, input_step} : Stream{ahead + 64, kColumnBlock * 4});
-      input += channels * input_step;
+      const char* next =
+          reinterpret_cast<const char*>(weight + (before[point + 1] + micro * count / micro_tiles) * kColumnBlock);
+      const int64_t turn = (part * words + before[point]) * micro_tiles + micro * count;
+      const int64_t turns = parts * words * micro_tiles;
+      const Stream input{ahead.input.part(turn, turns), ahead.input.step(turns)};
+      const Stream output{ahead.output.part(turn, turns), ahead.output.step(turns)};
+      // Half of the second stream is not needed where micro-tiles share the weights.
+      kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
+                      weight + before[point] * kColumnBlock, runs.data, runs.count,
+                      products + point * product_stride + row * kColumnBlock,
+                      ahead.weights_stay ? output : Stream{next, kColumnBlock * 4 / micro_tiles},
+                      ahead.weights_stay || micro_tiles > 1 ? input : Stream{next + 64, kColumnBlock * 4});
       row += height;
     }
   }
-  for (int64_t k = 0; k < columns; k += kVectorWidth) {
-    const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const TilePlace place = place_of(problem, tiles.first + i);
-      const float* from = products + i * kColumnBlock + k;
+}
+
+// The way back, for `columns` column blocks from `column` on: tile by tile, so that what is adjacent is written
+// together.
+template <int M, int kTile>
+static void finish(const WinogradProblem& problem, const TileBlock& tiles, int64_t column, int64_t columns,
+                   const float* products) {
+  const int64_t point_stride = product_point_stride(problem), first = column * kColumnBlock;
+  const int64_t left = problem.out.c - first;
+  const int64_t channels = left < columns * kColumnBlock ? left : columns * kColumnBlock;
+  TilePlace place = place_of(problem, tiles.first);
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    for (int64_t k = 0; k < channels; k += kVectorWidth) {
+      const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
+      const float* from =
+          products + k / kColumnBlock * kTile * kTile * point_stride + i * kColumnBlock + k % kColumnBlock;
       if (problem.out.dtype == DType::f32) {
-        transform_output<float, M, kTile>(problem, place, first + k, columns - k, scale, bias, from, product_stride);
+        transform_output<float, M, kTile>(problem, place, first + k, channels - k, scale, bias, from, point_stride);
       } else {
-        transform_output<uint16_t, M, kTile>(problem, place, first + k, columns - k, scale, bias, from, product_stride);
+        transform_output<uint16_t, M, kTile>(problem, place, first + k, channels - k, scale, bias, from, point_stride);
       }
     }
+    place = place_after(problem, place);
   }
 }
 
 static int64_t panel_floats(const WinogradProblem& problem) {
   return point_count(problem) * input_point_stride(problem);
+}
+static inline int64_t scratch_bytes(const WinogradProblem& problem) {
+  return (panel_floats(problem) + problem.columns_at_once * point_count(problem) * product_point_stride(problem)) * 4;
 }
 
 // Tasks: (part of the column blocks, tile block), tile blocks fastest.
@@ -484,11 +322,20 @@ static void run(const WinogradProblem& problem, int64_t index, float* panel) {
   const int64_t block = index % problem.blocks, first = index / problem.blocks * problem.columns_per_task;
   const int64_t beyond = first + problem.columns_per_task;
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
+  const int64_t product_floats = point_count(problem) * product_point_stride(problem);
   float* products = panel + panel_floats(problem);
-  transform_block<Products, kTile>(problem, block, panel);
-  const InputRows next(problem, block + 1 < problem.blocks ? block + 1 : block);
-  for (int64_t column = first; column < last; ++column) {
-    column_block<Products, M, kTile>(problem, block, column, panel, products, next, column - first, last - first);
+  const TileBlock tiles = tile_block(problem, block);
+  transform_block<Products, kTile>(problem, tiles, panel);
+  const int64_t weight_bytes = problem.columns_per_task * problem.point_words[kTile * kTile] * kColumnBlock * 4;
+  const Ahead ahead = {input_rows(problem, block + 1 < problem.blocks ? block + 1 : block), output_rows(problem, block),
+                       weight_bytes <= kWeightsInL2};
+  for (int64_t column = first; column < last; column += problem.columns_at_once) {
+    const int64_t left = last - column, columns = left < problem.columns_at_once ? left : problem.columns_at_once;
+    for (int64_t i = 0; i < columns; ++i) {
+      multiply<Products, kTile>(problem, tiles, column + i, panel, products + i * product_floats, ahead,
+                                column + i - first, last - first);
+    }
+    finish<M, kTile>(problem, tiles, column, columns, products);
   }
 }
 

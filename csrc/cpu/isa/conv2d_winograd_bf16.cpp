@@ -22,12 +22,12 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
 struct Bf16Products {
-  static constexpr int64_t kChunkVectors = INT64_MAX / 2;  // an fp32 sum's rounding does not count here
+  static constexpr int64_t kChunkRuns = INT64_MAX / 2;  // an fp32 sum's rounding does not count here
+  static constexpr int64_t kVectorChannels = 2 * kVectorWidth;
 
   template <typename T, int kTile>
-  static inline void transform(const WinogradProblem& problem, const TilePlace& place, int64_t v, int64_t point_stride,
-                               float* to) {
-    const int64_t channel = 2 * v * kVectorWidth;
+  static inline void transform(const WinogradProblem& problem, const TilePlace& place, Phase, int64_t channel,
+                               int64_t point_stride, float* to) {
     Vector low[kTile][kTile];
     transform_vector<T, kTile>(problem, place, channel,
                                [&](int i, int j, Vector value) __attribute__((always_inline)) { low[i][j] = value; });
@@ -56,7 +56,7 @@ struct Bf16Products {
 }  // namespace
 
 int64_t winograd_bf16_scratch_bytes(const WinogradProblem& problem) {
-  return (panel_floats(problem) + point_count(problem) * product_point_stride(problem)) * 4;
+  return scratch_bytes(problem);
 }
 
 void winograd_bf16_task(const WinogradProblem& problem, int64_t index, void* scratch) {

@@ -20,12 +20,9 @@ static inline Vector absolute(Vector x) {
 static inline Vector with_sign(Vector magnitude, Vector sign) {
   return from_bits(bits_of(magnitude) | (bits_of(sign) & 0x80000000u));
 }
-// Bounds that let NaN through.
+// A bound that lets NaN through, as at_least().
 static inline Vector at_most(Vector x, Vector bound) {
   return x > bound ? bound : x;
-}
-static inline Vector at_least(Vector x, Vector bound) {
-  return x < bound ? bound : x;
 }
 static inline Vector clamp(Vector x, float low, float high) {
   return at_most(at_least(x, broadcast(low)), broadcast(high));

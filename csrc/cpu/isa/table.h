@@ -51,14 +51,30 @@ struct Conv2dProblem {
   }
 };
 
+// Adjacent lanes of one vector of a transformed input, each multiplied by a row of weights.
+struct WinogradRun {
+  int32_t vector, first, count;
+};
+
+struct WinogradRuns {
+  const WinogradRun* data;
+  int64_t count;
+};
+
 // One Winograd convolution, ready to run. Filled by conv2d_winograd.cpp.
 struct WinogradProblem {
   TensorView out, input;
   int64_t pad_top, pad_left;
-  int tile, side;  // to a tile's side: outputs, 4 or 2; inputs, 6 or 4
+  int stride;
+  int tile, side;  // to a tile's side: outputs; points, and inputs of one phase
   const float* packed_weight;
   int64_t groups;                          // of isa/conv2d_winograd_plain.cpp only, whose column block is a vector
   int64_t channel_vectors, column_blocks;  // a vector holds twice as many channels where weights are bf16 pairs
+  int rows_per_vector;                     // phases' rows that share a vector; 0: a vector holds channels of one phase
+  // What is multiplied at a point that is not at infinity, in its column, in its row, in both; rows of a column block's
+  // weights before each point.
+  WinogradRuns runs[4];
+  const int64_t* point_words;
   // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
   const float* input_scale;
   const float* input_shift;
@@ -72,6 +88,7 @@ struct WinogradProblem {
   int64_t tiles_h, tiles_w;  // in an image's height and width
   int64_t tiles;             // in the batch
   int64_t tiles_per_block, blocks, columns_per_task;
+  int64_t columns_at_once;  // column blocks whose products are formed before they go back
 };
 
 // One 1x1 convolution by Strassen's algorithm, ready to run. Filled by conv2d_strassen.cpp.

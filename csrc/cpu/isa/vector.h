@@ -65,15 +65,19 @@ static inline Vector rounded(Vector x) {
   return x;
 }
 
-// max(x, 0) that lets NaN through, as torch.relu does.
-static inline Vector relu(Vector x) {
+// max(x, bound) that lets a NaN in x through.
+static inline Vector at_least(Vector x, Vector bound) {
 #if defined(__AVX512F__)
-  return (Vector)_mm512_maskz_max_ps(0xffff, __m512{}, (__m512)x);  // where one is NaN: the second
+  return (Vector)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)x);  // where one is NaN: the second
 #elif defined(__AVX2__)
-  return (Vector)_mm256_max_ps(__m256{}, (__m256)x);
+  return (Vector)_mm256_max_ps((__m256)bound, (__m256)x);
 #else
-  return x < Vector{} ? Vector{} : x;
+  return x < bound ? bound : x;
 #endif
+}
+// As torch.relu.
+static inline Vector relu(Vector x) {
+  return at_least(x, Vector{});
 }
 static inline float relu(float x) {
   return x < 0.0f ? 0.0f : x;
@@ -174,6 +178,13 @@ static inline void store_some(T* p, Vector v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store_one(p + i, v[i]);
 }
 
+// v with its lanes [low, high) from p + low, ...; nothing else is read.
+template <typename T>
+static inline Vector load_range(Vector v, const T* p, int64_t low, int64_t high) {
+  for (int64_t i = low; i < high; ++i) v[i] = load_one(p + i);
+  return v;
+}
+
 #if defined(__AVX512F__)
 static inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << count) - 1);
@@ -181,6 +192,11 @@ static inline __mmask16 first_lanes(int64_t count) {
 
 static inline Vector load_some(const float* p, int64_t count) {
   return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(first_lanes(count), p));
+}
+
+static inline Vector load_range(Vector v, const float* p, int64_t low, int64_t high) {
+  const __mmask16 lanes = static_cast<__mmask16>((1u << high) - (1u << low));
+  return reinterpret_cast<Vector>(_mm512_mask_loadu_ps(reinterpret_cast<__m512>(v), lanes, p));
 }
 
 static inline void store_some(float* p, Vector v, int64_t count) {

@@ -70,9 +70,9 @@ class ByMeasurement:
         covering = cpp.algorithms(weight.shape, stride, dilation, groups, weight.dtype, padded)
         if covering == (cpp.DIRECT,) or not backends.allows_fast_algorithms():
             return usual
-        key = (tuple(out), tuple(input), tuple(weight.shape), padding, groups, weight.dtype)
+        key = (tuple(out), tuple(input), tuple(weight.shape), stride, padding, groups, weight.dtype)
         if key not in self._known:
-            self._known[key] = self._measured(covering, out, input, weight, padding, groups, usual)
+            self._known[key] = self._measured(covering, out, input, weight, stride, padding, groups, usual)
         return self._known[key]
 
     def _measured(
@@ -81,15 +81,17 @@ class ByMeasurement:
         out: Sequence[int],
         input: Sequence[int],
         weight: Tensor,
+        stride: Pair,
         padding: Pair,
         groups: int,
         usual: str,
     ) -> str:
         generator = torch.Generator().manual_seed(0)
+        geometry = (stride, padding, groups)
         x = torch.randn(tuple(input), generator=generator).contiguous(memory_format=torch.channels_last)
         narrow = x.to(weight.dtype)
         x, wide = narrow.float(), weight.detach().float()
-        sums = _Layer(cpp.DIRECT, out, x, wide, padding, groups).run()
+        sums = _Layer(cpp.DIRECT, out, x, wide, geometry).run()
         size = sums.norm()
 
         def off(layer: _Layer) -> Tensor:
@@ -97,12 +99,12 @@ class ByMeasurement:
 
         bound = None
         if weight.dtype == torch.bfloat16:
-            bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), padding, groups)) + BF16_ROUNDING * size
+            bound = 2 * off(_Layer(cpp.DIRECT, out, narrow, weight.detach(), geometry)) + BF16_ROUNDING * size
         layers = {}
         for name in covering:
-            layer = _Layer(name, out, narrow, weight.detach(), padding, groups)
+            layer = _Layer(name, out, narrow, weight.detach(), geometry)
             # Judged in fp32 too, where nothing hides the algorithm's own error.
-            error = off(_Layer(name, out, x, wide, padding, groups))
+            error = off(_Layer(name, out, x, wide, geometry))
             if error > FAST_ALGORITHM_ERROR * size or not error.isfinite():
                 logger.warning("%s is off by %.1e on %s: not used", name, error / size, tuple(out))
             elif bound is not None and (error := off(layer)) > bound:
@@ -112,7 +114,7 @@ class ByMeasurement:
         if not layers:  # weights that are not finite
             return usual
         times: dict[str, list[float]] = {name: [] for name in layers}
-        before = {name: _Layer(name, out, narrow, weight.detach(), padding, groups) for name in layers}
+        before = {name: _Layer(name, out, narrow, weight.detach(), geometry) for name in layers}
         for _ in range(_ROUNDS):
             for name, layer in layers.items():
                 self._flush.add_(1)
@@ -130,8 +132,9 @@ class _Layer:
     """One convolution by one algorithm, as a plan of a single step."""
 
     def __init__(
-        self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, padding: Pair, groups: int
+        self, algorithm: str, out: Sequence[int], x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, int]
     ) -> None:
+        stride, padding, groups = geometry
         self.algorithm, self._x = algorithm, x
         self._y = torch.empty(tuple(out), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
         self._weight = cpp.pack_weight(weight, groups, algorithm)
@@ -139,9 +142,9 @@ class _Layer:
         self._plan = _native.Plan(0, constants, [x.nbytes], [self._y.nbytes])
         dtype = str(x.dtype).removeprefix("torch.")
         operands = [(region, 0, dtype, tuple(t.shape), t.stride()) for region, t in ((3, self._y), (2, x))]
-        step, geometry = plan_step(algorithm, (1, 1), padding, (1, 1))
+        step, settings = plan_step(algorithm, stride, padding, (1, 1))
         add: Any = getattr(self._plan, step)
-        add(*operands, self._weight, None, None, None, None, None, False, False, *geometry)
+        add(*operands, self._weight, None, None, None, None, None, False, False, *settings)
 
     def run(self) -> Tensor:
         self._plan.run([self._x], [self._y], torch.get_num_threads())

@@ -282,9 +282,9 @@ def freeze(
         dtype: ``torch.float32``, ``torch.bfloat16`` or, on a GPU, ``torch.float16``: freeze a converted copy, for
             inputs of this dtype.
         tune: on the CPU, measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles, Strassen) is fastest here for
-            each 1x1, 3x3 or 5x5 convolution, for the number of threads now set, instead of going by the backend's
-            estimate. Takes some seconds. Results may then differ from the unfrozen model's within what fast algorithms
-            may be off.
+            each 1x1, 3x3, 5x5 or strided convolution, for the number of threads now set, instead of going by the
+            backend's estimate. Takes some seconds. Results may then differ from the unfrozen model's within what fast
+            algorithms may be off.
 
     Raises:
         ValueError: an example is empty, of another dtype, or on another device than the rest; on the CPU, the model

@@ -1,0 +1,119 @@
+// Winograd's transforms of one column, for each number of points: conv2d_winograd.cpp says how they are chosen.
+//
+//   input:  b = B^T a   values of the input polynomial's pieces at the points
+//   output: b = A^T a   outputs of the products at the points; how many depends on the taps, side + 1 - outputs
+//
+// Points come in pairs +-p, so that even and odd powers are summed once for both; the last one is infinity.
+#pragma once
+
+#include "vector.h"
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+namespace {
+
+template <int Side>
+struct Points;
+
+// 0, +-5/8, +-3/2, infinity.
+template <>
+struct Points<6> {
+  static constexpr float p = 0.625f, q = 1.5f, pp = p * p, qq = q * q;
+  // b = B^T a, in pairs that have terms in common: kPairs says which two of b a pair holds.
+  static constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+  template <int Pair>
+  static inline void input(const Vector (&a)[6], Vector& first, Vector& second) {
+    if constexpr (Pair == 0) {
+      first = (pp * qq) * a[0] + (a[4] - (pp + qq) * a[2]);
+      second = (pp * qq) * a[1] + (a[5] - (pp + qq) * a[3]);
+    } else {
+      constexpr float own = Pair == 1 ? p : q, other = Pair == 1 ? qq : pp;
+      const Vector even = a[4] - other * a[2], odd = own * (a[3] - other * a[1]);
+      first = even + odd;
+      second = even - odd;
+    }
+  }
+  // b = A^T a, for 4 outputs and 2
+  static inline void output(const Vector (&a)[6], Vector (&b)[4]) {
+    const Vector sum_p = a[1] + a[2], difference_p = a[1] - a[2];
+    const Vector sum_q = a[3] + a[4], difference_q = a[3] - a[4];
+    b[0] = a[0] + sum_p + sum_q;
+    b[1] = p * difference_p + rounded(q * difference_q);
+    b[2] = pp * sum_p + rounded(qq * sum_q);
+    b[3] = p * pp * difference_p + rounded(q * qq * difference_q) + a[5];
+  }
+  static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
+    b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
+    // In an order that leaves the compiler no choice of what to round: every kernel that inlines it gets the same bits.
+    b[1] = (a[5] + 0.625f * (a[1] - a[2])) + 1.5f * (a[3] - a[4]);
+  }
+};
+
+// 0, +-1, infinity.
+template <>
+struct Points<4> {
+  static constexpr int kPairs[2][2] = {{0, 3}, {1, 2}};
+  template <int Pair>
+  static inline void input(const Vector (&a)[4], Vector& first, Vector& second) {
+    first = Pair == 0 ? a[2] - a[0] : a[2] + a[1];
+    second = Pair == 0 ? a[3] - a[1] : a[2] - a[1];
+  }
+  static inline void output(const Vector (&a)[4], Vector (&b)[2]) {
+    b[0] = a[0] + a[1] + a[2];
+    b[1] = a[1] - a[2] + a[3];
+  }
+};
+
+// +-1, infinity.
+template <>
+struct Points<3> {
+  static inline void input(const Vector (&a)[3], Vector (&b)[3]) {
+    b[0] = a[1] + a[0];
+    b[1] = a[1] - a[0];
+    b[2] = a[2] - a[0];
+  }
+  static inline void output(const Vector (&a)[3], Vector (&b)[2]) {
+    b[0] = a[0] + a[1];
+    b[1] = a[0] - a[1] + a[2];
+  }
+};
+
+// +-3/8, +-7/8, +-7/4, infinity.
+template <>
+struct Points<7> {
+  static constexpr float p = 0.375f, q = 0.875f, r = 1.75f, pp = p * p, qq = q * q, rr = r * r;
+  static inline void input(const Vector (&a)[7], Vector (&b)[7]) {
+    const auto pair = [&](float at, float sum, float product, Vector& plus, Vector& minus) {
+      const Vector even = (a[5] - sum * a[3]) + product * a[1], odd = (a[4] - sum * a[2]) + product * a[0];
+      plus = even + at * odd;
+      minus = even - at * odd;
+    };
+    pair(p, qq + rr, qq * rr, b[0], b[1]);
+    pair(q, pp + rr, pp * rr, b[2], b[3]);
+    pair(r, pp + qq, pp * qq, b[4], b[5]);
+    b[6] = ((a[6] - (pp + qq + rr) * a[4]) + (pp * qq + pp * rr + qq * rr) * a[2]) - (pp * qq * rr) * a[0];
+  }
+  static inline void output(const Vector (&a)[7], Vector (&b)[4]) {
+    const Vector sum_p = a[0] + a[1], sum_q = a[2] + a[3], sum_r = a[4] + a[5];
+    const Vector difference_p = p * (a[0] - a[1]), difference_q = a[2] - a[3], difference_r = a[4] - a[5];
+    b[0] = sum_p + sum_q + sum_r;
+    b[1] = (difference_p + q * difference_q) + r * difference_r;
+    b[2] = (pp * sum_p + rounded(qq * sum_q)) + rr * sum_r;
+    b[3] = ((a[6] + pp * difference_p) + (q * qq) * difference_q) + (r * rr) * difference_r;
+  }
+};
+
+// b = B^T a as a whole.
+template <int Side>
+static inline void input_transform(const Vector (&a)[Side], Vector (&b)[Side]) {
+  if constexpr (Side % 2 == 1) {
+    Points<Side>::input(a, b);
+  } else {
+    constexpr auto& pairs = Points<Side>::kPairs;
+    Points<Side>::template input<0>(a, b[pairs[0][0]], b[pairs[0][1]]);
+    Points<Side>::template input<1>(a, b[pairs[1][0]], b[pairs[1][1]]);
+    if constexpr (Side == 6) Points<Side>::template input<2>(a, b[pairs[2][0]], b[pairs[2][1]]);
+  }
+}
+
+}  // namespace
+}  // namespace fastcnn::cpu::FASTCNN_ISA
