@@ -62,7 +62,7 @@ _SERVES = {
 }
 _WORTHWHILE = 1.1  # by how much the estimate must favour Strassen's algorithm: it is off by as much
 # Filters of 4 taps a phase need a 7th point, which costs digits at the first layer of deep networks (GoogLeNet's logits
-# went from 9.3e-6 to 1.6e-5 off on white noise, beyond the stated limit): only the tuner and ``freeze(tune=True)`` use it.
+# went from 9.3e-6 to 1.6e-5 off on white noise, beyond the stated limit): only the tuner and freeze(tune=True) use it.
 _MOST_TAPS_BY_RULE = 3
 
 
@@ -126,8 +126,8 @@ def conv2d_algorithm(
     what an estimate of cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as
     large as the weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the
     edge of a narrow output waste products. With a stride s the filter is one of r/s taps with stride 1 over s*s phases
-    of the input; up to 3 taps are chosen by themselves. In bf16, on a processor with bf16 dot products, those serve the plain sum and 2x2 tiles of 3x3 filters
-    with stride 1; all else is computed in fp32.
+    of the input; up to 3 taps are chosen by themselves. In bf16, on a processor with bf16 dot products, those serve the
+    plain sum and 2x2 tiles of 3x3 filters with stride 1; all else is computed in fp32.
 
     1x1 filters in fp32 (and fp16): Strassen's algorithm, which takes 7 products where the plain sum takes 8 and the
     same weights, where the estimate prefers it: large layers with some 128 channels in and out or more.
