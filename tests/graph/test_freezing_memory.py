@@ -61,7 +61,8 @@ def test_networks_take_a_part_of_what_their_activations_would(name: str, share: 
     assert 0 < memory.arena < share * memory.activations
     # googlenet's auxiliary classifiers do not run in eval mode.
     values = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("aux"))
-    assert 4 * values <= memory.weights < 1.25 * 4 * values
+    least = 3.5 * values  # of large fully connected weights: they are stored short
+    assert least <= memory.weights < 1.25 * 4 * values
     assert "arena" in str(memory)
 
 

@@ -35,7 +35,7 @@ def block(c: int, k: int, *, relu: bool = True, filter: int = 3) -> nn.Sequentia
         ((1, 19, 37, 66), 33, 3),  # channels that fill no vector
         ((1, 512, 7, 7), 512, 3),  # tiles of 2x2
         ((1, 64, 27, 29), 192, 5),
-        ((1, 3, 131, 122), 64, 7),  # with stride 2
+        ((1, 3, 131, 122), 64, 6),  # with stride 2
     ],
     ids=str,
 )
@@ -45,7 +45,7 @@ def test_has_the_bits_of_convolution_and_pooling(
 ):
     torch.manual_seed(0)
     model, x = block(shape[1], k, relu=relu, filter=filter).eval(), torch.randn(shape)
-    stride = model[0].stride = (2, 2) if filter == 7 else (1, 1)
+    stride = model[0].stride = (2, 2) if filter == 6 else (1, 1)
     if dtype == torch.bfloat16:
         out = (shape[0], k, *shape[2:])
         if cpp.conv2d_algorithm(out, model[0].weight.shape, stride, (1, 1), 1, dtype) == cpp.DIRECT:
