@@ -170,6 +170,8 @@ def in_strides(tensor: Tensor, strides: Strides) -> Tensor:
     if own == strides:
         return tensor
     shape = tensor.shape
-    if all(size == 1 or a == b for size, a, b in zip(shape, own, strides, strict=True)):
-        return tensor.as_strided(shape, strides)
+    if strides == contiguous(shape):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if len(shape) == 4 and strides == channels_last(shape):
+        return tensor.clone(memory_format=torch.channels_last)
     return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
