@@ -235,35 +235,12 @@ def _finish(
     return _strides.in_strides(out, strides)
 
 
-def _fill(
-    out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    scale: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    input_scale: Tensor | None,
-    input_shift: Tensor | None,
-    input_relu: bool,
-    *,
-    fresh: bool = False,
-) -> None:
+def _fill(out: Tensor, input: Tensor, weight: Tensor, *rest: Any, fresh: bool = False) -> None:
+    arguments, facts = contract(out, input, weight, *rest)
     if input.numel() == 0 or weight.numel() == 0:  # nothing to sum: only the epilogue is left
-        backends.backend_module("reference").conv2d(
-            out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, activation,
-            tuple(stride), tuple(padding[:2]), tuple(dilation), groups,
-        )  # fmt: skip
-        return
-    arguments, facts = contract(
-        out, input, weight, bias, stride, padding, dilation, groups, scale, residual, activation, input_scale,
-        input_shift, input_relu,
-    )  # fmt: skip
-    backends.run("conv2d", out.device, out.dtype, *arguments, fresh=fresh, **facts)
+        backends.backend_module("reference").conv2d(*arguments)
+    else:
+        backends.run("conv2d", out.device, out.dtype, *arguments, fresh=fresh, **facts)
 
 
 def contract(
