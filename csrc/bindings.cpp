@@ -69,16 +69,10 @@ void require_packable(const std::array<int64_t, 4>& shape, const py::buffer_info
   }
 }
 
-// The dtype of the weight that was packed.
-DType packed_dtype_of(const std::string& dtype) {
-  if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16");
-  return dtype == "float32" ? DType::f32 : DType::bf16;
-}
-
 std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buffer& packed,
                                                                    const std::array<int64_t, 4>& shape, int64_t groups,
                                                                    const std::string& dtype) {
-  const DType packed_dtype = packed_dtype_of(dtype);
+  const DType packed_dtype = dtype_named(dtype);
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
   if (groups < 1 || shape[0] % groups != 0) throw py::value_error("groups must divide the output channels");
@@ -157,7 +151,7 @@ std::shared_ptr<cpu::PackedConv2dWinogradWeight> packed_conv2d_winograd_weight_f
                                                                                     const std::array<int64_t, 4>& shape,
                                                                                     int tile, int stride,
                                                                                     const std::string& dtype) {
-  const DType packed_dtype = packed_dtype_of(dtype);
+  const DType packed_dtype = dtype_named(dtype);
   const py::buffer_info info = packed.request();
   require_packable(shape, info);
   require_winograd(shape.data(), tile, stride);

@@ -472,12 +472,6 @@ class PyPlan {
   std::shared_ptr<cpu::Workspace> workspace_ = std::make_shared<cpu::Workspace>();
 };
 
-// A packed weight's dtype by its name in Python.
-DType dtype_named(const std::string& name) {
-  if (name != "float32" && name != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16, is " + name);
-  return name == "float32" ? DType::f32 : DType::bf16;
-}
-
 void require_short_weights(DType dtype) {
   if (!cpu::reads_short_weights(dtype)) {
     throw py::value_error("dtype must be one whose short weights this processor's instruction set reads");

@@ -164,6 +164,12 @@ inline TensorView matrix(py::handle object, const char* name, Place place) {
 
 // ---- small arguments ----------------------------------------------------------------------------------------------
 
+// A packed weight's dtype by its name in Python.
+inline DType dtype_named(const std::string& name) {
+  if (name != "float32" && name != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16, is " + name);
+  return name == "float32" ? DType::f32 : DType::bf16;
+}
+
 using Pair = std::array<int64_t, 2>;
 
 inline void require_positive(const Pair& values, const char* name) {
