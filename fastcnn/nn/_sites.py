@@ -27,7 +27,7 @@ from fastcnn.ops._layout import pixel_stride
 from fastcnn.ops._registration import _TENSOR_TYPES, _needs_no_dispatcher, autocasts
 from fastcnn.ops.conv2d import OPERATOR, contract, operator_arguments
 
-_MOST_FORMS = 64  # of operands, at one site
+_MOST_FORMS = 64  # of operands, at one site; then it begins anew
 
 
 class Fused(NamedTuple):
@@ -162,8 +162,9 @@ def learn(
     site = _sites.get(fused.key())
     if site is None or not _holds(site, fused, tensors):
         site = _sites[fused.key()] = _new_site(fused, tensors)
-    if len(site.forms) < _MOST_FORMS:
-        site.forms[signature] = form
+    if len(site.forms) >= _MOST_FORMS:
+        site.forms.clear()
+    site.forms[signature] = form
 
 
 def _may_be_kept(tensor: Tensor) -> bool:

@@ -42,7 +42,7 @@ class _Form(NamedTuple):
     is_finished: bool  # the filled output has the layout to be returned
 
 
-_MOST_FORMS = 4096  # that an operator remembers
+_MOST_FORMS = 4096  # that an operator remembers; then it begins anew
 
 
 def _ends_in_relu(*args: Any) -> bool:
@@ -154,8 +154,9 @@ class Operator:
         if not is_empty:
             self._fill_fresh(out, *args)
         finished = self._finish(out, *args)
-        if len(self._forms) < _MOST_FORMS:
-            self._forms[signature] = _Form(shape, strides, out.dtype, out.device, is_empty, finished is out)
+        if len(self._forms) >= _MOST_FORMS:
+            self._forms.clear()
+        self._forms[signature] = _Form(shape, strides, out.dtype, out.device, is_empty, finished is out)
         return finished
 
     def _run(self, *args: Any) -> Tensor:
@@ -175,7 +176,9 @@ class Operator:
                 raise ValueError(
                     f"{self.name}: out must not overlap itself, has shape {tuple(out.shape)} and strides {out.stride()}"
                 )
-            if signature is not None and len(self._good_outputs) < _MOST_FORMS:
+            if signature is not None:
+                if len(self._good_outputs) >= _MOST_FORMS:
+                    self._good_outputs.clear()
                 self._good_outputs.add(signature)
         if out.numel() > 0:
             inputs = tuple(a for a in args if isinstance(a, Tensor) and not (self._in_place and same_memory(out, a)))

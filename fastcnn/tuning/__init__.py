@@ -40,7 +40,9 @@ def tuned_backend(operator: str, device: torch.device, dtype: torch.dtype, args:
         return _found[form]
     except KeyError:
         choice = table.get(key_of(operator, device, dtype, args))
-    if form[-1] is not None and len(_found) < _MOST_FOUND:
+    if form[-1] is not None:
+        if len(_found) >= _MOST_FOUND:
+            _found.clear()
         _found[form] = choice
     return choice
 

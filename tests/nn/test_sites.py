@@ -16,6 +16,7 @@ import fastcnn
 from fastcnn import backends
 from fastcnn.backends import derived, intercept
 from fastcnn.nn import _sites, fusing
+from fastcnn.ops import _registration
 
 SHAPE = (2, 8, 6, 6)
 
@@ -80,6 +81,18 @@ def test_the_second_call_goes_straight_to_its_kernel(net: Net, repeated: list[bo
         torch.testing.assert_close(y, net.by_torch(x), rtol=1e-4, atol=1e-4)
         assert y.stride() == net.by_torch(x).stride()
     assert repeated == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 6
+
+
+@pytest.mark.parametrize("memory", [_sites, _registration], ids=["site", "operator"])
+@torch.no_grad()
+def test_a_full_memory_begins_anew(net: Net, repeated: list[bool], memory: object, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_MOST_FORMS", 2)
+    for size in range(4, 10):
+        x = picture(1, 8, size, size)
+        agrees(net, x)
+        repeated.clear()
+        agrees(net, x)
+        assert all(repeated)
 
 
 def _written(net: Net) -> None:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 import fastcnn.nn as fnn
 from fastcnn import _native, ops
 from fastcnn.ops import _registration as registration
+from fastcnn.ops.conv2d import OPERATOR
 
 WEIGHT = torch.linspace(-1, 1, 3 * 4 * 3 * 3).view(3, 4, 3, 3)
 
@@ -269,6 +270,16 @@ def test_wrong_outputs_are_refused_after_good_ones_and_again():
         with pytest.raises(ValueError, match="overlap itself"):
             ops.conv2d(x, WEIGHT, out=torch.empty(1).expand(2, 3, 4, 4))
     torch.testing.assert_close(out, F.conv2d(x, WEIGHT), rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_memory_of_forms_begins_anew(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registration, "_MOST_FORMS", 2)
+    for size in range(4, 9):
+        x = torch.randn(1, 4, size, size)
+        out = torch.empty(1, 3, size - 2, size - 2)
+        assert torch.equal(ops.conv2d(x, WEIGHT), ops.conv2d(x, WEIGHT, out=out))
+        assert 1 <= len(OPERATOR._forms) <= 2
+        assert 1 <= len(OPERATOR._good_outputs) <= 2
 
 
 SIGNED = {
