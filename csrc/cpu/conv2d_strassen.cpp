@@ -39,6 +39,7 @@ Cut cheapest_cut(const Form& form, int64_t images, int64_t pixels, int64_t in_ch
   constexpr double kNearInput = 2 << 20;              // bytes that the threads' L2 hold between them
   constexpr double kNearCycles = 5, kFarCycles = 10;  // of a vector of the input: reading it, storing its sums
   constexpr double kEndCycles = 3;                    // of a vector of a quadrant's sums, for each chunk
+  constexpr double kFormCycles = 2.5;                 // of a row of the weights' sums, which each task forms
   constexpr double kStepCycles = 30, kTaskCycles = 1000, kPhaseCycles = 6000;
   const double input_bytes = static_cast<double>(images * pixels * in_channels * 4);
   // Copies beside the sums are stores alone.
@@ -66,10 +67,11 @@ Cut cheapest_cut(const Form& form, int64_t images, int64_t pixels, int64_t in_ch
       const double in_use = chunk_bytes + partial + 2 * pair_bytes / chunks;
       const double missing = std::min(1.0, std::max(0.0, in_use / kL2 - 1));
       const double again = missing * static_cast<double>(pairs) * 4 * panel / kNearBytesPerCycle;
-      // Weights come from memory, half hidden behind products.
+      // Weights come from memory, mostly hidden behind products.
       const int64_t own_pairs = column_parts < threads ? form.pairs : pairs * ceil_div(column_parts, threads);
-      const double weights = static_cast<double>(own_pairs) * pair_bytes * 0.5 / kFarBytesPerCycle;
-      const double task = products + input / width * bring_cycles + again + kTaskCycles;
+      const double weights = static_cast<double>(own_pairs) * pair_bytes * 0.2 / kFarBytesPerCycle;
+      const double formed = static_cast<double>(pairs) * 2 * channels * kFormCycles;
+      const double task = products + formed + input / width * bring_cycles + again + kTaskCycles;
       const double cycles = task * static_cast<double>(ceil_div(row_parts * column_parts, threads)) + weights +
                             (threads > 1 ? kPhaseCycles : 0);
       if (best.cycles == 0 || cycles < best.cycles) best = {blocks, pairs, cycles};

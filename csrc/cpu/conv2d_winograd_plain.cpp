@@ -15,13 +15,23 @@ namespace {
 constexpr int kTile = 4, kSide = 6, kTaps = 9;
 constexpr double kNear = 0.625;           // the point whose power weights with an index 1 carry
 constexpr int64_t kTilesPerBlock = 16;    // whose products stay in L2
+// Of groups no wider than a vector: enough tiles to be worth transforming the weights for.
+constexpr int64_t kGroupedTilesPerBlock = 56, kGroupedTasksPerThread = 8;
+constexpr int64_t kLeastGroup = 4;        // channels; of fewer, the transforms outweigh the products
 constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
 
 }  // namespace
 
+bool PlainWinogradWeight::spans_groups(int64_t out_channels, int64_t in_channels, int64_t groups) {
+  const int64_t group = in_channels / groups;
+  return groups > 1 && out_channels == in_channels && in_channels % groups == 0 && group >= kLeastGroup &&
+         group <= kernels().vector_width && kernels().vector_width % group == 0;
+}
+
 bool PlainWinogradWeight::covers(int64_t out_channels, int64_t in_channels, int64_t groups) {
   const int64_t whole = groups * kernels().vector_width;
-  return groups == 1 || (out_channels % whole == 0 && in_channels % whole == 0);
+  return groups == 1 || (out_channels % whole == 0 && in_channels % whole == 0) ||
+         spans_groups(out_channels, in_channels, groups);
 }
 
 PlainWinogradWeight::PlainWinogradWeight(int64_t out_channels, int64_t in_channels, int64_t groups)
@@ -32,7 +42,8 @@ PlainWinogradWeight::PlainWinogradWeight(int64_t out_channels, int64_t in_channe
       in_vectors(ceil_div(in_channels, kernels().vector_width)),
       data_(nullptr, std::free) {
   const int64_t width = kernels().vector_width;
-  bytes_ = out_vectors * width * in_vectors / groups * width * kTaps * 4;
+  depth = spans_groups(out_channels, in_channels, groups) ? in_channels / groups : in_vectors / groups * width;
+  bytes_ = out_vectors * width * depth * kTaps * 4;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }
 
@@ -43,7 +54,7 @@ void PlainWinogradWeight::assign(const void* packed) {
 PlainWinogradWeight::PlainWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
                                          const int64_t strides[4], int64_t groups)
     : PlainWinogradWeight(shape[0], shape[1] * groups, groups) {
-  const int64_t width = kernels().vector_width, depth = in_vectors / groups * width;
+  const int64_t width = kernels().vector_width;
   for (int64_t k = 0; k < out_vectors * width; ++k) {
     for (int64_t c = 0; c < depth; ++c) {
       float* to = data_.get() + (k / width * depth + c) * kTaps * width + k % width;
@@ -87,21 +98,22 @@ Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input,
   p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, kTile);
   p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, kTile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
-  p.tiles_per_block = ceil_div(p.tiles, ceil_div(p.tiles, kTilesPerBlock));
+  const bool grouped = PlainWinogradWeight::spans_groups(weight.out_channels, weight.in_channels, weight.groups);
+  p.tiles_per_block = ceil_div(p.tiles, ceil_div(p.tiles, grouped ? kGroupedTilesPerBlock : kTilesPerBlock));
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
 
   const int64_t pairs = p.out.c * p.input.c / weight.groups;  // of channels that meet
   if (p.tiles * kSide * kSide * pairs <= kSerialWork) threads = 1;
   // Threads share out the output channels where there are fewer blocks of tiles than threads.
-  const int64_t parts = std::min(p.column_blocks, ceil_div(threads, p.blocks));
+  const int64_t wanted = grouped ? kGroupedTasksPerThread * threads : threads;
+  const int64_t parts = std::min(p.column_blocks, ceil_div(wanted, p.blocks));
   p.columns_per_task = ceil_div(p.column_blocks, parts);
   Work work;
   work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
   work.threads = threads;
-  work.scratch_bytes = table.winograd_plain_scratch_bytes(p);
-  work.run = [p, memory = vectors.memory, &table](int64_t task, void* scratch) {
-    table.winograd_plain_task(p, task, scratch);
-  };
+  const auto run = grouped ? table.winograd_grouped_task : table.winograd_plain_task;
+  work.scratch_bytes = grouped ? table.winograd_grouped_scratch_bytes(p) : table.winograd_plain_scratch_bytes(p);
+  work.run = [p, memory = vectors.memory, run](int64_t task, void* scratch) { run(p, task, scratch); };
   work.constants = weight.data();
   work.constant_bytes = weight.bytes();
   return {work};
@@ -115,8 +127,16 @@ double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, 
   constexpr double kStep = 18, kPass = 60;     // of four tiles and six points: a channel, and a pass over 32
   constexpr double kFewTiles = 8;              // of more, weights that were transformed once cost less
   const double tiles = static_cast<double>(n * ceil_div(p, kTile) * ceil_div(q, kTile));
-  if (tiles > kFewTiles) return INFINITY;
   const double out_vectors = std::ceil(static_cast<double>(out_channels) / width);
+  if (PlainWinogradWeight::spans_groups(out_channels, in_channels, groups)) {
+    // A tile and vector of channels: the way there and back, and its products; the weights' transform.
+    constexpr double kTransforms = 170, kProduct = 0.7, kFormed = 75;
+    const double group = static_cast<double>(in_channels / groups);
+    const double blocks = std::ceil(tiles / kGroupedTilesPerBlock);
+    return out_vectors * (tiles * (kTransforms + 36 * group * kProduct) + blocks * group * kFormed) / kThreads +
+           kPhaseCycles;
+  }
+  if (tiles > kFewTiles) return INFINITY;
   const double in_vectors = std::ceil(static_cast<double>(in_channels) / width);
   const double depth = in_vectors * width / static_cast<double>(groups);
   const double passes = 6 * std::ceil(tiles / 4);

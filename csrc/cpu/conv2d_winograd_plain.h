@@ -9,9 +9,11 @@
 
 namespace fastcnn::cpu {
 
-// 3x3 weights for that kernel. Groups must consist of whole vectors of channels, in and out.
+// 3x3 weights for that kernel. Groups must consist of whole vectors of channels, in and out, or be equal parts of a
+// vector of 4 channels and more, as many out as in: those are served by isa/conv2d_winograd_grouped.cpp.
 class PlainWinogradWeight {
  public:
+  static bool spans_groups(int64_t out_channels, int64_t in_channels, int64_t groups);
   static bool covers(int64_t out_channels, int64_t in_channels, int64_t groups);
 
   // weight: (K, C/groups, 3, 3) with the given element strides, fp32 or bf16.
@@ -23,6 +25,7 @@ class PlainWinogradWeight {
 
   int64_t out_channels, in_channels, groups;
   int64_t out_vectors, in_vectors;  // of channels, over all groups
+  int64_t depth;                    // input channels that a vector of outputs meets, padded
   const float* data() const { return data_.get(); }
   int64_t bytes() const { return bytes_; }
 

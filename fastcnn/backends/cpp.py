@@ -60,7 +60,7 @@ _SERVES = {
     WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group or groups of whole vectors",
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
-_WORTHWHILE = 1.1  # by how much the estimate must favour Strassen's algorithm: it is off by as much
+_WORTHWHILE = 1.08  # by how much the estimate must favour Strassen's algorithm: it is off by as much
 # Filters of 4 taps a phase need a 7th point, which costs digits at the first layer of deep networks (GoogLeNet's logits
 # went from 9.3e-6 to 1.6e-5 off on white noise, beyond the stated limit): only the tuner and freeze(tune=True) use it.
 _MOST_TAPS_BY_RULE = 3

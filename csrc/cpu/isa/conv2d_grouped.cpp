@@ -21,6 +21,7 @@
 //
 // Floor: 2*N*P*Q*K*R*S*G FLOPs, or one pass over input and output.
 
+#include "conv2d_spread.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -28,22 +29,6 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
 constexpr int kPixels = kMicroRows >= 12 ? 14 : 8;
-
-// Lane l takes lane (l / Group) * Group + j.
-template <int Group>
-static inline Vector spread(Vector x, int j) {
-  if constexpr (Group == 1) return x;
-  typedef int32_t Lanes __attribute__((vector_size(kVectorWidth * 4)));
-#if defined(__clang__)
-  Vector result;
-  for (int lane = 0; lane < kVectorWidth; ++lane) result[lane] = x[lane / Group * Group + j];
-  return result;
-#else
-  Lanes from;
-  for (int lane = 0; lane < kVectorWidth; ++lane) from[lane] = lane / Group * Group + j;
-  return __builtin_shuffle(x, from);
-#endif
-}
 
 // One vector of channels of a task.
 struct Block {

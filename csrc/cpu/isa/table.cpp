@@ -25,6 +25,8 @@ const KernelTable& kernel_table() {
       winograd_task,
       winograd_plain_scratch_bytes,
       winograd_plain_task,
+      winograd_grouped_scratch_bytes,
+      winograd_grouped_task,
       strassen_scratch_bytes,
       strassen_task,
       pool2d_task,

@@ -68,7 +68,7 @@ struct WinogradProblem {
   int stride;
   int tile, side;  // to a tile's side: outputs; points, and inputs of one phase
   const float* packed_weight;
-  int64_t groups;                          // of isa/conv2d_winograd_plain.cpp only, whose column block is a vector
+  int64_t groups;                          // of plain and grouped kernels only, whose column block is a vector
   int64_t channel_vectors, column_blocks;  // a vector holds twice as many channels where weights are bf16 pairs
   int rows_per_vector;                     // phases' rows that share a vector; 0: a vector holds channels of one phase
   // What is multiplied at a point that is not at infinity, in its column, in its row, in both; rows of a column block's
@@ -283,6 +283,8 @@ struct KernelTable {
   void (*winograd_task)(const WinogradProblem&, int64_t index, void* scratch);
   int64_t (*winograd_plain_scratch_bytes)(const WinogradProblem&);
   void (*winograd_plain_task)(const WinogradProblem&, int64_t index, void* scratch);
+  int64_t (*winograd_grouped_scratch_bytes)(const WinogradProblem&);
+  void (*winograd_grouped_task)(const WinogradProblem&, int64_t index, void* scratch);
   int64_t (*strassen_scratch_bytes)(const StrassenProblem&);
   void (*strassen_task)(const StrassenProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);

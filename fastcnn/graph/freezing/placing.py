@@ -44,12 +44,12 @@ def _can_live_in(program: Program, at: int, step: Step) -> bool:
             return False
         # A step that does not know pixels, only rows or single values, cannot be told of a pixel stride.
         touches = [view for view in other.views() if view.buffer is b]
-        if touches and not (other.operator in _PIXEL_STEPS and all(v == source for v in touches)):
+        if touches and not (other.operator in PIXEL_STEPS and all(v == source for v in touches)):
             return False
     return True
 
 
-_PIXEL_STEPS = frozenset(
+PIXEL_STEPS = frozenset(
     {
         "conv2d", "conv2d_winograd", "conv2d_strassen", "channel_affine", "max_pool2d", "avg_pool2d",
         "adaptive_avg_pool2d", "local_response_norm", "copy", "fill", "map",

@@ -19,6 +19,7 @@ from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.pooling import fuse_max_pooling
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
 from fastcnn.graph.freezing.short_weights import shorten_weights
+from fastcnn.graph.freezing.spacing import space_pixels
 from fastcnn.graph.freezing.structures import structure_as_data
 
 ARENA, CONSTANTS, FIRST_INPUT = 0, 1, 2  # regions of the native plan; outputs follow the inputs
@@ -125,6 +126,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     place_in_slices(program)
     drop_unread(program)
     fuse_max_pooling(program)
+    space_pixels(program)
     run_in_chunks(program)
     shorten_weights(program)
     alive = lifetimes(program)
