@@ -202,7 +202,10 @@ void require_plain_winograd(const int64_t shape[4], int64_t groups) {
                           describe(shape, 4));
   }
   if (groups < 1 || shape[0] % groups != 0 || !cpu::PlainWinogradWeight::covers(shape[0], shape[1] * groups, groups)) {
-    throw py::value_error("groups must be 1, or divide the channels into whole vectors, is " + std::to_string(groups));
+    throw py::value_error(
+        "groups must be 1, divide the channels into whole vectors, or divide as many channels in as out into groups of "
+        "4 or more that fill a vector, is " +
+        std::to_string(groups));
   }
 }
 

@@ -13,8 +13,8 @@ namespace fastcnn::cpu {
 namespace {
 
 constexpr int kTile = 4, kSide = 6, kTaps = 9;
-constexpr double kNear = 0.625;           // the point whose power weights with an index 1 carry
-constexpr int64_t kTilesPerBlock = 16;    // whose products stay in L2
+constexpr double kNear = 0.625;         // the point whose power weights with an index 1 carry
+constexpr int64_t kTilesPerBlock = 16;  // whose products stay in L2
 // Of groups no wider than a vector: enough tiles to be worth transforming the weights for.
 constexpr int64_t kGroupedTilesPerBlock = 56, kGroupedTasksPerThread = 8;
 constexpr int64_t kLeastGroup = 4;        // channels; of fewer, the transforms outweigh the products
@@ -136,7 +136,7 @@ double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, 
     return out_vectors * (tiles * (kTransforms + 36 * group * kProduct) + blocks * group * kFormed) / kThreads +
            kPhaseCycles;
   }
-  if (tiles > kFewTiles) return INFINITY;
+  if (groups == 1 && tiles > kFewTiles) return INFINITY;
   const double in_vectors = std::ceil(static_cast<double>(in_channels) / width);
   const double depth = in_vectors * width / static_cast<double>(groups);
   const double passes = 6 * std::ceil(tiles / 4);

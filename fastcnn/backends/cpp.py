@@ -57,7 +57,7 @@ _SIZES[3] = _SIZES[4] = _SIZES[2]
 _SERVES = {
     WINOGRAD4: "3x3 filters with stride 1 and one group",
     WINOGRAD2: "3x3 and 5x5 filters with stride 1 and one group",
-    WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group or groups of whole vectors",
+    WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group, groups of whole vectors, or of 4 to a vector's channels",
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
 _WORTHWHILE = 1.08  # by how much the estimate must favour Strassen's algorithm: it is off by as much

@@ -83,7 +83,7 @@ class Seen(nn.Module):
         super().__init__()
         self.how = how
         self.first, self.last = nn.Conv2d(8, 1024, 1), nn.Conv2d(1024, 8, 1)
-        self.linear = nn.Linear(1024 * 9, 4)
+        self.norm = nn.LayerNorm(1024)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "input":
@@ -92,7 +92,7 @@ class Seen(nn.Module):
         if self.how == "result":
             return wide
         if self.how == "rows":
-            return self.linear(wide.flatten(1))
+            return self.last(self.norm(wide.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return self.last(wide)
 
 
@@ -106,7 +106,7 @@ def test_what_others_see_stays(how: str, shape: tuple[int, ...]):
     model, x = Seen(how).eval(), torch.randn(shape).contiguous(memory_format=torch.channels_last)
     frozen = fastcnn.freeze(model, x)
     assert all(stride != 1040 for _, _, stride in pixel_strides(frozen))
-    assert torch.equal(frozen(x), fastcnn.optimize(model)(x))
+    torch.testing.assert_close(frozen(x), model(x))
 
 
 @torch.no_grad()

@@ -190,19 +190,30 @@ def test_equals_float64(case: Case, form: Form, dtype: torch.dtype, full: bool):
     check(case, form, dtype, full, threads=2)
 
 
-# Groups of whole vectors of channels, and their number: tasks that begin and end within groups.
+# With the number of groups. Of whole vectors of channels: tasks that begin and end within groups.
 GROUPED = [
     (Case(2, 64, 7, 7, 96), 2),
     (Case(1, 160, 9, 13, 160), 5),
     (Case(1, 96, 14, 14, 48), 3),
     (Case(3, 32, 5, 6, 32), 2),
+    (Case(2, 128, 9, 13, 128), 4),  # several blocks of tiles
+    # Of 4, 8 or 16 channels: a vector holds several, the last one not always all of its channels.
+    (Case(2, 20, 9, 13, 20), 5),
+    (Case(1, 24, 14, 14, 24), 3),
+    (Case(3, 48, 5, 6, 48), 3),
+    (Case(1, 64, 31, 29, 64), 8),
+    (Case(1, 40, 45, 50, 40), 10),  # several blocks of tiles
+    (Case(1, 48, 3, 3, 48, (0, 0), (0, 0)), 12),  # a single output
+    (Case(2, 32, 9, 6, 32, (0, 1), (1, 0)), 4),
+    (Case(1, 16, 2, 3, 16, (5, 4), (6, 3)), 2),  # tiles that see nothing but padding
+    (Case(1, 144, 22, 30, 144), 9),
 ]
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("case", "groups"), GROUPED, ids=str)
-def test_groups_of_whole_vectors(case: Case, groups: int, dtype: torch.dtype, full: bool):
+def test_groups(case: Case, groups: int, dtype: torch.dtype, full: bool):
     for threads in (1, 2, 3):
         check(case, PLAIN, dtype, full, threads, groups)
 
@@ -424,9 +435,9 @@ def test_a_packed_weight_from_its_bytes(form: Form, dtype: torch.dtype):
         again.from_packed(content, shape, form.tile, form.stride, "float16")
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 16])
 def test_a_plain_weight_from_its_bytes(groups: int):
-    weight = torch.randn(64, 48, 3, 3) if groups == 1 else torch.randn(64, 32, 3, 3)
+    weight = torch.randn(64, {1: 48, 2: 32, 16: 4}[groups], 3, 3)
     packed = _native.PlainWinogradWeight(weight, groups)
     content, shape = packed.packed(), tuple(weight.shape)
     assert _native.PlainWinogradWeight.from_packed(content, shape, groups).packed() == content
@@ -435,9 +446,9 @@ def test_a_plain_weight_from_its_bytes(groups: int):
         _native.PlainWinogradWeight.from_packed(content[:-4], shape, groups)
     with pytest.raises(ValueError, match=r"weight must have shape \(K, C/groups, 3, 3\)"):
         _native.PlainWinogradWeight.from_packed(content, (*shape[:2], 3, 1), groups)
-    with pytest.raises(ValueError, match="groups must be 1, or divide the channels into whole vectors, is 64"):
+    with pytest.raises(ValueError, match="groups must be 1, divide .*, is 64"):
         _native.PlainWinogradWeight.from_packed(content, shape, 64)
-    with pytest.raises(ValueError, match="groups must be 1, or divide the channels into whole vectors, is 0"):
+    with pytest.raises(ValueError, match="groups must be 1, divide .*, is 0"):
         _native.PlainWinogradWeight(weight, 0)
     with pytest.raises(TypeError, match="float32 or bfloat16"):
         _native.PlainWinogradWeight(weight.half(), groups)
@@ -486,7 +497,11 @@ def served(monkeypatch) -> list[str]:
         ("winograd4", (8, 16, 7, 7), 32, {}),
         ("winograd4_plain", (1, 512, 7, 7), 512, {}),  # large weights for few tiles
         ("winograd4_plain", (1, 1024, 7, 7), 1024, {"groups": 32}),
-        ("direct", (1, 96, 28, 28), 96, {"groups": 12}),
+        ("winograd4_plain", (8, 1024, 7, 7), 1024, {"groups": 32}),
+        ("winograd4_plain", (1, 96, 28, 28), 96, {"groups": 12}),
+        ("winograd4_plain", (2, 256, 14, 14), 256, {"groups": 16}),
+        ("direct", (1, 96, 28, 28), 96, {"groups": 24}),  # groups of 4: the way there and back outweighs the products
+        ("direct", (1, 96, 28, 28), 96, {"groups": 96}),
         ("winograd4", (8, 512, 7, 7), 512, {}),
         ("direct", (1, 64, 4, 4), 64, {}),  # too little work for the way there and back
         ("direct", (1, 3, 28, 28), 64, {}),
@@ -502,7 +517,8 @@ def served(monkeypatch) -> list[str]:
         ("direct", (1, 3, 28, 28), 64, {"filter": 7, "stride": 4, "dilation": 2}),
         ("direct", (1, 16, 64, 64), 64, {"filter": 9, "stride": 2}),
         ("direct", (1, 64, 28, 28), 64, {"dilation": 2}),
-        ("direct", (1, 64, 28, 28), 64, {"groups": 2}),
+        ("winograd4_plain", (1, 64, 28, 28), 64, {"groups": 2}),
+        ("direct", (1, 60, 28, 28), 60, {"groups": 2}),  # neither whole vectors nor parts of one
         ("winograd2", (1, 64, 27, 27), 192, {"filter": 5}),
         ("winograd4s2", (1, 64, 54, 54), 192, {"filter": 5, "stride": 2}),
         ("direct", (1, 64, 28, 28), 64, {"filter": 7}),

@@ -13,8 +13,8 @@
 //   panel                [point][tile][L]: of up to kTilesAtOnce tiles the transformed input, then the products
 //
 // Work: a task owns some tiles x a few vectors of channels. For each of these it transforms the weights (a few hundred
-// cycles, for many tiles; stored transformed they would be 4 times as large), then tiles, kTilesAtOnce at a time: there,
-// multiplied in place, and back.
+// cycles, for many tiles; stored transformed they would be 4 times as large), then tiles, kTilesAtOnce at a time:
+// there, multiplied in place, and back.
 //
 // Kept in registers: a point's sums of all tiles of a panel. In L1: the panel and most of the weights.
 //
@@ -73,14 +73,15 @@ static void transform_weights(const float* weight, int64_t group, float* to) {
 
 // What is asked for meanwhile, a pixel of each tile with each point: the input of the panel that follows, and the
 // outputs of this one. Pixels of one vector of channels lie too far apart for the processor to see what comes next.
-struct Ahead {
+struct PixelsAhead {
   const char* in[kTilesAtOnce];
   const char* out[kTilesAtOnce];
   int64_t in_offsets[kPointCount], out_offsets[kPointCount];  // the latter of 16 pixels, then of the first again
 
-  Ahead(const WinogradProblem& problem) {
+  PixelsAhead(const WinogradProblem& problem) {
     const TensorView &x = problem.input, &y = problem.out;
-    const int64_t in_pixel = x.pixel_stride * size_in_bytes(x.dtype), out_pixel = y.pixel_stride * size_in_bytes(y.dtype);
+    const int64_t in_pixel = x.pixel_stride * size_in_bytes(x.dtype),
+                  out_pixel = y.pixel_stride * size_in_bytes(y.dtype);
     for (int i = 0; i < kPointCount; ++i) {
       in_offsets[i] = (i / kSide * x.w + i % kSide) * in_pixel;
       out_offsets[i] = i < 16 ? (i / 4 * y.w + i % 4) * out_pixel : 0;
@@ -100,7 +101,7 @@ struct Ahead {
 
 // The tiles of a panel, in place.
 template <int Group, int Tiles>
-static void multiply_panel(const float* weights, float* panel, const Ahead& ahead) {
+static void multiply_panel(const float* weights, float* panel, const PixelsAhead& ahead) {
   for (int point = 0; point < kPointCount; ++point, panel += kPointStride) {
     const int64_t in_offset = ahead.in_offsets[point], out_offset = ahead.out_offsets[point];
 #pragma GCC unroll 8
@@ -131,7 +132,7 @@ static void multiply_panel(const float* weights, float* panel, const Ahead& ahea
   }
 }
 
-using Multiply = void (*)(const float*, float*, const Ahead&);
+using Multiply = void (*)(const float*, float*, const PixelsAhead&);
 
 template <int Group>
 struct Multiplies {
@@ -181,7 +182,7 @@ static void run_columns(const WinogradProblem& problem, const TileBlock& tiles, 
                         int64_t group, float* panel_values, float* weights) {
   const Multiply* multiply = multiplies_of(group);
   const int64_t panels = (tiles.count + kTilesAtOnce - 1) / kTilesAtOnce;
-  Ahead ahead(problem);
+  PixelsAhead ahead(problem);
   for (int64_t column = first; column < last; ++column) {
     transform_weights(problem.packed_weight + column * group * kTaps * kVectorWidth, group, weights);
     const int64_t channel = column * kVectorWidth, lanes = problem.out.c - channel;
@@ -190,9 +191,8 @@ static void run_columns(const WinogradProblem& problem, const TileBlock& tiles, 
       const Panel panel(problem, tiles, k, panels);
       for (int64_t t = 0; t < panel.count; ++t) {
         float* to = panel_values + t * kVectorWidth;
-        const auto put = [&](int i, int j, Vector value) __attribute__((always_inline)) {
-          store(to + (i * kSide + j) * kPointStride, value);
-        };
+        const auto put = [&](int i, int j, Vector value)
+                             __attribute__((always_inline)) { store(to + (i * kSide + j) * kPointStride, value); };
         transform_vector<T, kSide>(problem, panel.places[t], channel, put);
       }
       const bool more = k + 1 < panels;
@@ -216,12 +216,13 @@ int64_t winograd_grouped_scratch_bytes(const WinogradProblem& problem) {
   return kPointCount * (kPointStride + group * kVectorWidth) * 4;
 }
 
-// Tasks: (part of the vectors of channels, tile block), tile blocks fastest.
+// Tasks: (tile block, part of the vectors of channels), the latter fastest: layers before and after share out pixels.
 void winograd_grouped_task(const WinogradProblem& problem, int64_t index, void* scratch) {
-  const int64_t first = index / problem.blocks * problem.columns_per_task;
+  const int64_t parts = (problem.column_blocks + problem.columns_per_task - 1) / problem.columns_per_task;
+  const int64_t first = index % parts * problem.columns_per_task;
   const int64_t beyond = first + problem.columns_per_task;
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
-  const TileBlock tiles = tile_block(problem, index % problem.blocks);
+  const TileBlock tiles = tile_block(problem, index / parts);
   const int64_t group = problem.input.c / problem.groups;
   float* panel = static_cast<float*>(scratch);
   float* weights = panel + kPointCount * kPointStride;
