@@ -446,9 +446,9 @@ def test_a_plain_weight_from_its_bytes(groups: int):
         _native.PlainWinogradWeight.from_packed(content[:-4], shape, groups)
     with pytest.raises(ValueError, match=r"weight must have shape \(K, C/groups, 3, 3\)"):
         _native.PlainWinogradWeight.from_packed(content, (*shape[:2], 3, 1), groups)
-    with pytest.raises(ValueError, match="groups must be 1, divide .*, is 64"):
+    with pytest.raises(ValueError, match=r"groups must be 1, divide .*, is 64"):
         _native.PlainWinogradWeight.from_packed(content, shape, 64)
-    with pytest.raises(ValueError, match="groups must be 1, divide .*, is 0"):
+    with pytest.raises(ValueError, match=r"groups must be 1, divide .*, is 0"):
         _native.PlainWinogradWeight(weight, 0)
     with pytest.raises(TypeError, match="float32 or bfloat16"):
         _native.PlainWinogradWeight(weight.half(), groups)

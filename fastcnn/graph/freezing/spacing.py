@@ -1,8 +1,9 @@
 """Moves pixels apart that would lie a multiple of 4 KiB from each other: 1024 channels of fp32, 2048 of bf16.
 
-Addresses a multiple of 4 KiB apart share a set of L1, which holds fewer lines than the kernels have pixels in registers:
-reading in place, the residual and the output then push each other out. A cache line between two pixels is enough. Only
-activations that no caller sees can be spaced so, and only where each step that touches them is told of a pixel stride.
+Addresses a multiple of 4 KiB apart share a set of L1, which holds fewer lines than the kernels have pixels in
+registers: what is read in place, the residual and the output then push each other out. A cache line between two pixels
+is enough. Only activations that no caller sees can be spaced so, and only where each step that touches them is told of
+a pixel stride.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ def _spaced(buffer: Buffer, views: list[View]) -> int | None:
     if len(views[0].shape) != 4:
         return None
     n, _, h, w = views[0].shape
-    channels = buffer.length // (n * h * w)
-    line = _LINE_BYTES // buffer.dtype.itemsize
-    if n * h * w <= _FEW_PIXELS or channels * buffer.dtype.itemsize % _SET_BYTES or n * h * w * channels != buffer.length:
+    pixels, item = n * h * w, buffer.dtype.itemsize
+    channels = buffer.length // pixels
+    if pixels <= _FEW_PIXELS or channels * item % _SET_BYTES or pixels * channels != buffer.length:
         return None
     for view in views:
         if len(view.shape) != 4 or (view.shape[0], *view.shape[2:]) != (n, h, w):
             return None
         if view.pixel_stride() != channels or view.offset + view.shape[1] > channels:
             return None
-    return channels + line
+    return channels + _LINE_BYTES // item
