@@ -95,7 +95,7 @@ def _flops(recipe: Recipe, step: StepRecipe) -> int:
         return 2 * math.prod(step.out.shape) * recipe.weights[step.weight][0][1]
     if step.weight is not None:
         n, c, h, w = step.out.shape
-        pooled = step.operator == "conv2d_winograd" and step.attributes[-1] is True
+        pooled = step.attributes[-1:] == (True,) and step.operator != "conv2d_strassen"
         return conv_flops((n, c, 2 * h, 2 * w) if pooled else step.out.shape, recipe.weights[step.weight][0])
     if step.operator == "linear":
         weight = step.inputs[1]
