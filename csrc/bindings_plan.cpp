@@ -274,9 +274,9 @@ class PyPlan {
   }
 
   // A frozen model's call (plan_call.h). inputs, outputs: (shape, strides, dtype) of each tensor, which must span its
-  // region; torch: the module.
+  // region; global_hooks: dictionaries of the hooks of all modules; torch: the module.
   static py::object caller(const py::object& self, const py::list& inputs, const py::list& outputs,
-                           const py::object& torch) {
+                           std::vector<py::dict> global_hooks, const py::object& torch) {
     auto& plan = *self.cast<PyPlan&>().plan_;
     if (inputs.size() != plan.input_count() || outputs.size() != plan.output_count()) {
       throw py::value_error("a plan must be given as many inputs and outputs as it has");
@@ -313,7 +313,7 @@ class PyPlan {
       out.push_back({tensor[0], tensor[1], tensor[2]});
     }
     return PlanCall::function(std::make_unique<PlanCall>(self, plan, std::move(in), std::move(out),
-                                                         torch.attr("Tensor"), torch.attr("empty_strided"),
+                                                         std::move(global_hooks), torch.attr("Tensor"), torch.attr("empty_strided"),
                                                          torch.attr("get_num_threads")));
   }
 

@@ -84,6 +84,7 @@ class Plan:
         self,
         inputs: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
         outputs: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+        global_hooks: Sequence[dict[Any, Any]],
         torch: ModuleType,
     ) -> Callable[..., Tensor | list[Tensor] | None]: ...
     def profile(

@@ -5,9 +5,8 @@ behind every step, and for what another core has written. A lane's activations s
 meet once a run. In exchange every core reads all weights, so this is for networks whose weights are fewer bytes than
 their activations, and fit a last-level cache.
 
-All of a program is in lanes or none. There are as many as threads are set when the model is frozen, or a multiple where
-that many images would not fit a core's cache; a plan may run on any number of threads. An image's values do not depend
-on which images are beside it, so lanes change no bits.
+All of a program is in lanes or none. There are as many as threads are set when the model is frozen; the plan may run on
+any number of threads. An image's values do not depend on which images are beside it, so lanes change no bits.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ STEP_BYTES = 64 << 10  # what meeting behind a step costs, in bytes from another
 def run_in_lanes(program: Program) -> bool:
     """Replace the program's steps by those of its lanes, one lane's after the other's, where that saves time."""
     batch = batch_of(program)
-    lanes = _lane_count(program, batch, torch.get_num_threads())
-    if lanes < 2 or not all(splittable_steps(program, batch)) or not _pays(program):
+    lanes = min(batch, torch.get_num_threads())
+    if lanes < 2 or not all(splittable_steps(program, batch)) or not _pays(program, batch, lanes):
         return False
     if batch > MOST_ROWS and any(step.operator == "linear" for step in program.steps):
         return False  # many rows are multiplied in another order than few, in memory that steps share
@@ -41,18 +40,13 @@ def run_in_lanes(program: Program) -> bool:
     return True
 
 
-def _lane_count(program: Program, batch: int, threads: int) -> int:
-    if batch < 2 or threads < 2 or not program.steps:
-        return 1
-    fitting = max(1, CORE_BYTES * batch // max(_bytes(step) for step in program.steps))
-    return min(batch, threads * -(-batch // (threads * fitting)))
-
-
-def _bytes(step: Step) -> int:
-    return sum(view.values * view.dtype.itemsize for view in activations_of(step))
-
-
-def _pays(program: Program) -> bool:
+def _pays(program: Program, batch: int, lanes: int) -> bool:
+    activations = [sum(v.values * v.dtype.itemsize for v in activations_of(step)) for step in program.steps]
     constants = {v.buffer for step in program.steps for v in step.views() if v.buffer.kind == "constant"}
     weights = sum(buffer.bytes for buffer in constants) + sum(weight.packed.bytes for weight in program.weights)
-    return weights <= min(WEIGHT_BYTES, sum(_bytes(step) + STEP_BYTES for step in program.steps))
+    images = -(-batch // lanes)
+    return (
+        max(activations, default=0) // batch * images <= CORE_BYTES
+        and weights <= WEIGHT_BYTES
+        and weights <= sum(activations) + len(activations) * STEP_BYTES
+    )
