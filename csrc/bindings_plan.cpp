@@ -63,11 +63,11 @@ class PyPlan {
         throw py::value_error("max_pool must be set only where cpu_conv2d_may_pool says so");
       }
     }
-    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
-                [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue,
-                    int threads) {
-                  return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
-                });
+    convolution(
+        out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+        [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
+          return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
+        });
   }
 
   void conv2d_strassen(const py::tuple& out, const py::tuple& input, std::shared_ptr<cpu::PackedConv2dWeight> weight,
@@ -313,8 +313,8 @@ class PyPlan {
       out.push_back({tensor[0], tensor[1], tensor[2]});
     }
     return PlanCall::function(std::make_unique<PlanCall>(self, plan, std::move(in), std::move(out),
-                                                         std::move(global_hooks), torch.attr("Tensor"), torch.attr("empty_strided"),
-                                                         torch.attr("get_num_threads")));
+                                                         std::move(global_hooks), torch.attr("Tensor"),
+                                                         torch.attr("empty_strided"), torch.attr("get_num_threads")));
   }
 
   // [([step, ...], seconds), ...]: see cpu/plan.h.
@@ -547,9 +547,8 @@ void bind_plan(py::module_& m) {
       .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
       .def("conv2d", &PyPlan::conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
-           py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
-           py::arg("input_relu"), py::arg("relu"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-           py::arg("max_pool") = false)
+           py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"),
+           py::arg("relu"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("max_pool") = false)
       .def("conv2d_strassen", &PyPlan::conv2d_strassen, py::arg("out"), py::arg("input"), py::arg("weight"),
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"))

@@ -27,7 +27,8 @@ class PlanCall {
     py::object size, stride, dtype;
   };
 
-  // `owner` keeps the plan alive; global_hooks: dictionaries, which must be empty; tensor: the class torch.Tensor; empty_strided and get_num_threads: torch's.
+  // `owner` keeps the plan alive; global_hooks: dictionaries, which must be empty; tensor: the class torch.Tensor;
+  // empty_strided and get_num_threads: torch's.
   PlanCall(py::object owner, cpu::Plan& plan, std::vector<Input> inputs, std::vector<Output> outputs,
            std::vector<py::dict> global_hooks, py::object tensor, py::object empty_strided, py::object get_num_threads)
       : owner_(std::move(owner)),
@@ -49,7 +50,8 @@ class PlanCall {
   // are several, or None.
   static py::object function(std::unique_ptr<PlanCall> call) {
     static PyMethodDef definition = {"plan_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&called)),
-                                     METH_FASTCALL, "Run the plan, or None where an input lies otherwise or there are hooks."};
+                                     METH_FASTCALL,
+                                     "Run the plan, or None where an input lies otherwise or there are hooks."};
     py::capsule self(call.release(), [](void* pointer) { delete static_cast<PlanCall*>(pointer); });
     PyObject* function = PyCFunction_NewEx(&definition, self.ptr(), nullptr);
     if (function == nullptr) throw py::error_already_set();

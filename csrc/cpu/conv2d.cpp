@@ -189,8 +189,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
     }
   }
   // Where no thread has a second task, the next one's pixels are for another core.
-  problem.prefetch_input &=
-      tasks > threads && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
+  problem.prefetch_input &= tasks > threads && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
   return tasks;
 }
 

@@ -124,7 +124,7 @@ void Plan::fill_arena(int value) {
 void Plan::prepare(int threads, bool moved) {
   if (threads == threads_ && !moved) return;
   const bool all = threads != threads_;
-  threads_ = 0;  // an exception leaves the plan unprepared
+  threads_ = 0;                               // an exception leaves the plan unprepared
   const int each = lanes_ > 1 ? 1 : threads;  // for each step
   for (Step& step : steps_) {
     if (all) {

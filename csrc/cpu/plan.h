@@ -7,8 +7,8 @@
 //
 // A run opens one parallel region. Works follow each other in phases with a barrier between them; threads draw a
 // phase's tasks from counters, each from its own part first, or, where there are no more tasks than threads, take
-// their own. Neighbouring steps that share no memory make one phase (the branches of an inception module), and works too
-// small for a second thread are joined and run by the first thread without barriers.
+// their own. Neighbouring steps that share no memory make one phase (the branches of an inception module), and works
+// too small for a second thread are joined and run by the first thread without barriers.
 //
 // The steps of a small network's batch may be in lanes, equal parts of the steps that share no memory. Then a lane is a
 // task, all of it run by one thread, and there is one phase.
@@ -87,9 +87,9 @@ class Plan {
     std::vector<const Work*> works;
     int64_t tasks = 0;
     bool serial = false;
-    bool drawn = false;  // its tasks are drawn from counters
-    std::vector<std::pair<const char*, int64_t>> ahead;  // constants of the next phase: where, how many bytes
-    size_t first_counter = 0;                            // one for each work and thread, where tasks are drawn
+    bool drawn = false;                                           // its tasks are drawn from counters
+    std::vector<std::pair<const char*, int64_t>> ahead;           // constants of the next phase: where, how many bytes
+    size_t first_counter = 0;                                     // one for each work and thread, where tasks are drawn
     size_t entries() const { return serial ? works.size() : 1; }  // of a profile
   };
 

@@ -75,7 +75,7 @@ class TeamBarrier {
 #endif
   }
 
-  struct alignas(128) Member {  // two lines: processors fetch the neighbour of a line, too
+  struct alignas(128) Member {            // two lines: processors fetch the neighbour of a line, too
     std::atomic<uint32_t> come[15] = {};  // the last meeting that this thread has come to, by rounds
     uint32_t meetings = 0;                // of this thread alone
   };

@@ -26,7 +26,7 @@ def frozen_layer_times(
     """Time a frozen model's steps, in place. Medians over ``rounds`` runs.
 
     Steps that ran side by side have one row together: ``name`` names them all, ``operator`` counts them by kind, and
-    ``out_shape`` is the last one's. Where the batch runs in lanes, a row is one step of all of them, on the whole batch.
+    ``out_shape`` is the last one's. Where the batch runs in lanes, a row is one step of all of them, the whole batch's.
 
     Args:
         eager: the calls of the model that was frozen (:func:`fastcnn.measurement.layers.layer_times`), to name steps

@@ -5,11 +5,11 @@
 //
 //   [input row][input channel][column modulo the stride][column div the stride]
 //
-// so that what a filter tap brings to adjacent pixels is adjacent. A strip of one channel with stride 1 is that already;
-// others are taken apart once a task. A micro-tile is up to two output rows x two vectors x all channels, in registers:
-// a load of input serves all channels, a weight in every lane all pixels. Its values then go to the lanes where memory
-// has them, pixel by pixel: each of the K vectors of the output takes its lanes from the K channels' vectors (`lanes`,
-// filled by conv2d.cpp).
+// so that what a filter tap brings to adjacent pixels is adjacent. A strip of one channel with stride 1 is that
+// already; others are taken apart once a task. A micro-tile is up to two output rows x two vectors x all channels, in
+// registers: a load of input serves all channels, a weight in every lane all pixels. Its values then go to the lanes
+// where memory has them, pixel by pixel: each of the K vectors of the output takes its lanes from the K channels'
+// vectors (`lanes`, filled by conv2d.cpp).
 //
 // Max pooling of 2x2 windows with stride 2 (problem.max_pool, asked for by a frozen model) is taken from the registers:
 // the larger of the two rows, then of neighbouring lanes; even lanes go to memory.

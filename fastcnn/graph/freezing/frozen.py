@@ -80,7 +80,7 @@ class FrozenModel(nn.Module):
         for spec in recipe.outputs:
             _require_within(spec, self._output_memory)
         whole = _whole_results(recipe.outputs, self._output_memory)
-        # One native function for inputs that lie as the example's; it returns None for others, and where there are hooks.
+        # One native function for inputs that lie as the example's; None for others, and where there are hooks.
         self._call = None
         if whole is not None:
             self._call = self._plan.caller(self._input_checks, whole, _GLOBAL_HOOKS, torch)

@@ -6,6 +6,8 @@ A Winograd tile of 4x4 or 2x2 outputs holds whole windows, and so do two rows of
 
 from __future__ import annotations
 
+from typing import cast
+
 from fastcnn import _native
 from fastcnn.graph.freezing.program import Program, Step
 
@@ -51,7 +53,7 @@ def _can_pool(program: Program, convolution: Step, pooling: Step) -> bool:
         return convolution.operator == "conv2d_winograd"
     assert convolution.weight is not None
     weight, input, out = program.weights[convolution.weight].packed, convolution.inputs[0], pooling.out
-    stride, padding, dilation = convolution.attributes[-3:]
+    stride, padding, dilation = cast("tuple[tuple[int, int], ...]", convolution.attributes[-3:])
     assert isinstance(weight, _native.PackedConv2dWeight)
     assert input is not None
     pixels = out.pixel_stride()
