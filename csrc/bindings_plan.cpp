@@ -47,15 +47,27 @@ class PyPlan {
   void conv2d(const py::tuple& out, const py::tuple& input, std::shared_ptr<cpu::PackedConv2dWeight> weight,
               const py::object& scale, const py::object& bias, const py::object& residual,
               const py::object& input_scale, const py::object& input_shift, bool input_relu, bool relu, Pair stride,
-              Pair padding, Pair dilation) {
+              Pair padding, Pair dilation, bool max_pool) {
     if (weight->bf16_pairs && operand(input, "input").dtype != DType::bf16) {
       throw py::type_error("input must be bfloat16, as the weight that was packed");
     }
     const Conv2dGeometry geometry =
         conv2d_geometry(weight->filter_h, weight->filter_w, weight->groups, stride, padding, dilation);
-    convolution(out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
-                [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue,
-                    int threads) { return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads); });
+    if (max_pool) {
+      const TensorView y = view(operand(out, "out"), "out"), x = view(operand(input, "input"), "input");
+      require_shape(y, "out", x.n, weight->out_channels, y.h, y.w);
+      require_shape(x, "input", y.n, weight->in_channels, x.h, x.w);
+      if (!residual.is_none()) throw py::value_error("residual must be None where max_pool is set");
+      if (geometry.pad_top < 0 || geometry.pad_left < 0) throw py::value_error("padding must not be negative");
+      if (!cpu::conv2d_may_pool(y, x, *weight, geometry)) {
+        throw py::value_error("max_pool must be set only where cpu_conv2d_may_pool says so");
+      }
+    }
+    convolution(
+        out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+        [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
+          return cpu::conv2d_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
+        });
   }
 
   void conv2d_strassen(const py::tuple& out, const py::tuple& input, std::shared_ptr<cpu::PackedConv2dWeight> weight,
@@ -109,7 +121,9 @@ class PyPlan {
     require_shape(wv, "weight", wv.n, xv.c, 1, 1);
     require_one_dtype({y, x, w});
     const Operand b = vector(bias, "bias", yv.c);
-    workspace_->reserve(cpu::linear_workspace_bytes(xv.n, xv.c));  // here, so that its size is known before a run
+    const int64_t workspace_bytes = cpu::linear_workspace_bytes(xv.n, xv.c);
+    shares_workspace_ |= workspace_bytes > 0;
+    workspace_->reserve(workspace_bytes);  // here, so that its size is known before a run
     plan_->add({y, x, w}, [=, workspace = workspace_](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_work(placed(yv, y, at), placed(xv, x, at), placed(wv, w, at), floats(b, at),
                               activation_of(relu), threads, workspace);
@@ -248,6 +262,11 @@ class PyPlan {
     });
   }
 
+  void set_lanes(int64_t lanes) {
+    if (lanes > 1 && shares_workspace_) throw py::value_error("lanes must not hold linear layers with many rows");
+    plan_->set_lanes(lanes);
+  }
+
   void run(const std::vector<py::object>& inputs, const std::vector<py::object>& outputs, int threads) {
     const auto [in, out] = memories(inputs, outputs, threads);
     py::gil_scoped_release release;
@@ -255,9 +274,9 @@ class PyPlan {
   }
 
   // A frozen model's call (plan_call.h). inputs, outputs: (shape, strides, dtype) of each tensor, which must span its
-  // region; torch: the module.
+  // region; global_hooks: dictionaries of the hooks of all modules; torch: the module.
   static py::object caller(const py::object& self, const py::list& inputs, const py::list& outputs,
-                           const py::object& torch) {
+                           std::vector<py::dict> global_hooks, const py::object& torch) {
     auto& plan = *self.cast<PyPlan&>().plan_;
     if (inputs.size() != plan.input_count() || outputs.size() != plan.output_count()) {
       throw py::value_error("a plan must be given as many inputs and outputs as it has");
@@ -294,8 +313,8 @@ class PyPlan {
       out.push_back({tensor[0], tensor[1], tensor[2]});
     }
     return PlanCall::function(std::make_unique<PlanCall>(self, plan, std::move(in), std::move(out),
-                                                         torch.attr("Tensor"), torch.attr("empty_strided"),
-                                                         torch.attr("get_num_threads")));
+                                                         std::move(global_hooks), torch.attr("Tensor"),
+                                                         torch.attr("empty_strided"), torch.attr("get_num_threads")));
   }
 
   // [([step, ...], seconds), ...]: see cpu/plan.h.
@@ -470,12 +489,25 @@ class PyPlan {
   std::unique_ptr<cpu::Plan> plan_;
   // Of all steps with several works: the plan runs those of one step at a time.
   std::shared_ptr<cpu::Workspace> workspace_ = std::make_shared<cpu::Workspace>();
+  bool shares_workspace_ = false;
 };
 
 void require_short_weights(DType dtype) {
   if (!cpu::reads_short_weights(dtype)) {
     throw py::value_error("dtype must be one whose short weights this processor's instruction set reads");
   }
+}
+
+// Whether Plan.conv2d may pool: `out` is what would be left, with pixels `pixel_stride` apart.
+bool conv2d_may_pool(const cpu::PackedConv2dWeight& weight, const std::vector<int64_t>& out, int64_t pixel_stride,
+                     const std::vector<int64_t>& input, const std::string& dtype, Pair stride, Pair padding,
+                     Pair dilation) {
+  if (out.size() != 4 || input.size() != 4) throw py::value_error("out and input must have 4 sizes");
+  const DType type = dtype_named(dtype);
+  const TensorView y = {nullptr, type, out[0], out[2], out[3], out[1], pixel_stride};
+  const TensorView x = {nullptr, type, input[0], input[2], input[3], input[1], input[1]};
+  return cpu::conv2d_may_pool(
+      y, x, weight, conv2d_geometry(weight.filter_h, weight.filter_w, weight.groups, stride, padding, dilation));
 }
 
 std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight(py::handle weight) {
@@ -503,6 +535,8 @@ std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight_from(const py::buffe
 void bind_plan(py::module_& m) {
   m.def("cpu_reads_short_weights",
         [](const std::string& dtype) { return cpu::reads_short_weights(dtype_named(dtype)); });
+  m.def("cpu_conv2d_may_pool", &conv2d_may_pool, py::arg("weight"), py::arg("out"), py::arg("pixel_stride"),
+        py::arg("input"), py::arg("dtype"), py::arg("stride"), py::arg("padding"), py::arg("dilation"));
   py::class_<cpu::ShortLinearWeight, std::shared_ptr<cpu::ShortLinearWeight>>(m, "ShortLinearWeight")
       .def(py::init(&short_linear_weight), py::arg("weight"))
       .def_static("from_packed", &short_linear_weight_from, py::arg("packed"), py::arg("columns"), py::arg("depth"),
@@ -512,7 +546,9 @@ void bind_plan(py::module_& m) {
   py::class_<PyPlan>(m, "Plan")
       .def(py::init<int64_t, py::object, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("arena_bytes"),
            py::arg("constants"), py::arg("input_bytes"), py::arg("output_bytes"))
-      .def("conv2d", &PyPlan::conv2d)
+      .def("conv2d", &PyPlan::conv2d, py::arg("out"), py::arg("input"), py::arg("weight"), py::arg("scale"),
+           py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"), py::arg("input_relu"),
+           py::arg("relu"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("max_pool") = false)
       .def("conv2d_strassen", &PyPlan::conv2d_strassen, py::arg("out"), py::arg("input"), py::arg("weight"),
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"))
@@ -535,6 +571,7 @@ void bind_plan(py::module_& m) {
       .def("reduce_last", &PyPlan::reduce_last)
       .def("layer_norm", &PyPlan::layer_norm)
       .def("softmax", &PyPlan::softmax)
+      .def("set_lanes", &PyPlan::set_lanes)
       .def("run", &PyPlan::run)
       .def("caller", &PyPlan::caller)
       .def("profile", &PyPlan::profile)

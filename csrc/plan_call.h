@@ -1,7 +1,8 @@
 // A frozen model's call as one builtin function: checks the inputs, allocates the results and runs the plan.
 //
 // A small network runs in some microseconds, so what Python would do around it counts. The function serves inputs that
-// lie exactly as the example did and returns None for all others, which Python then converts or names in an error.
+// lie exactly as the example did and returns None for all others, which Python then converts or names in an error. It
+// looks for hooks as well, since looking from Python takes half a microsecond: with any, it returns None.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,23 +27,31 @@ class PlanCall {
     py::object size, stride, dtype;
   };
 
-  // `owner` keeps the plan alive; tensor: the class torch.Tensor; empty_strided and get_num_threads: torch's.
-  PlanCall(py::object owner, cpu::Plan& plan, std::vector<Input> inputs, std::vector<Output> outputs, py::object tensor,
-           py::object empty_strided, py::object get_num_threads)
+  // `owner` keeps the plan alive; global_hooks: dictionaries, which must be empty; tensor: the class torch.Tensor;
+  // empty_strided and get_num_threads: torch's.
+  PlanCall(py::object owner, cpu::Plan& plan, std::vector<Input> inputs, std::vector<Output> outputs,
+           std::vector<py::dict> global_hooks, py::object tensor, py::object empty_strided, py::object get_num_threads)
       : owner_(std::move(owner)),
         plan_(plan),
         inputs_(std::move(inputs)),
         outputs_(std::move(outputs)),
+        global_hooks_(std::move(global_hooks)),
         tensor_(std::move(tensor)),
         empty_strided_(std::move(empty_strided)),
         get_num_threads_(std::move(get_num_threads)),
         is_neg_(py::str("is_neg")),
-        keywords_(py::make_tuple("dtype")) {}
+        keywords_(py::make_tuple("dtype")) {
+    for (const char* name : {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}) {
+      own_hooks_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name)));
+    }
+  }
 
-  // The function: one positional argument an input; returns a tensor, a list where there are several, or None.
+  // The function: the module's __dict__, then one positional argument an input; returns a tensor, a list where there
+  // are several, or None.
   static py::object function(std::unique_ptr<PlanCall> call) {
     static PyMethodDef definition = {"plan_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&called)),
-                                     METH_FASTCALL, "Run the plan, or None where an input lies otherwise."};
+                                     METH_FASTCALL,
+                                     "Run the plan, or None where an input lies otherwise or there are hooks."};
     py::capsule self(call.release(), [](void* pointer) { delete static_cast<PlanCall*>(pointer); });
     PyObject* function = PyCFunction_NewEx(&definition, self.ptr(), nullptr);
     if (function == nullptr) throw py::error_already_set();
@@ -54,7 +63,8 @@ class PlanCall {
     try {
       auto* call = static_cast<PlanCall*>(PyCapsule_GetPointer(self, nullptr));
       if (call == nullptr) return nullptr;
-      return call->run(arguments, count).release().ptr();
+      if (count == 0 || call->hooked(arguments[0])) return py::none().release().ptr();
+      return call->run(arguments + 1, count - 1).release().ptr();
     } catch (py::error_already_set& error) {
       error.restore();
     } catch (const std::bad_alloc&) {
@@ -88,6 +98,20 @@ class PlanCall {
     return outputs_.size() == 1 ? result : results;
   }
 
+  // Whether a module with these attributes has hooks, or all modules have; true as well where one cannot tell.
+  bool hooked(PyObject* attributes) const {
+    if (!PyDict_CheckExact(attributes)) return true;
+    for (const py::object& name : own_hooks_) {
+      PyObject* hooks = PyDict_GetItemWithError(attributes, name.ptr());
+      if (hooks == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) > 0) return true;
+    }
+    for (const py::dict& hooks : global_hooks_) {
+      if (PyDict_GET_SIZE(hooks.ptr()) > 0) return true;
+    }
+    return false;
+  }
+
   // Where a tensor lies, or null where it is not exactly as the example was. Strides of size-1 dimensions mean nothing.
   void* address(PyObject* object, const Input& expected) const {
     if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_.ptr()) return nullptr;
@@ -117,6 +141,8 @@ class PlanCall {
   cpu::Plan& plan_;
   std::vector<Input> inputs_;
   std::vector<Output> outputs_;
+  std::vector<py::dict> global_hooks_;
+  std::vector<py::object> own_hooks_;  // names of attributes
   py::object tensor_, empty_strided_, get_num_threads_, is_neg_, keywords_;
 };
 

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <numeric>
 
 #include "conv2d_bf16.h"
 #include "isa/table.h"
@@ -92,57 +91,41 @@ void choose_source(Conv2dProblem& problem) {
     }
     return;
   }
-  problem.strip_pixels = (out.w - 1) * g.stride_w + g.filter_w;
+  const int64_t width = problem.convolved(out.w);
+  problem.strip_pixels = (width - 1) * g.stride_w + g.filter_w;
   problem.strip_pitch = ceil_div(problem.strip_pixels * problem.group_in, 16) * 16 + 16;
   // A micro-tile's pixels lie in one output row: narrow rows leave registers empty.
-  const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
+  const int64_t row_tiles = ceil_div(width, table.micro_rows);
   const bool fits = problem.input_rows(1) * problem.strip_pitch * 4 <= kStripBytes && row_tiles <= kMaxMicroTiles &&
-                    3 * out.w >= 2 * row_tiles * table.micro_rows;
+                    3 * width >= 2 * row_tiles * table.micro_rows;
   if (fits && g.dilation_w == 1 && !one_set(g.stride_w * problem.group_in)) {
     problem.source = ConvSource::strip;
     problem.prefetch_input = true;
   }
 }
 
-// Whether isa/conv2d_narrow.h serves a problem: few channels out, into memory without gaps, and the pixels under a
-// vector of outputs within one vector of the strip. Sets how many vectors it takes until channels and lanes meet again.
-bool is_narrow(Conv2dProblem& problem) {
+// Whether isa/conv2d_narrow.h serves a problem: few channels out, into memory without gaps.
+bool is_narrow(const Conv2dProblem& problem) {
   const KernelTable& table = kernels();
-  constexpr int64_t kTableBytes = 16 << 10;
-  const int64_t channels = problem.group_out, width = table.vector_width;
   const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
-  if (!table.permutes || problem.source != ConvSource::strip || problem.geometry.groups != 1 || 2 * channels > width ||
-      problem.out.pixel_stride != channels || problem.out.dtype != DType::f32 || problem.residual ||
-      reduction > table.max_chunk) {
-    return false;
-  }
-  problem.narrow_phases = channels / std::gcd(channels, width);
-  const int64_t span = (width + channels - 2) / channels * problem.geometry.stride_w * problem.group_in;
-  const int64_t row_values = problem.geometry.filter_w * problem.group_in;
-  return span < width && problem.narrow_phases * (reduction + kNarrowExtraRows) * width * 4 <= kTableBytes &&
-         row_values * problem.input_rows(table.micro_rows) * width * 4 <= kConv2dNarrowBytes;
+  return table.permutes && problem.source == ConvSource::strip && problem.geometry.groups == 1 &&
+         2 * problem.group_out <= table.vector_width && problem.out.pixel_stride == problem.group_out &&
+         problem.out.dtype == DType::f32 && !problem.residual && reduction <= table.max_chunk;
 }
 
-// [phase][reduction value, then scale, bias and the lanes' pixels][lane]
-std::shared_ptr<float> narrow_table(const Conv2dProblem& problem) {
-  const KernelTable& table = kernels();
-  const int64_t channels = problem.group_out, width = table.vector_width;
-  const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
-  const int64_t step = problem.geometry.stride_w * problem.group_in;
-  const int64_t bytes = problem.narrow_phases * (reduction + kNarrowExtraRows) * width * 4;
-  std::shared_ptr<float> memory(static_cast<float*>(allocate_aligned(bytes)), std::free);
-  float* to = memory.get();
-  for (int64_t phase = 0; phase < problem.narrow_phases; ++phase) {
-    const int64_t first = phase * width;
-    const auto put = [&](const float* values) {
-      for (int64_t lane = 0; lane < width; ++lane) *to++ = values[(first + lane) % channels];
-    };
-    for (int64_t row = 0; row < reduction; ++row) put(problem.packed_weight + row * table.column_block);
-    put(problem.scale);
-    put(problem.bias);
-    for (int64_t lane = 0; lane < width; ++lane, ++to) {
-      const auto index = static_cast<uint32_t>(((first + lane) / channels - first / channels) * step);
-      std::memcpy(to, &index, 4);
+// [vector of the output][channel][lane]: which lane of the channel's pixels goes there, or none. Where pooled, pixels
+// are in every second lane.
+std::shared_ptr<uint32_t> narrow_lanes(const Conv2dProblem& problem) {
+  const int64_t channels = problem.group_out, width = kernels().vector_width;
+  std::shared_ptr<uint32_t> memory(static_cast<uint32_t*>(allocate_aligned(channels * channels * width * 4)),
+                                   std::free);
+  uint32_t* to = memory.get();
+  for (int64_t vector = 0; vector < channels; ++vector) {
+    for (int64_t k = 0; k < channels; ++k) {
+      for (int64_t lane = 0; lane < width; ++lane, ++to) {
+        const int64_t value = vector * width + lane;
+        *to = value % channels == k ? static_cast<uint32_t>(problem.convolved(value / channels)) : ~uint32_t{0};
+      }
     }
   }
   return memory;
@@ -155,7 +138,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   const KernelTable& table = kernels();
   const Conv2dGeometry& g = problem.geometry;
   const TensorView& out = problem.out;
-  const bool strip = problem.source == ConvSource::strip, narrow = problem.narrow_phases > 0;
+  const bool strip = problem.source == ConvSource::strip, narrow = is_narrow(problem);
   const int64_t reduction = g.filter_h * g.filter_w * problem.group_in;
   const int64_t chunks = ceil_div(reduction, table.max_chunk);
   problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
@@ -164,7 +147,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   constexpr double kLaterBytesPerCycle = 8;  // of weights that are not in L2
   const double vector_cycles = problem.source == ConvSource::in_place ? 0 : problem.has_prologue() ? 5 : 3;
   // Units of pixels that a task is made of: output rows of a strip, else micro-tiles.
-  const int64_t row_tiles = ceil_div(out.w, table.micro_rows);
+  const int64_t row_tiles = ceil_div(problem.convolved(out.w), table.micro_rows);
   const int64_t units = strip ? out.h : ceil_div(out.pixels(), table.micro_rows);
   const int64_t most_units = narrow  ? 2 * table.micro_rows
                              : strip ? std::max<int64_t>(1, kMaxMicroTiles / row_tiles)
@@ -179,7 +162,7 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       row_tasks = out.n * ceil_div(out.h, rows);
       const int64_t input_rows = problem.input_rows(rows);
       if (wanted > 1 && input_rows * problem.strip_pitch * 4 > kStripBytes) continue;
-      pixels = static_cast<double>(rows * out.w);
+      pixels = static_cast<double>(problem.convolved(rows) * problem.convolved(out.w));
       brought = static_cast<double>(input_rows) * problem.strip_pitch / table.vector_width;
     } else {
       rows = ceil_div(out.pixels(), ceil_div(units, wanted));
@@ -205,7 +188,8 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       }
     }
   }
-  problem.prefetch_input &= problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
+  // Where no thread has a second task, the next one's pixels are for another core.
+  problem.prefetch_input &= tasks > threads && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
   return tasks;
 }
 
@@ -230,8 +214,23 @@ int64_t cut_grouped(Conv2dProblem& problem, int threads) {
 
 }  // namespace
 
+bool conv2d_may_pool(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
+                     const Conv2dGeometry& geometry) {
+  if (weight.bf16_pairs || weight.spans_groups) return false;
+  Conv2dProblem problem{};
+  problem.out = out;
+  problem.input = input;
+  problem.geometry = geometry;
+  problem.group_in = weight.group_in;
+  problem.group_out = weight.group_out;
+  problem.max_pool = true;
+  choose_source(problem);
+  return is_narrow(problem);
+}
+
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
-                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads) {
+                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads,
+                  bool max_pool) {
   if (weight.bf16_pairs) return conv2d_bf16_work(out, input, weight, prologue, epilogue, geometry, threads);
   const KernelTable& table = kernels();
   const int64_t groups = weight.spans_groups ? 1 : weight.groups;
@@ -254,9 +253,11 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   problem.bias = vectors.bias;
   problem.residual = epilogue.residual;
   problem.relu = epilogue.activation == Activation::relu;
+  problem.max_pool = max_pool;
 
   constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
-  if (out.pixels() * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {
+  const int64_t pixels = out.pixels() * (max_pool ? 4 : 1);
+  if (pixels * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {
     threads = 1;
   }
   Work work;
@@ -271,12 +272,11 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
     };
   } else {
     choose_source(problem);
-    if (!is_narrow(problem)) problem.narrow_phases = 0;
     work.tasks = cut_dense(problem, threads);
+    std::shared_ptr<uint32_t> lanes;
+    if (is_narrow(problem)) problem.narrow_lanes = (lanes = narrow_lanes(problem)).get();
     work.scratch_bytes = table.conv2d_scratch_bytes(problem);
-    std::shared_ptr<float> narrow;
-    if (problem.narrow_phases > 0) problem.narrow_table = (narrow = narrow_table(problem)).get();
-    work.run = [problem, memory = vectors.memory, narrow, &table](int64_t task, void* scratch) {
+    work.run = [problem, memory = vectors.memory, lanes, &table](int64_t task, void* scratch) {
       table.conv2d_task(problem, task, scratch);
     };
   }

@@ -192,6 +192,7 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   Work work;
   work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
   work.threads = cut.threads;
+  p.one_task_each = work.tasks <= cut.threads;
   const auto scratch_bytes = weight.bf16_pairs ? table.bf16->winograd_scratch_bytes : table.winograd_scratch_bytes;
   const auto run_task = weight.bf16_pairs ? table.bf16->winograd_task : table.winograd_task;
   work.scratch_bytes = scratch_bytes(p);

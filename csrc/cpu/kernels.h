@@ -116,12 +116,17 @@ void batch_norm_vectors(float* centre, float* scale, float* shift, const double*
                         const float* weight, const float* bias, double eps, int64_t channels);
 
 // The same operators prepared but not run (work.h). Tensors, weights and vectors must outlive the works.
+// max_pool: `out` is the maximum of each 2x2 window of what is convolved; rows and columns that make no whole window
+// are not computed. Then there may be no residual, and conv2d_may_pool() must say so.
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
-                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads);
+                  const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry, int threads,
+                  bool max_pool = false);
+// `out` is what would be left after pooling; its and the input's data are not looked at.
+bool conv2d_may_pool(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
+                     const Conv2dGeometry& geometry);
 Works conv2d_strassen_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, int threads);
-// max_pool: `out` is the maximum of each 2x2 window of what is convolved; rows and columns that make no whole window
-// are not computed. Then there may be no residual.
+// max_pool: as above, for any shape.
 Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const PackedConv2dWinogradWeight& weight,
                            const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
                            int threads, bool max_pool = false);

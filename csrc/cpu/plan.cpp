@@ -97,6 +97,25 @@ void Plan::add(const std::vector<Operand>& operands, Prepare prepare) {
   threads_ = 0;
 }
 
+void Plan::set_lanes(int64_t lanes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto count = static_cast<int64_t>(steps_.size());
+  if (lanes < 1 || count % lanes != 0) throw std::invalid_argument("lanes must divide the number of steps");
+  const int64_t length = count / lanes;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < count; ++j) {
+      if (i / length == j / length) continue;
+      for (const Operand& operand : steps_[static_cast<size_t>(j)].operands) {
+        if (may_overlap(steps_[static_cast<size_t>(i)].operands.front(), operand)) {
+          throw std::invalid_argument("lanes must not touch what another one writes");
+        }
+      }
+    }
+  }
+  lanes_ = lanes;
+  threads_ = 0;
+}
+
 void Plan::fill_arena(int value) {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::memset(arena_.get(), value, static_cast<size_t>(sizes_[0]));
@@ -105,24 +124,29 @@ void Plan::fill_arena(int value) {
 void Plan::prepare(int threads, bool moved) {
   if (threads == threads_ && !moved) return;
   const bool all = threads != threads_;
-  threads_ = 0;  // an exception leaves the plan unprepared
+  threads_ = 0;                               // an exception leaves the plan unprepared
+  const int each = lanes_ > 1 ? 1 : threads;  // for each step
   for (Step& step : steps_) {
     if (all) {
-      step.works = step.prepare(bases_, threads);
+      step.works = step.prepare(bases_, each);
       step.at.clear();
       for (const size_t region : step.external) step.at.push_back(bases_[region]);
       step.elsewhere.clear();
     } else {
-      move(step, threads);
+      move(step, each);
     }
   }
-  if (!all) {
-    threads_ = threads;
-    return;
+  if (all) {
+    phases_.clear();
+    scratch_bytes_ = 0;
+    team_ = 1;
+    lanes_ > 1 ? make_lanes(threads) : make_phases(threads);
+    barrier_.reserve(team_);
   }
-  phases_.clear();
-  scratch_bytes_ = 0;
-  team_ = 1;
+  threads_ = threads;
+}
+
+void Plan::make_phases(int threads) {
   std::vector<const Step*> group;
   for (const Step& step : steps_) {
     if (!may_join(group, step)) {
@@ -135,7 +159,9 @@ void Plan::prepare(int threads, bool moved) {
   counter_count_ = 0;
   for (Phase& phase : phases_) {
     phase.first_counter = counter_count_;
-    counter_count_ += phase.serial ? 1 : phase.works.size() * team_;
+    phase.drawn = !phase.serial && std::any_of(phase.works.begin(), phase.works.end(),
+                                               [&](const Work* work) { return tasks_of(*work) > team_; });
+    if (phase.drawn) counter_count_ += phase.works.size() * team_;
   }
   counters_.reset(new Counter[counter_count_]);
   int64_t constant_bytes = 0;
@@ -150,7 +176,33 @@ void Plan::prepare(int threads, bool moved) {
       room -= bytes;
     }
   }
-  threads_ = threads;
+}
+
+void Plan::make_lanes(int threads) {
+  int64_t scratch_bytes = 0;
+  for (const Step& step : steps_) {
+    for (const Work& work : step.works) scratch_bytes = std::max(scratch_bytes, work.scratch_bytes);
+  }
+  lane_work_ = {lanes_, threads, scratch_bytes, [this](int64_t lane, void* scratch) { run_lane(lane, scratch); }};
+  scratch_bytes_ = scratch_bytes;
+  team_ = static_cast<int>(std::min<int64_t>(lanes_, threads));
+  Phase phase;
+  phase.works = {&lane_work_};
+  phase.tasks = lanes_;
+  phase.serial = threads == 1;
+  phase.drawn = !phase.serial && lanes_ > team_;
+  phases_ = {phase};
+  counter_count_ = phase.drawn ? team_ : 0;
+  counters_.reset(new Counter[counter_count_]);
+}
+
+void Plan::run_lane(int64_t lane, void* scratch) const {
+  const size_t length = steps_.size() / static_cast<size_t>(lanes_);
+  for (size_t i = 0; i < length; ++i) {
+    for (const Work& work : steps_[static_cast<size_t>(lane) * length + i].works) {
+      for (int64_t task = 0; task < work.tasks; ++task) work.run(task, scratch);
+    }
+  }
 }
 
 // The same works at other addresses: phases_ keeps its pointers to them.
@@ -226,15 +278,25 @@ void Plan::fetch_ahead(const Phase& phase, int64_t task) const {
   }
 }
 
+// The tasks of a phase with no more tasks than threads: no counter has to go from core to core.
+void Plan::take_tasks(const Phase& phase, int me, int team, void* scratch) const {
+  int64_t first = 0;  // of the work's tasks among the phase's
+  for (const Work* work : phase.works) {
+    const int64_t tasks = tasks_of(*work);
+    for (int64_t run = me; run < team_; run += team) {
+      for (int64_t task = tasks * run / team_; task < tasks * (run + 1) / team_; ++task) {
+        fetch_ahead(phase, first + task);
+        run_task(*work, task, scratch);
+      }
+    }
+    first += tasks;
+  }
+}
+
 // The tasks of a phase that fall to this thread. Each work's tasks are cut into as many runs as there are threads; a
 // thread does its own run of every work, then helps with the others'. So it mostly meets the same part of the picture
 // in every layer, in its own cache.
-void Plan::draw_tasks(const Phase& phase, void* scratch) {
-#ifdef _OPENMP
-  const int64_t me = omp_get_thread_num();
-#else
-  const int64_t me = 0;
-#endif
+void Plan::draw_tasks(const Phase& phase, int me, void* scratch) {
   for (int64_t distance = 0; distance < team_; ++distance) {
     const int64_t run = (me + distance) % team_;
     int64_t first = 0;  // of the work's tasks among the phase's
@@ -252,7 +314,7 @@ void Plan::draw_tasks(const Phase& phase, void* scratch) {
 }
 
 void Plan::execute(Stamps* stamps) {
-  // Each stamp has one writer: whoever ran the work of a serial phase, or one thread behind a phase's barrier.
+  // All are the first thread's: of its own serial works, and behind a phase's barrier.
   const auto stamp = [stamps](size_t entry) {
     if (stamps != nullptr) (*stamps)[entry + 1] = std::chrono::steady_clock::now();
   };
@@ -273,41 +335,44 @@ void Plan::execute(Stamps* stamps) {
   }
   for (size_t i = 0; i < counter_count_; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
   std::atomic<bool> out_of_memory{false};
+  int came = 1;
 #pragma omp parallel num_threads(team_)
   {
 #ifdef _OPENMP
     const int team = omp_get_num_threads();  // the runtime may give fewer than were asked for
+    const int me = omp_get_thread_num();
 #else
-    const int team = 1;
+    const int team = 1, me = 0;
 #endif
+    if (team != last_team_) {  // nobody writes last_team_ within the region
+#pragma omp single
+      barrier_.restart();
+    }
+    if (me == 0) came = team;
     void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
-    if (scratch_bytes_ > 0 && scratch == nullptr) out_of_memory = true;
-    barrier_.wait(team);
-    if (!out_of_memory) {
-      size_t entry = 0;
-      for (size_t i = 0; i < phases_.size(); ++i) {
-        const Phase& phase = phases_[i];
-        if (phase.serial) {
-          // The first thread that comes runs it all.
-          if (counters_[phase.first_counter].next.fetch_add(1, std::memory_order_relaxed) == 0) {
-            for (size_t at = 0; at < phase.works.size(); ++at) {
-              const Work& work = *phase.works[at];
-              for (int64_t task = 0; task < work.tasks; ++task) work.run(task, scratch);
-              stamp(entry + at);
-            }
+    // A thread without memory does nothing but meet the others.
+    const bool works = scratch_bytes_ == 0 || scratch != nullptr;
+    if (!works) out_of_memory = true;
+    size_t entry = 0;
+    for (size_t i = 0; i < phases_.size(); ++i) {
+      const Phase& phase = phases_[i];
+      if (phase.serial) {
+        if (me == 0) {
+          for (size_t at = 0; at < phase.works.size(); ++at) {
+            const Work& work = *phase.works[at];
+            for (int64_t task = 0; works && task < work.tasks; ++task) work.run(task, scratch);
+            stamp(entry + at);
           }
-        } else {
-          draw_tasks(phase, scratch);
         }
-        if (i + 1 < phases_.size() || stamps != nullptr) barrier_.wait(team);  // the region's end is one, too
-        entry += phase.entries();
-        if (!phase.serial) {
-#pragma omp master
-          stamp(entry - 1);
-        }
+      } else if (works) {
+        phase.drawn ? draw_tasks(phase, me, scratch) : take_tasks(phase, me, team, scratch);
       }
+      if (i + 1 < phases_.size() || stamps != nullptr) barrier_.wait(me, team);  // the region's end is one, too
+      entry += phase.entries();
+      if (!phase.serial && me == 0) stamp(entry - 1);
     }
   }
+  last_team_ = came;
   if (out_of_memory) throw std::bad_alloc();
 }
 
@@ -322,6 +387,23 @@ void Plan::place_and_prepare(Addresses inputs, Addresses outputs, int threads) {
   prepare(threads, moved);
 }
 
+std::vector<Plan::Timed> Plan::profile_lanes() {
+  void* scratch = scratch_bytes_ > 0 ? thread_scratch(scratch_bytes_) : nullptr;
+  if (scratch_bytes_ > 0 && scratch == nullptr) throw std::bad_alloc();
+  const size_t length = steps_.size() / static_cast<size_t>(lanes_);
+  std::vector<Timed> timed(length);
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    for (const Work& work : steps_[i].works) {
+      for (int64_t task = 0; task < work.tasks; ++task) work.run(task, scratch);
+    }
+    Timed& entry = timed[i % length];
+    entry.steps.push_back(static_cast<int64_t>(i));
+    entry.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / team_;
+  }
+  return timed;
+}
+
 void Plan::run(Addresses inputs, Addresses outputs, int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   place_and_prepare(inputs, outputs, threads);
@@ -331,6 +413,7 @@ void Plan::run(Addresses inputs, Addresses outputs, int threads) {
 std::vector<Plan::Timed> Plan::profile(Addresses inputs, Addresses outputs, int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   place_and_prepare(inputs, outputs, threads);
+  if (lanes_ > 1) return profile_lanes();
   std::vector<Timed> timed;
   const auto step_of = [&](const Work* work) {
     const auto owner = std::find_if(steps_.begin(), steps_.end(), [&](const Step& step) {

@@ -6,9 +6,12 @@
 // or outputs are prepared again, when those lie where they did not lie in one of the last runs.
 //
 // A run opens one parallel region. Works follow each other in phases with a barrier between them; threads draw a
-// phase's tasks from counters, each from its own part first. Neighbouring steps that share no memory make one phase
-// (the branches of an inception module), and works too small for a second thread are joined and run by one thread
-// without barriers.
+// phase's tasks from counters, each from its own part first, or, where there are no more tasks than threads, take
+// their own. Neighbouring steps that share no memory make one phase (the branches of an inception module), and works
+// too small for a second thread are joined and run by the first thread without barriers.
+//
+// The steps of a small network's batch may be in lanes, equal parts of the steps that share no memory. Then a lane is a
+// task, all of it run by one thread, and there is one phase.
 #pragma once
 
 #include <atomic>
@@ -46,11 +49,15 @@ class Plan {
   // Throws std::invalid_argument where the operand reaches beyond its region.
   void check(const Operand& operand, const char* name) const;
   void add(const std::vector<Operand>& operands, Prepare prepare);
+  // After all steps were added: each equal part of them is a lane. Throws std::invalid_argument where lanes have not
+  // equally many steps, or one touches what another writes.
+  void set_lanes(int64_t lanes);
 
   // inputs and outputs: as many addresses, of memory as long, as were announced. One run at a time: others wait.
   using Addresses = void* const*;
   void run(Addresses inputs, Addresses outputs, int threads);
-  // run() with a watch: what each phase took. Works that one thread ran in a row have an entry each.
+  // run() with a watch: what each phase took. Works that one thread ran in a row have an entry each. Lanes are run one
+  // after the other by one thread; an entry is what the same step of all lanes took, shared out among the threads.
   struct Timed {
     std::vector<int64_t> steps;  // whose works these are; several where steps ran side by side
     double seconds;
@@ -80,8 +87,9 @@ class Plan {
     std::vector<const Work*> works;
     int64_t tasks = 0;
     bool serial = false;
-    std::vector<std::pair<const char*, int64_t>> ahead;  // constants of the next phase: where, how many bytes
-    size_t first_counter = 0;                            // one for each work and thread; of a serial phase, one
+    bool drawn = false;                                           // its tasks are drawn from counters
+    std::vector<std::pair<const char*, int64_t>> ahead;           // constants of the next phase: where, how many bytes
+    size_t first_counter = 0;                                     // one for each work and thread, where tasks are drawn
     size_t entries() const { return serial ? works.size() : 1; }  // of a profile
   };
 
@@ -95,8 +103,13 @@ class Plan {
   void move(Step& step, int threads);
   void place_and_prepare(Addresses inputs, Addresses outputs, int threads);
   using Stamps = std::vector<std::chrono::steady_clock::time_point>;  // the start, then the end of each entry
+  void make_phases(int threads);
+  void make_lanes(int threads);
+  void run_lane(int64_t lane, void* scratch) const;
+  std::vector<Timed> profile_lanes();
   void fetch_ahead(const Phase& phase, int64_t task) const;
-  void draw_tasks(const Phase& phase, void* scratch);
+  void take_tasks(const Phase& phase, int me, int team, void* scratch) const;
+  void draw_tasks(const Phase& phase, int me, void* scratch);
   void execute(Stamps* stamps = nullptr);
 
   std::mutex mutex_;
@@ -110,7 +123,9 @@ class Plan {
   std::unique_ptr<Counter[]> counters_;
   size_t counter_count_ = 0;
   TeamBarrier barrier_;
-  int team_ = 1;
+  int team_ = 1, last_team_ = 0;
+  int64_t lanes_ = 1;
+  Work lane_work_;  // a task for each lane
   int64_t scratch_bytes_ = 0;
 };
 

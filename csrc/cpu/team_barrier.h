@@ -1,9 +1,13 @@
 // A barrier for the threads of one team that meet often: a network of small layers has a phase every few microseconds.
-// OpenMP's takes 0.2 microseconds where two threads arrive together, this one 0.05.
+//
+// In round k of log2(team) rounds a thread tells that it has come, in a cache line of its own, and waits for the thread
+// 2^k places before it (a dissemination barrier): two threads exchange one line each, where a common counter would go
+// to and fro and its result after it. OpenMP's takes 0.2 microseconds where two threads arrive together, this one 0.05.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 
 #ifdef _OPENMP
@@ -14,21 +18,38 @@ namespace fastcnn::cpu {
 
 class TeamBarrier {
  public:
-  // Called by each of `team` threads, the same number every time. Who waits spins for a while, then lets other threads
-  // have the processor; at once where the team has more threads than there are processors.
-  void wait(int team) {
-    const uint32_t round = round_.load(std::memory_order_relaxed);  // it cannot end without this thread
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = team <= processors() ? kSpins : 0; round_.load(std::memory_order_acquire) == round; --spins) {
-      if (spins > 0) {
-        pause();
-      } else {
-        std::this_thread::yield();
+  // For at most `team` threads. Nobody may be at the barrier.
+  void reserve(int team) {
+    if (team <= most_) return;
+    members_.reset(new Member[static_cast<size_t>(team)]);
+    most_ = team;
+  }
+
+  // Called by thread `me` of `team`, all of them the same number of times. Who waits spins for a while, then lets other
+  // threads have the processor; at once where the team has more threads than there are processors.
+  void wait(int me, int team) {
+    Member& mine = members_[me];
+    const uint32_t meeting = ++mine.meetings;
+    for (int round = 0; (1 << round) < team; ++round) {
+      mine.come[round].store(meeting, std::memory_order_release);
+      const std::atomic<uint32_t>& other = members_[(me + team - (1 << round)) % team].come[round];
+      int spins = team <= processors() ? kSpins : 0;
+      // It may have gone on to the next meeting.
+      for (; static_cast<int32_t>(other.load(std::memory_order_acquire) - meeting) < 0; --spins) {
+        if (spins > 0) {
+          pause();
+        } else {
+          std::this_thread::yield();
+        }
       }
+    }
+  }
+
+  // Before a team of another size than the last one's comes: all begin at the same meeting again.
+  void restart() {
+    for (int me = 0; me < most_; ++me) {
+      members_[me].meetings = 0;
+      for (auto& come : members_[me].come) come.store(0, std::memory_order_relaxed);
     }
   }
 
@@ -54,8 +75,13 @@ class TeamBarrier {
 #endif
   }
 
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
+  struct alignas(128) Member {            // two lines: processors fetch the neighbour of a line, too
+    std::atomic<uint32_t> come[15] = {};  // the last meeting that this thread has come to, by rounds
+    uint32_t meetings = 0;                // of this thread alone
+  };
+
+  std::unique_ptr<Member[]> members_;
+  int most_ = 0;
 };
 
 }  // namespace fastcnn::cpu

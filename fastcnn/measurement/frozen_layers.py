@@ -26,7 +26,7 @@ def frozen_layer_times(
     """Time a frozen model's steps, in place. Medians over ``rounds`` runs.
 
     Steps that ran side by side have one row together: ``name`` names them all, ``operator`` counts them by kind, and
-    ``out_shape`` is the last one's.
+    ``out_shape`` is the last one's. Where the batch runs in lanes, a row is one step of all of them, the whole batch's.
 
     Args:
         eager: the calls of the model that was frozen (:func:`fastcnn.measurement.layers.layer_times`), to name steps
@@ -59,9 +59,11 @@ def frozen_layer_times(
 def _step_names(recipe: Recipe, eager: Sequence[LayerTime]) -> list[str]:
     waiting = list(eager)
     names = []
-    for index, step in enumerate(recipe.steps):
+    length = len(recipe.steps) // recipe.lanes
+    for index, step in enumerate(recipe.steps[:length]):
         operator = re.sub("_(winograd|strassen|short)$", "", step.operator)
-        facts = (operator, tuple(step.out.shape), _flops(recipe, step))
+        alike = recipe.steps[index::length]
+        facts = (operator, _shape(alike), sum(_flops(recipe, lane) for lane in alike))
         match = next((call for call in waiting if (call.operator, call.out_shape, call.flops) == facts), None)
         if match is not None:
             waiting.remove(match)
@@ -70,6 +72,9 @@ def _step_names(recipe: Recipe, eager: Sequence[LayerTime]) -> list[str]:
 
 
 def _row(recipe: Recipe, names: Sequence[str], indices: Sequence[int], milliseconds: float) -> LayerTime:
+    everything = [recipe.steps[i] for i in indices]
+    if recipe.lanes > 1:  # the same step of all lanes
+        indices = indices[:1]
     steps = [recipe.steps[i] for i in indices]
     kinds = Counter(step.operator for step in steps)
     algorithms = [_algorithm(recipe, step) for step in steps]
@@ -78,11 +83,16 @@ def _row(recipe: Recipe, names: Sequence[str], indices: Sequence[int], milliseco
         operator=" + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in kinds.items()),
         backend=BACKEND,
         algorithm=" + ".join(dict.fromkeys(a for a in algorithms if a is not None)) or None,
-        out_shape=tuple(steps[-1].out.shape),
+        out_shape=_shape(everything) if recipe.lanes > 1 else tuple(steps[-1].out.shape),
         median_ms=milliseconds,
-        flops=sum(_flops(recipe, step) for step in steps),
-        bytes=sum(_bytes(recipe, step) for step in steps),
+        flops=sum(_flops(recipe, step) for step in everything),
+        bytes=sum(_bytes(recipe, step) for step in everything),
     )
+
+
+def _shape(lanes: Sequence[StepRecipe]) -> tuple[int, ...]:
+    """The shape of all lanes' outputs together."""
+    return (sum(step.out.shape[0] for step in lanes), *lanes[0].out.shape[1:])
 
 
 def _algorithm(recipe: Recipe, step: StepRecipe) -> str | None:
@@ -95,7 +105,7 @@ def _flops(recipe: Recipe, step: StepRecipe) -> int:
         return 2 * math.prod(step.out.shape) * recipe.weights[step.weight][0][1]
     if step.weight is not None:
         n, c, h, w = step.out.shape
-        pooled = step.operator == "conv2d_winograd" and step.attributes[-1] is True
+        pooled = step.attributes[-1:] == (True,) and step.operator != "conv2d_strassen"
         return conv_flops((n, c, 2 * h, 2 * w) if pooled else step.out.shape, recipe.weights[step.weight][0])
     if step.operator == "linear":
         weight = step.inputs[1]

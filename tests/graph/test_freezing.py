@@ -195,7 +195,9 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
 
 
 def operators_of(frozen: fastcnn.graph.freezing.FrozenModel) -> list[str]:
-    return [step.operator for step in frozen._recipe.steps]
+    """Of one lane, where the batch runs in lanes."""
+    recipe = frozen._recipe
+    return [step.operator for step in recipe.steps[: len(recipe.steps) // recipe.lanes]]
 
 
 # Batch, channels in and out, height and width. Many blocks of tiles; few, so that threads share out the output

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 import fastcnn
 import fastcnn.nn as fnn
-from fastcnn.graph.freezing import chunks
+from fastcnn.graph.freezing import chunks, recipe
+
+
+@pytest.fixture(autouse=True)
+def no_lanes(monkeypatch) -> None:
+    """Small networks would not run in chunks but in lanes (test_freezing_lanes.py)."""
+    monkeypatch.setattr(recipe, "run_in_lanes", lambda program: False)
 
 
 class Block(nn.Module):

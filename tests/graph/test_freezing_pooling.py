@@ -1,6 +1,10 @@
-"""Max pooling taken in a frozen Winograd convolution: the bits of the two steps, and where it must not be."""
+"""Max pooling taken in a frozen convolution: the bits of the two steps, and where it must not be."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ def steps_of(frozen: nn.Module) -> list[tuple[str, bool]]:
 
 
 POOLED = ("conv2d_winograd", True)
+POOLED_PLAINLY = ("conv2d", True)
 
 
 def block(c: int, k: int, *, relu: bool = True, filter: int = 3) -> nn.Sequential:
@@ -58,6 +63,84 @@ def test_has_the_bits_of_convolution_and_pooling(
     assert torch.equal(frozen(x), nn.functional.max_pool2d(whole, 2))
     if dtype == torch.float32:
         assert relative_error(frozen(x), model.double()(x.double())) <= 3e-6
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa: str) -> None:
+    if isa not in _native.cpu_instruction_sets():
+        pytest.skip(f"this processor or build has no {isa}")
+    if _native.cpu_instruction_set() == isa:
+        pytest.skip("that is the one in use")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "few_channels"]
+    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize(
+    ("shape", "filter", "stride", "padding"),
+    [
+        ((1, 1, 32, 32), 5, 1, 0),  # LeNet-5
+        ((3, 1, 32, 32), 5, 1, 0),
+        ((2, 3, 31, 43), 3, 1, 1),  # odd: the last row and column are in no window
+        ((1, 2, 63, 61), 7, 2, 3),
+        ((1, 1, 4, 14), 3, 1, 1),
+        ((2, 4, 9, 70), 3, 1, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8])
+@torch.no_grad()
+def test_few_channels_have_the_bits_of_convolution_and_pooling(
+    k: int, shape: tuple[int, ...], filter: int, stride: int, padding: int, relu: bool
+):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(shape[1], k, filter, stride, padding)
+    model = nn.Sequential(convolution, *([nn.ReLU()] if relu else []), nn.MaxPool2d(2)).eval()
+    x = torch.randn(shape)
+    x[0, 0, 3, 5] = float("nan")
+    with fastcnn.exact():
+        frozen, whole = fastcnn.freeze(model, x), fastcnn.freeze(model[:-1], x)(x)
+    # Of AVX2's 8 lanes no more than half may be channels; without permutations the kernel is not there.
+    most = {"avx2": 4, "portable": 0}.get(_native.cpu_instruction_set(), 8)
+    pools = k <= most
+    assert (POOLED_PLAINLY in steps_of(frozen)) == pools
+    assert ("max_pool2d" in [operator for operator, _ in steps_of(frozen)]) != pools
+    expected = nn.functional.max_pool2d(whole, 2)
+    assert expected.isnan().any()
+    assert not expected.isnan().all()
+    for threads in (1, 2, 3):
+        frozen._plan.fill_arena(255)
+        result = [torch.empty(expected.numel())]
+        frozen._plan.run([x], result, threads)
+        layout = frozen(x).stride()
+        ours = result[0].as_strided(expected.shape, layout)
+        assert torch.equal(ours.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+
+
+@torch.no_grad()
+def test_few_channels_pool_where_only_the_maxima_are_kept():
+    x = torch.randn(1, 1, 32, 32)
+    for how in ("reader", "result", "window", "padding"):
+        model = Read(how).eval()
+        model.convolution = nn.Conv2d(1, 6, 5)
+        frozen = fastcnn.freeze(model, x)
+        assert POOLED_PLAINLY not in steps_of(frozen)
+        for ours, exact in zip(_listed(frozen(x)), _listed(model.double()(x.double())), strict=True):
+            assert relative_error(ours, exact) <= 1e-6
+
+
+def test_pooling_that_the_kernel_cannot_do_is_refused():
+    plan = _native.Plan(1 << 20, torch.empty(0, dtype=torch.uint8), [], [])
+    weight = _native.PackedConv2dWeight(torch.randn(16, 16, 3, 3), 1)
+    picture = (0, 0, "float32", (1, 16, 8, 8), (1024, 1, 128, 16))
+    pooled = (0, 8192, "float32", (1, 16, 4, 4), (256, 1, 64, 16))
+    geometry = ((1, 1), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match="cpu_conv2d_may_pool"):
+        plan.conv2d(pooled, picture, weight, None, None, None, None, None, False, True, *geometry, True)
+    with pytest.raises(ValueError, match="residual must be None where max_pool is set"):
+        plan.conv2d(pooled, picture, weight, None, None, pooled, None, None, False, True, *geometry, True)
 
 
 @torch.no_grad()

@@ -141,13 +141,13 @@ def test_a_caller_must_be_told_the_truth_about_its_regions(frozen: FrozenModel) 
     checks, (length, dtype) = frozen._input_checks, frozen._output_memory[0]
     out = [((length,), (1,), dtype)]
     with pytest.raises(ValueError, match="as many inputs and outputs"):
-        frozen._plan.caller([], out, torch)
+        frozen._plan.caller([], out, [], torch)
     with pytest.raises(ValueError, match="output must fill its region"):
-        frozen._plan.caller(checks, [((length - 1,), (1,), dtype)], torch)
+        frozen._plan.caller(checks, [((length - 1,), (1,), dtype)], [], torch)
     with pytest.raises(ValueError, match="input must fill its region"):
-        frozen._plan.caller([((1,), (1,), torch.float32)], out, torch)
+        frozen._plan.caller([((1,), (1,), torch.float32)], out, [], torch)
     for shape, strides in (((0, 2), (-(2**40), 1)), ((2**41,), (1,)), ((2**40, 2**40), (2**40, 1))):
         with pytest.raises(ValueError, match="positive sizes and strides"):
-            frozen._plan.caller([(shape, strides, torch.float32)], out, torch)
+            frozen._plan.caller([(shape, strides, torch.float32)], out, [], torch)
     with pytest.raises(TypeError, match="float32 or bfloat16"):
-        frozen._plan.caller([(*checks[0][:2], torch.float64)], out, torch)
+        frozen._plan.caller([(*checks[0][:2], torch.float64)], out, [], torch)

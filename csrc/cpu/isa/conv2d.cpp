@@ -255,14 +255,14 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
   const int64_t strips = (problem.out.h + problem.tile_rows - 1) / problem.tile_rows;  // in an image
   const int64_t n = task.row_task / strips, p0 = task.row_task % strips * problem.tile_rows;
   const int64_t rows = smaller(problem.out.h - p0, problem.tile_rows);
-  const int64_t h0 = p0 * g.stride_h - g.pad_top, input_rows = problem.input_rows(rows);
+  const int64_t h0 = problem.convolved(p0) * g.stride_h - g.pad_top, input_rows = problem.input_rows(rows);
   if (x.dtype == DType::f32) {
     fill_strip<float>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
   } else {
     fill_strip<uint16_t>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
   }
-  if (problem.narrow_table != nullptr) {
-    run_narrow(problem, n, p0, rows, strip);
+  if (problem.narrow_lanes != nullptr) {
+    run_narrow(problem, n, p0, rows, strip, strip + problem.input_rows(problem.tile_rows) * problem.strip_pitch);
     return;
   }
   StripTile tiles[kMaxMicroTiles];
@@ -321,7 +321,10 @@ static void run_strip(const Conv2dProblem& problem, const Task& task, float* str
 }  // namespace
 
 int64_t conv2d_scratch_bytes(const Conv2dProblem& problem) {
-  if (problem.source == ConvSource::strip) return problem.input_rows(problem.tile_rows) * problem.strip_pitch * 4;
+  if (problem.source == ConvSource::strip) {
+    const int64_t planes = problem.narrow_lanes != nullptr ? narrow_scratch_floats(problem) : 0;
+    return (problem.input_rows(problem.tile_rows) * problem.strip_pitch + planes) * 4;
+  }
   if (problem.source == ConvSource::in_place) return 0;
   return problem.tile_rows * (kPanelStride + problem.blocks_per_task * kColumnBlock) * 4;
 }

@@ -327,7 +327,8 @@ static void run(const WinogradProblem& problem, int64_t index, float* panel) {
   const TileBlock tiles = tile_block(problem, block);
   transform_block<Products, kTile>(problem, tiles, panel);
   const int64_t weight_bytes = problem.columns_per_task * problem.point_words[kTile * kTile] * kColumnBlock * 4;
-  const Ahead ahead = {input_rows(problem, block + 1 < problem.blocks ? block + 1 : block), output_rows(problem, block),
+  const bool another = block + 1 < problem.blocks && !problem.one_task_each;
+  const Ahead ahead = {input_rows(problem, another ? block + 1 : block), output_rows(problem, block),
                        weight_bytes <= kWeightsInL2};
   for (int64_t column = first; column < last; column += problem.columns_at_once) {
     const int64_t left = last - column, columns = left < problem.columns_at_once ? left : problem.columns_at_once;

@@ -14,8 +14,7 @@ namespace fastcnn::cpu {
 
 // Where a direct convolution's inner loop reads its input: see isa/conv2d.cpp.
 enum class ConvSource : int32_t { in_place, strip, panel };
-constexpr int kMaxMicroTiles = 16;                                      // of output pixels, in a task
-constexpr int64_t kConv2dNarrowBytes = 24 << 10, kNarrowExtraRows = 3;  // isa/conv2d_narrow.h
+constexpr int kMaxMicroTiles = 16;  // of output pixels, in a task
 
 // One convolution, ready to run. Filled by conv2d.cpp.
 struct Conv2dProblem {
@@ -39,15 +38,16 @@ struct Conv2dProblem {
   int64_t blocks_per_task;            // column blocks per task
   int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
   bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
-  // Few output channels, from a strip: see isa/conv2d_narrow.h. Per phase a vector for each reduction value, then
-  // scale, bias, and where in a vector of the strip each lane's pixel lies. Else null.
-  const float* narrow_table;
-  int64_t narrow_phases;
+  bool max_pool;                      // `out` is the maximum of each 2x2 window; where narrow only
+  // Few output channels, from a strip: see isa/conv2d_narrow.h, where this is explained. Else null.
+  const uint32_t* narrow_lanes;
 
   bool has_prologue() const { return input_scale != nullptr || input_shift != nullptr || input_relu; }
+  // What is convolved for so many output rows or columns.
+  int64_t convolved(int64_t count) const { return max_pool ? 2 * count : count; }
   // Input rows that `rows` output rows read.
   int64_t input_rows(int64_t rows) const {
-    return (rows - 1) * geometry.stride_h + (geometry.filter_h - 1) * geometry.dilation_h + 1;
+    return (convolved(rows) - 1) * geometry.stride_h + (geometry.filter_h - 1) * geometry.dilation_h + 1;
   }
 };
 
@@ -89,6 +89,8 @@ struct WinogradProblem {
   int64_t tiles;             // in the batch
   int64_t tiles_per_block, blocks, columns_per_task;
   int64_t columns_at_once;  // column blocks whose products are formed before they go back
+  // No thread has a task after its first: what others will read is not brought from their caches.
+  bool one_task_each = false;
 };
 
 // One 1x1 convolution by Strassen's algorithm, ready to run. Filled by conv2d_strassen.cpp.

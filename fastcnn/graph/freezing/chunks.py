@@ -24,10 +24,10 @@ CACHE_BYTES = 16 << 20  # what a step reads and writes stays for the next one: h
 
 def run_in_chunks(program: Program) -> None:
     """Replace the program's steps by those of its segments, where that saves traffic."""
-    batch = _batch(program)
+    batch = batch_of(program)
     if batch < 2:
         return
-    splittable = _splittable(program, batch)
+    splittable = splittable_steps(program, batch)
     sizes = _chunk_sizes(program, batch, splittable)
     steps: list[Step] = []
     borders = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(sizes)) if a != b), len(sizes)]
@@ -38,29 +38,29 @@ def run_in_chunks(program: Program) -> None:
             continue
         inside = _touched_only_in(program, first, last)
         for start in range(0, batch, sizes[first]):
-            chunk = _Chunk(batch, start, min(sizes[first], batch - start), inside)
+            chunk = Chunk(batch, start, min(sizes[first], batch - start), inside)
             steps += [chunk.step(step) for step in segment]
     program.steps = steps
 
 
-def _batch(program: Program) -> int:
+def batch_of(program: Program) -> int:
     """The first dimension of all inputs, else 1."""
     sizes = {view.shape[0] if view.shape else 1 for view in program.inputs}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def _activations(step: Step) -> list[View]:
+def activations_of(step: Step) -> list[View]:
     return [view for view in step.views() if view.buffer.kind != "constant"]
 
 
-def _splittable(program: Program, batch: int) -> list[bool]:
+def splittable_steps(program: Program, batch: int) -> list[bool]:
     """Of each step, whether images are apart in all that it touches."""
     whole: set[Buffer] = set()  # buffers that some view does not let one see as a row of images
     for step in program.steps:
-        whole.update(view.buffer for view in _activations(step) if not _is_row_of_images(view, batch))
+        whole.update(view.buffer for view in activations_of(step) if not _is_row_of_images(view, batch))
     whole.update(view.buffer for view in program.outputs if not _is_row_of_images(view, batch))
     return [
-        not any(view.buffer in whole for view in _activations(step))
+        not any(view.buffer in whole for view in activations_of(step))
         and not _multiplies_activations(step)
         and all(view.shape[:1] == step.out.shape[:1] == (batch,) for view in _constants_by_image(step))
         for step in program.steps
@@ -99,7 +99,7 @@ def _touched_only_in(program: Program, first: int, last: int) -> set[Buffer]:
     return inside - outside
 
 
-class _Chunk:
+class Chunk:
     """A segment's steps on the images from ``start`` on. What lives only in the segment gets memory of its own."""
 
     def __init__(self, batch: int, start: int, images: int, inside: set[Buffer]) -> None:
@@ -150,7 +150,7 @@ def _chunk_sizes(program: Program, batch: int, splittable: list[bool]) -> list[i
 
 def _traffic(program: Program, step: Step, batch: int, k: int) -> float:
     """Bytes between memory and caches when a step runs on ``k`` images at a time."""
-    activations = sum(view.values * view.dtype.itemsize for view in _activations(step))
+    activations = sum(view.values * view.dtype.itemsize for view in activations_of(step))
     weights = sum(view.buffer.bytes for view in step.views() if view.buffer.kind == "constant")
     if step.weight is not None:
         weights += program.weights[step.weight].packed.bytes
@@ -163,7 +163,7 @@ def _bytes_read_later(program: Program) -> list[int]:
     first: dict[Buffer, int] = {}
     last: dict[Buffer, int] = {}
     for index, step in enumerate(program.steps):
-        for view in _activations(step):
+        for view in activations_of(step):
             first.setdefault(view.buffer, index)
             last[view.buffer] = index
     for buffer, start in first.items():

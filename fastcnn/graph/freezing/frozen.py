@@ -80,8 +80,10 @@ class FrozenModel(nn.Module):
         for spec in recipe.outputs:
             _require_within(spec, self._output_memory)
         whole = _whole_results(recipe.outputs, self._output_memory)
-        # One native function for inputs that lie as the example's; it returns None for others.
-        self._call = None if whole is None else self._plan.caller(self._input_checks, whole, torch)
+        # One native function for inputs that lie as the example's; None for others, and where there are hooks.
+        self._call = None
+        if whole is not None:
+            self._call = self._plan.caller(self._input_checks, whole, _GLOBAL_HOOKS, torch)
         self._is_leaf = recipe.structure == 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,11 +100,12 @@ class FrozenModel(nn.Module):
         from_bytes(state["_file"], "the pickled model", lambda stored: self._set(*stored))
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """What ``nn.Module`` does, without its half a microsecond where there are no hooks."""
-        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        if kwargs or hooked or self._compiled_call_impl is not None or any(_GLOBAL_HOOKS):
-            return super().__call__(*inputs, **kwargs)
-        return self.forward(*inputs)
+        """What ``nn.Module`` does, at once where there are no hooks."""
+        if not kwargs and self._call is not None and self._compiled_call_impl is None:
+            found = self._call(self.__dict__, *inputs)
+            if found is not None:
+                return found if self._is_leaf else self._structured(found if isinstance(found, list) else [found])
+        return super().__call__(*inputs, **kwargs)
 
     def forward(self, *inputs: Tensor) -> Any:
         """The model's result for inputs of the example's shapes and dtypes.
@@ -114,10 +117,6 @@ class FrozenModel(nn.Module):
             TypeError: an input is no tensor.
             ValueError: a wrong number of inputs, or one of a wrong shape, dtype or device.
         """
-        if self._call is not None:
-            found = self._call(*inputs)
-            if found is not None:
-                return found if self._is_leaf else self._structured(found if isinstance(found, list) else [found])
         if len(inputs) != len(self._input_checks):
             raise ValueError(f"the frozen model takes {len(self._input_checks)} inputs, was given {len(inputs)}")
         given = [self._checked(i, tensor) for i, tensor in enumerate(inputs)]

@@ -7,7 +7,7 @@ the smallest gap that holds it between those already placed that live at the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastcnn.graph.freezing.program import Buffer, Program
@@ -52,6 +52,20 @@ def plan_offsets(needs: Sequence[Lifetime]) -> tuple[list[int], int]:
         placed.append(index)
         total = max(total, offsets[index] + size)
     return offsets, total
+
+
+def plan_lanes(alive: Mapping[Buffer, Lifetime], steps: int) -> tuple[dict[Buffer, int], int]:
+    """Offsets, and the arena's size, where every ``steps`` steps are a lane: lanes share no memory with each other."""
+    by_lane: dict[int, list[Buffer]] = {}
+    for buffer, life in alive.items():
+        by_lane.setdefault(life.first // max(steps, 1), []).append(buffer)
+    result: dict[Buffer, int] = {}
+    total = 0
+    for buffers in by_lane.values():
+        offsets, size = plan_offsets([alive[buffer] for buffer in buffers])
+        result.update({buffer: total + offset for buffer, offset in zip(buffers, offsets, strict=True)})
+        total += size
+    return result, total
 
 
 def _smallest_gap(taken: list[tuple[int, int]], size: int) -> int:

@@ -1,12 +1,15 @@
-"""Takes the maximum of 2x2 windows where a Winograd convolution's output is still in registers.
+"""Takes the maximum of 2x2 windows where a convolution's output is still in registers.
 
-A tile of 4x4 or 2x2 outputs holds whole windows. So ``max_pool2d(conv2d_winograd(x))`` becomes one step, and the
-picture before pooling is never written.
+A Winograd tile of 4x4 or 2x2 outputs holds whole windows, and so do two rows of a plain sum into few channels. So
+``max_pool2d(conv2d(x))`` becomes one step, and the picture before pooling is never written.
 """
 
 from __future__ import annotations
 
-from fastcnn.graph.freezing.program import Program
+from typing import cast
+
+from fastcnn import _native
+from fastcnn.graph.freezing.program import Program, Step
 
 _WINDOW = ((2, 2), (2, 2), (0, 0), (1, 1))  # kernel, stride, padding, dilation
 _RESIDUAL = 3  # of a convolution's inputs
@@ -31,7 +34,7 @@ def fuse_max_pooling(program: Program) -> None:
 
 def _may_pool(program: Program, made_at: int, at: int) -> bool:
     convolution, pooling = program.steps[made_at], program.steps[at]
-    if convolution.operator != "conv2d_winograd" or convolution.inputs[_RESIDUAL] is not None:
+    if convolution.inputs[_RESIDUAL:][:1] != (None,) or not _can_pool(program, convolution, pooling):
         return False
     picture, out = convolution.out.buffer, pooling.out.buffer
     if picture.kind != "activation" or picture is out or any(view.buffer is picture for view in program.outputs):
@@ -42,3 +45,18 @@ def _may_pool(program: Program, made_at: int, at: int) -> bool:
         return False
     before = [convolution, *program.steps[made_at + 1 : at]]
     return not any(view.buffer is out for step in before for view in step.views())
+
+
+def _can_pool(program: Program, convolution: Step, pooling: Step) -> bool:
+    """Whether the convolution's kernel can."""
+    if convolution.operator != "conv2d":
+        return convolution.operator == "conv2d_winograd"
+    assert convolution.weight is not None
+    weight, input, out = program.weights[convolution.weight].packed, convolution.inputs[0], pooling.out
+    stride, padding, dilation = cast("tuple[tuple[int, int], ...]", convolution.attributes[-3:])
+    assert isinstance(weight, _native.PackedConv2dWeight)
+    assert input is not None
+    pixels = out.pixel_stride()
+    return pixels is not None and _native.cpu_conv2d_may_pool(
+        weight, out.shape, pixels, input.shape, str(out.dtype).removeprefix("torch."), stride, padding, dilation
+    )

@@ -175,12 +175,16 @@ class PackedWeight:
 
 @dataclass
 class Program:
-    """A model with static shapes. ``steps`` run in order; ``outputs`` are views of what they computed."""
+    """A model with static shapes. ``steps`` run in order; ``outputs`` are views of what they computed.
+
+    With several lanes, each equal part of the steps is one, and lanes run side by side (:mod:`.lanes`).
+    """
 
     inputs: list[View] = field(default_factory=list)
     outputs: list[View] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     weights: list[PackedWeight] = field(default_factory=list)
+    lanes: int = 1
 
 
 def row_of(buffer: Buffer, offset: int, values: int) -> View:

@@ -13,8 +13,9 @@ from torch.utils._pytree import TreeSpec
 from fastcnn import _native
 from fastcnn.backends import cpp
 from fastcnn.graph.freezing.chunks import run_in_chunks
+from fastcnn.graph.freezing.lanes import run_in_lanes
 from fastcnn.graph.freezing.layouts import choose_layouts, drop_unread, forward_copies
-from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_offsets
+from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_lanes
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.pooling import fuse_max_pooling
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
@@ -76,6 +77,7 @@ class Recipe:
     # Shape, groups, algorithm and dtype of each packed weight.
     weights: list[tuple[tuple[int, ...], int, str, str]]
     structure: Any  # of the result: see structures.py; None if no file can hold it
+    lanes: int = 1  # equal parts of the steps that run side by side
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,6 +116,7 @@ class Recipe:
             [step(v) for v in data["steps"]],
             [(tuple(s), int(g), str(algorithm), str(dtype)) for s, g, algorithm, dtype in data["weights"]],
             data["structure"],
+            int(data["lanes"]),
         )
 
 
@@ -127,13 +130,11 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     drop_unread(program)
     fuse_max_pooling(program)
     space_pixels(program)
-    run_in_chunks(program)
+    if not run_in_lanes(program):
+        run_in_chunks(program)
     shorten_weights(program)
-    alive = lifetimes(program)
-    offsets, arena_bytes = plan_offsets(list(alive.values()))
-    places: dict[Buffer, tuple[int, int]] = {
-        buffer: (ARENA, offset) for buffer, offset in zip(alive, offsets, strict=True)
-    }
+    offsets, arena_bytes = plan_lanes(lifetimes(program), len(program.steps) // program.lanes)
+    places: dict[Buffer, tuple[int, int]] = {buffer: (ARENA, offset) for buffer, offset in offsets.items()}
     for i, view in enumerate(program.inputs):
         places[view.buffer] = (FIRST_INPUT + i, 0)
     for i, buffer in enumerate(memories):
@@ -167,6 +168,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
         steps,
         [(w.shape, w.groups, w.algorithm, dtype_name(w.dtype)) for w in program.weights],
         _data_of(structure),
+        program.lanes,
     )
     return recipe, constants
 
@@ -205,6 +207,8 @@ def build_plan(recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWe
         if step.weight is not None:
             arguments.insert(1, weights[step.weight])
         getattr(plan, step.operator)(step.out, *arguments, *step.attributes)
+    if recipe.lanes != 1:
+        plan.set_lanes(recipe.lanes)
     return plan
 
 
