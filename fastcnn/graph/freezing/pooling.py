@@ -1,11 +1,12 @@
 """Takes the maximum of 2x2 windows where a Winograd convolution's output is still in registers.
 
-A tile of 4x4 or 2x2 outputs holds whole windows. So ``max_pool2d(conv2d_winograd(x))`` becomes one step, and the
-picture before pooling is never written.
+A tile of 4x4 or 2x2 outputs holds whole windows, one of 1x4 does not. So ``max_pool2d(conv2d_winograd(x))`` becomes one
+step, and the picture before pooling is never written.
 """
 
 from __future__ import annotations
 
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.program import Program
 
 _WINDOW = ((2, 2), (2, 2), (0, 0), (1, 1))  # kernel, stride, padding, dilation
@@ -32,6 +33,8 @@ def fuse_max_pooling(program: Program) -> None:
 def _may_pool(program: Program, made_at: int, at: int) -> bool:
     convolution, pooling = program.steps[made_at], program.steps[at]
     if convolution.operator != "conv2d_winograd" or convolution.inputs[_RESIDUAL] is not None:
+        return False
+    if convolution.weight is None or not cpp.may_pool(program.weights[convolution.weight].algorithm):
         return False
     picture, out = convolution.out.buffer, pooling.out.buffer
     if picture.kind != "activation" or picture is out or any(view.buffer is picture for view in program.outputs):
