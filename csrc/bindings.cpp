@@ -10,6 +10,7 @@
 #include "cpu/conv2d_strassen.h"
 #include "cpu/conv2d_winograd_cut.h"
 #include "cpu/conv2d_winograd_plain.h"
+#include "cpu/conv2d_winograd_rows.h"
 #include "cpu/kernels.h"
 #include "python_tensor.h"
 
@@ -256,6 +257,68 @@ double cpu_conv2d_winograd_plain_cycles(const std::array<int64_t, 4>& out_shape,
   return cpu::conv2d_winograd_plain_cycles(n, k, p, q, in_channels, groups);
 }
 
+// ---- Winograd along rows
+
+void require_row_winograd(const int64_t shape[4], int stride) {
+  if (shape[0] < 1 || shape[1] < 1 || shape[2] != shape[3]) {
+    throw py::value_error("weight must have shape (K, C, R, R) and not be empty, has shape " + describe(shape, 4));
+  }
+  if (!cpu::RowWinogradWeight::covers(shape[2], stride)) {
+    throw py::value_error("stride must be 2 to 4 and the weight have 2 to 4 taps a phase, stride is " +
+                          std::to_string(stride) + ", weight has shape " + describe(shape, 4));
+  }
+}
+
+std::shared_ptr<cpu::RowWinogradWeight> row_winograd_weight_from(const py::buffer& packed,
+                                                                 const std::array<int64_t, 4>& shape, int stride) {
+  const py::buffer_info info = packed.request();
+  require_packable(shape, info);
+  require_row_winograd(shape.data(), stride);
+  auto weight = std::make_shared<cpu::RowWinogradWeight>(shape[0], shape[1], static_cast<int>(shape[2]), stride);
+  assign_packed(*weight, info);
+  return weight;
+}
+
+std::shared_ptr<cpu::RowWinogradWeight> pack_row_winograd_weight(py::handle weight, int stride) {
+  const Imported t(weight, "weight", kDLCPU);
+  t.require_dimensions(4);
+  const DType dtype = t.dtype();
+  if (dtype == DType::f16) throw py::type_error("weight must be float32 or bfloat16 for the CPU kernels");
+  require_row_winograd(t.tensor.shape, stride);
+  py::gil_scoped_release release;
+  return std::make_shared<cpu::RowWinogradWeight>(t.data(), dtype, t.tensor.shape, t.tensor.strides, stride);
+}
+
+void cpu_conv2d_winograd_rows(py::handle out, py::handle input, const cpu::RowWinogradWeight& weight, py::handle scale,
+                              py::handle bias, py::handle residual, py::handle input_scale, py::handle input_shift,
+                              bool input_relu, bool relu, Pair padding, int threads) {
+  require_threads(threads);
+  const TensorView x = activation(input, "input", kDLCPU);
+  require_cpu_dtype(x);
+  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
+  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
+  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Conv2dGeometry geometry =
+      conv2d_geometry(weight.filter, weight.filter, 1, {weight.stride, weight.stride}, padding, {1, 1});
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cpu::run_now(cpu::conv2d_winograd_rows_work(y, x, weight, prologue, epilogue, geometry, threads));
+}
+
+double cpu_conv2d_winograd_rows_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter,
+                                       int stride) {
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+  if (in_channels < 1) throw py::value_error("in_channels must be positive");
+  const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};
+  require_row_winograd(weight_shape, stride);
+  const auto [n, k, p, q] = out_shape;
+  return cpu::conv2d_winograd_rows_cycles(n, k, p, q, in_channels, filter, stride);
+}
+
 double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int stride, int tile,
                          bool bf16) {
   for (const int64_t size : out_shape) {
@@ -435,6 +498,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd_plain, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
         py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  py::class_<cpu::RowWinogradWeight, std::shared_ptr<cpu::RowWinogradWeight>>(m, "RowWinogradWeight")
+      .def(py::init(&pack_row_winograd_weight), py::arg("weight"), py::arg("stride"))
+      .def_static("from_packed", &row_winograd_weight_from, py::arg("packed"), py::arg("shape"), py::arg("stride"))
+      .def("packed", &packed_bytes<cpu::RowWinogradWeight>)
+      .def_property_readonly("bytes", &cpu::RowWinogradWeight::bytes);
+  m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd_rows, py::arg("out"), py::arg("input"), py::arg("weight"),
+        py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+        py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("threads"));
+  m.def("cpu_conv2d_winograd_rows_cycles", &cpu_conv2d_winograd_rows_cycles, py::arg("out_shape"),
+        py::arg("in_channels"), py::arg("filter"), py::arg("stride"));
   m.def("cpu_conv2d_winograd_plain_cycles", &cpu_conv2d_winograd_plain_cycles, py::arg("out_shape"),
         py::arg("in_channels"), py::arg("groups"));
   m.def("cpu_conv2d_strassen", &cpu_conv2d_strassen, py::arg("out"), py::arg("input"), py::arg("weight"),

@@ -10,6 +10,7 @@
 
 #include "cpu/conv2d_strassen.h"
 #include "cpu/conv2d_winograd_plain.h"
+#include "cpu/conv2d_winograd_rows.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_short.h"
 #include "cpu/plan.h"
@@ -110,6 +111,20 @@ class PyPlan {
         out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
         [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
           return cpu::conv2d_winograd_plain_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
+        });
+  }
+
+  void conv2d_winograd_rows(const py::tuple& out, const py::tuple& input,
+                            std::shared_ptr<cpu::RowWinogradWeight> weight, const py::object& scale,
+                            const py::object& bias, const py::object& residual, const py::object& input_scale,
+                            const py::object& input_shift, bool input_relu, bool relu, Pair padding, bool max_pool) {
+    if (max_pool) throw py::value_error("max_pool must be False beside a weight along rows");
+    const Conv2dGeometry geometry =
+        conv2d_geometry(weight->filter, weight->filter, 1, {weight->stride, weight->stride}, padding, {1, 1});
+    convolution(
+        out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
+        [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
+          return cpu::conv2d_winograd_rows_work(y, x, *weight, prologue, epilogue, geometry, threads);
         });
   }
 
@@ -556,6 +571,9 @@ void bind_plan(py::module_& m) {
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
       .def("conv2d_winograd", &PyPlan::conv2d_winograd_plain, py::arg("out"), py::arg("input"), py::arg("weight"),
+           py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
+           py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
+      .def("conv2d_winograd", &PyPlan::conv2d_winograd_rows, py::arg("out"), py::arg("input"), py::arg("weight"),
            py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),
            py::arg("input_relu"), py::arg("relu"), py::arg("padding"), py::arg("max_pool") = false)
       .def("linear", &PyPlan::linear)

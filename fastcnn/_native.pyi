@@ -48,7 +48,8 @@ class Plan:
         input_shift: PlanOperand | None, input_relu: bool, relu: bool,
     ) -> None: ...
     def conv2d_winograd(
-        self, out: PlanOperand, input: PlanOperand, weight: PackedConv2dWinogradWeight | PlainWinogradWeight,
+        self, out: PlanOperand, input: PlanOperand,
+        weight: PackedConv2dWinogradWeight | PlainWinogradWeight | RowWinogradWeight,
         scale: PlanOperand | None, bias: PlanOperand | None, residual: PlanOperand | None,
         input_scale: PlanOperand | None, input_shift: PlanOperand | None, input_relu: bool, relu: bool, padding: Pair,
         max_pool: bool = False,
@@ -144,10 +145,20 @@ class PlainWinogradWeight:
     @property
     def bytes(self) -> int: ...
 
+class RowWinogradWeight:
+    def __init__(self, weight: Tensor, stride: int) -> None: ...
+    @staticmethod
+    def from_packed(
+        packed: builtins.bytes | memoryview, shape: tuple[int, ...], stride: int
+    ) -> RowWinogradWeight: ...
+    def packed(self) -> builtins.bytes: ...
+    @property
+    def bytes(self) -> int: ...
+
 def cpu_conv2d_winograd(
-    out: Tensor, input: Tensor, weight: PackedConv2dWinogradWeight | PlainWinogradWeight, scale: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, input_scale: Tensor | None, input_shift: Tensor | None,
-    input_relu: bool, relu: bool, padding: Pair, threads: int,
+    out: Tensor, input: Tensor, weight: PackedConv2dWinogradWeight | PlainWinogradWeight | RowWinogradWeight,
+    scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, input_scale: Tensor | None,
+    input_shift: Tensor | None, input_relu: bool, relu: bool, padding: Pair, threads: int,
 ) -> None: ...
 def cpu_conv2d_strassen(
     out: Tensor, input: Tensor, weight: PackedConv2dWeight, scale: Tensor | None, bias: Tensor | None,
@@ -157,6 +168,9 @@ def cpu_conv2d_strassen(
 def cpu_conv2d_strassen_cycles(out_shape: tuple[int, ...], in_channels: int) -> float: ...
 def cpu_conv2d_cycles(
     out_shape: tuple[int, ...], in_channels: int, filter: int, stride: int, tile: int, bf16: bool
+) -> float: ...
+def cpu_conv2d_winograd_rows_cycles(
+    out_shape: tuple[int, ...], in_channels: int, filter: int, stride: int
 ) -> float: ...
 def cpu_conv2d_winograd_plain_cycles(out_shape: tuple[int, ...], in_channels: int, groups: int) -> float: ...
 def cpu_max_pool2d(

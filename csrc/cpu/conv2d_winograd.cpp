@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv2d_winograd_cut.h"
+#include "conv2d_winograd_filter.h"
 #include "isa/conv2d_bf16.h"
 #include "isa/table.h"
 #include "kernels.h"
@@ -15,35 +16,6 @@
 
 namespace fastcnn::cpu {
 namespace {
-
-// The finite points of tiles with `side` points to a side; the last point is infinity.
-std::vector<double> finite_points(int side) {
-  switch (side) {
-    case 3:
-      return {1, -1};
-    case 4:
-      return {0, 1, -1};
-    case 6:
-      return {0, 0.625, -0.625, 1.5, -1.5};
-    default:
-      return {0.375, -0.375, 0.875, -0.875, 1.75, -1.75};
-  }
-}
-
-// G, row by row: the filter polynomial's value at each finite point over the product of its distances to the others;
-// at infinity its leading coefficient.
-std::vector<double> filter_transform(int side, int taps) {
-  const std::vector<double> points = finite_points(side);
-  std::vector<double> rows;
-  for (const double p : points) {
-    double value = 1;
-    for (const double q : points) value /= p == q ? 1 : p - q;
-    for (int tap = 0; tap < taps; ++tap, value *= p) rows.push_back(value);
-  }
-  rows.resize(static_cast<size_t>(side * taps));
-  rows.back() = 1;
-  return rows;
-}
 
 // Ties to even; NaN stays NaN.
 uint16_t nearest_bf16(float value) {
@@ -86,7 +58,7 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(const void* weight, DType
   const KernelTable& table = kernels();
   const int64_t block = table.column_block, lanes = table.vector_width;
   const int t = side(), taps = phases.taps();
-  const std::vector<double> g = filter_transform(t, taps);
+  const std::vector<double> g = winograd_filter_transform(t, taps);
   // Which row of a point's weights is a word's; -1: none.
   std::vector<int64_t> ranks[4];
   for (int at = 0; at < 4; ++at) {

@@ -42,13 +42,14 @@ class Tiles(NamedTuple):
 
 
 # How conv2d is computed: the plain sum, or Winograd's algorithm, where winogradMsS is for stride S; in tiles of 4x4
-# also with weights that stay plain in memory and are transformed while they are used; or, of 1x1 filters, Strassen's
-# algorithm.
+# also with weights that stay plain in memory and are transformed while they are used; winograd1x4sS in tiles of a row;
+# or, of 1x1 filters, Strassen's algorithm.
 DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN = "direct", "winograd4", "winograd2", "winograd4_plain"
 STRASSEN = "strassen"
 _TILES = {WINOGRAD4: Tiles(4, 1), WINOGRAD2: Tiles(2, 1)}
 _TILES.update({f"winograd{size}s{stride}": Tiles(size, stride) for stride in (2, 3, 4) for size in (4, 2)})
-ALGORITHMS = (DIRECT, *_TILES, WINOGRAD4_PLAIN, STRASSEN)
+_ROWS = {f"winograd1x4s{stride}": stride for stride in (2, 3, 4)}
+ALGORITHMS = (DIRECT, *_TILES, *_ROWS, WINOGRAD4_PLAIN, STRASSEN)
 SHORT = "short"  # a fully connected weight in fewer bits, without loss
 # By the taps of a phase, to a side: those of filters with stride 1 are the filter's.
 _SIZES = {1: {3: (4, 2), 5: (2,)}, 2: {2: (2,), 3: (4, 2), 4: (4,)}}
@@ -61,8 +62,9 @@ _SERVES = {
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
 _WORTHWHILE = 1.08  # by how much the estimate must favour Strassen's algorithm: it is off by as much
-# Filters of 4 taps a phase need a 7th point, which costs digits at the first layer of deep networks (GoogLeNet's logits
-# went from 9.3e-6 to 1.6e-5 off on white noise, beyond the stated limit): only the tuner and freeze(tune=True) use it.
+# Tiles of 4x4 under filters of 4 taps a phase have 7x7 points, which costs digits at the first layer of deep networks
+# (GoogLeNet's logits went from 1.0e-5 to 1.7e-5 off on white noise, PyTorch's are 9e-6): only the tuner and
+# freeze(tune=True) use them. Tiles of a row lose half as much.
 _MOST_TAPS_BY_RULE = 3
 
 
@@ -70,6 +72,7 @@ PackedWeight = (
     _native.PackedConv2dWeight
     | _native.PackedConv2dWinogradWeight
     | _native.PlainWinogradWeight
+    | _native.RowWinogradWeight
     | _native.ShortLinearWeight
 )
 
@@ -94,12 +97,21 @@ def algorithms(
     plain = (r, step) == (3, 1) and _native.PlainWinogradWeight.covers(weight[0], weight[1] * groups, groups)
     sizes = _SIZES.get(step, {}).get(-(-r // step), ()) if groups == 1 else ()
     names = [name for name, tiles in _TILES.items() if tiles.stride == step and tiles.size in sizes]
+    names += [name for name, stride_of_rows in _ROWS.items() if stride_of_rows == step and sizes]
     return (DIRECT, *names, WINOGRAD4_PLAIN) if plain else (DIRECT, *names)
+
+
+def may_pool(algorithm: str) -> bool:
+    """Whether an algorithm's way back can take the maximum of 2x2 windows: where tiles hold whole ones."""
+    return algorithm in _TILES or algorithm == WINOGRAD4_PLAIN
 
 
 def _served(algorithm: str) -> str:
     if algorithm in _SERVES:
         return _SERVES[algorithm]
+    if algorithm in _ROWS:
+        stride = _ROWS[algorithm]
+        return f"{stride + 1} to {4 * stride} taps a side with stride {stride} and one group"
     size, stride = _TILES[algorithm]
     taps = [taps for taps, sizes in _SIZES[stride].items() if size in sizes]
     return f"{(min(taps) - 1) * stride + 1} to {max(taps) * stride} taps a side with stride {stride} and one group"
@@ -126,7 +138,8 @@ def conv2d_algorithm(
     what an estimate of cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as
     large as the weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the
     edge of a narrow output waste products. With a stride s the filter is one of r/s taps with stride 1 over s*s phases
-    of the input; up to 3 taps are chosen by themselves. In bf16, on a processor with bf16 dot products, those serve the
+    of the input; up to 3 taps are chosen by themselves, 4 in tiles of a row (1x4), which need more products and round
+    less. In bf16, on a processor with bf16 dot products, those serve the
     plain sum and 2x2 tiles of 3x3 filters with stride 1; all else is computed in fp32.
 
     1x1 filters in fp32 (and fp16): Strassen's algorithm, which takes 7 products where the plain sum takes 8 and the
@@ -153,11 +166,15 @@ def _cheapest(
     if (in_channels < 8 and stride == 1) or k < 8 or n * p * q < 16:
         return DIRECT
     if stride > 1 and -(-filter // stride) > _MOST_TAPS_BY_RULE:
-        return DIRECT
+        covering = tuple(name for name in covering if name not in _TILES)
+    if bf16:  # tiles of a row are computed in fp32
+        covering = tuple(name for name in covering if name not in _ROWS)
 
     def cycles(name: str) -> float:
         if name == WINOGRAD4_PLAIN:
             return _native.cpu_conv2d_winograd_plain_cycles(out, in_channels * groups, groups)
+        if name in _ROWS:
+            return _native.cpu_conv2d_winograd_rows_cycles(out, in_channels, filter, stride)
         if name == STRASSEN:
             return _WORTHWHILE * _native.cpu_conv2d_strassen_cycles(out, in_channels)
         tile = 0 if name == DIRECT else _TILES[name].size
@@ -265,6 +282,8 @@ def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
         return _native.PackedConv2dWeight(weight, groups)
     if algorithm == WINOGRAD4_PLAIN:
         return _native.PlainWinogradWeight(weight, groups)
+    if algorithm in _ROWS:
+        return _native.RowWinogradWeight(weight, _ROWS[algorithm])
     return _native.PackedConv2dWinogradWeight(weight, *_TILES[algorithm])
 
 
@@ -284,8 +303,10 @@ def packed_weight_from(
         return _native.ShortLinearWeight.from_packed(packed, columns, depth, dtype)
     if algorithm == WINOGRAD4_PLAIN:
         return _native.PlainWinogradWeight.from_packed(packed, shape, groups)
-    if algorithm not in _TILES or groups != 1:
+    if (algorithm not in _TILES and algorithm not in _ROWS) or groups != 1:
         raise ValueError(f"no weight of {groups} groups is packed for {algorithm!r}")
+    if algorithm in _ROWS:
+        return _native.RowWinogradWeight.from_packed(packed, shape, _ROWS[algorithm])
     return _native.PackedConv2dWinogradWeight.from_packed(packed, shape, *_TILES[algorithm], dtype)
 
 

@@ -291,6 +291,8 @@ STRIDED = [
     (11, 4, "winograd4s4", (2, 3, 118, 117), 64),
     (5, 2, "winograd4s2", (1, 40, 54, 57), 64),
     (3, 2, "winograd2s2", (8, 256, 28, 28), 256),
+    (7, 2, "winograd1x4s2", (1, 3, 111, 98), 64),
+    (3, 2, "winograd1x4s2", (1, 128, 57, 55), 128),
 ]
 
 
@@ -313,7 +315,7 @@ def test_winograd_with_a_stride_gives_the_models_own_bits(
 
 
 def test_tuning_measures_strided_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {"direct": 3.0, "winograd4s2": 2.0, "winograd2s2": 1.0}
+    taken = {"direct": 3.0, "winograd4s2": 2.0, "winograd2s2": 1.0, "winograd1x4s2": 1.5}
     monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: taken[layer.algorithm])
     model, x = nn.Conv2d(16, 24, 5, 2, 2).eval(), images(1, 16, 12)
 

@@ -205,6 +205,26 @@ def test_a_saved_model_pools(tmp_path):
     assert torch.equal(again(x), frozen(x))
 
 
+@torch.no_grad()
+def test_tiles_of_a_row_hold_no_windows():
+    torch.manual_seed(0)
+    model, x = block(3, 64, filter=7).eval(), torch.randn(1, 3, 64, 62)
+    model[0].stride = (2, 2)
+    frozen = fastcnn.freeze(model, x)
+    assert [algorithm for _, _, algorithm, *_ in frozen._recipe.weights] == ["winograd1x4s2"]
+    assert [operator for operator, _ in steps_of(frozen) if operator != "copy"] == ["conv2d_winograd", "max_pool2d"]
+    assert torch.equal(frozen(x), nn.functional.max_pool2d(fastcnn.freeze(model[:-1], x)(x), 2))
+
+
+def test_pooling_beside_a_weight_along_rows_is_refused():
+    plan = _native.Plan(1 << 20, torch.empty(0, dtype=torch.uint8), [], [])
+    weight = _native.RowWinogradWeight(torch.randn(16, 16, 3, 3), 2)
+    picture = (0, 0, "float32", (1, 16, 16, 16), (4096, 1, 256, 16))
+    pooled = (0, 16384, "float32", (1, 16, 4, 4), (256, 1, 64, 16))
+    with pytest.raises(ValueError, match="max_pool must be False beside a weight along rows"):
+        plan.conv2d_winograd(pooled, picture, weight, None, None, None, None, None, False, True, (1, 1), True)
+
+
 def test_a_residual_with_pooling_is_refused():
     plan = _native.Plan(1 << 20, torch.empty(0, dtype=torch.uint8), [], [])
     weight = _native.PackedConv2dWinogradWeight(torch.randn(16, 16, 3, 3), 4)

@@ -21,20 +21,23 @@ from fastcnn.backends import cpp
 
 class Form(NamedTuple):
     """F(tile x tile, taps x taps) of each phase that a stride makes of the input; plain: with weights that are
-    transformed while they are used."""
+    transformed while they are used; rows: along rows alone."""
 
     tile: int
     filter: int
     stride: int = 1
     plain: bool = False
+    rows: bool = False
 
     @property
     def taps(self) -> int:
         return -(-self.filter // self.stride)
 
-    def pack(self, weight: Tensor, groups: int = 1) -> _native.PackedConv2dWinogradWeight | _native.PlainWinogradWeight:
+    def pack(self, weight: Tensor, groups: int = 1) -> cpp.PackedWeight:
         if self.plain:
             return _native.PlainWinogradWeight(weight, groups)
+        if self.rows:
+            return _native.RowWinogradWeight(weight, self.stride)
         return _native.PackedConv2dWinogradWeight(weight, self.tile, self.stride)
 
     @property
@@ -53,6 +56,10 @@ STRIDED = (
     Form(4, 7, 2), Form(4, 8, 2), Form(4, 5, 2), Form(2, 6, 2), Form(2, 3, 2), Form(2, 4, 2), Form(2, 9, 2),
     Form(4, 7, 3), Form(2, 5, 3), Form(4, 11, 4), Form(2, 12, 4), Form(2, 5, 4),
 )  # fmt: skip
+ROWS = tuple(
+    Form(4, filter, stride, rows=True)
+    for filter, stride in ((7, 2), (8, 2), (5, 2), (6, 2), (3, 2), (4, 2), (7, 3), (5, 3), (11, 4), (16, 4), (5, 4))
+)
 
 # What the accuracy rule grants fast algorithms, and what these points keep to with room for small sums.
 STATED, USUAL = 1e-5, 1e-6
@@ -108,7 +115,7 @@ STRIDED_CASES = [case for case in CASES if case.c < 50] + [
     Case(1, 8, 20, 25, 35),
 ]
 COMBINATIONS = [(case, form) for form in FORMS for case in CASES] + [
-    (case, form) for form in STRIDED for case in STRIDED_CASES
+    (case, form) for form in STRIDED + ROWS for case in STRIDED_CASES
 ]
 
 
@@ -260,7 +267,7 @@ def test_other_instruction_sets(isa: str):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("form", FORMS + STRIDED[:5], ids=str)
+@pytest.mark.parametrize("form", FORMS + STRIDED[:5] + ROWS[:5], ids=str)
 @pytest.mark.parametrize(
     "case",
     [
@@ -283,7 +290,7 @@ def test_the_same_bits_on_any_number_of_threads(case: Case, form: Form, dtype: t
 
 
 @pytest.mark.parametrize("channels", [3, 24])
-@pytest.mark.parametrize("form", FORMS + STRIDED, ids=str)
+@pytest.mark.parametrize("form", FORMS + STRIDED + ROWS, ids=str)
 def test_an_image_does_not_depend_on_its_batch(form: Form, channels: int):
     case = Case(5, channels, 23, 19, 40, stride=form.stride)
     given = arguments(case, torch.float32, full=False, slices=False, filter=form.filter)
@@ -303,9 +310,9 @@ def test_error_keeps_far_below_the_stated_one(form: Form, channels: int, relu: b
 
 @pytest.mark.parametrize("relu", [False, True], ids=["normal", "non-negative"])
 @pytest.mark.parametrize("channels", [1, 3, 16, 64])
-@pytest.mark.parametrize("form", STRIDED, ids=str)
+@pytest.mark.parametrize("form", STRIDED + ROWS, ids=str)
 def test_error_with_a_stride_keeps_far_below_the_stated_one(form: Form, channels: int, relu: bool):
-    usual = 2e-6 if form.taps == 4 else USUAL
+    usual = 2e-6 if form.taps == 4 and not form.rows else USUAL
     size = 16 * form.stride
     assert layer_error(Case(1, channels, size, size, 32, stride=form.stride), form, relu) <= usual < STATED
 
@@ -454,14 +461,47 @@ def test_a_plain_weight_from_its_bytes(groups: int):
         _native.PlainWinogradWeight(weight.half(), groups)
 
 
-def test_wrong_arguments_beside_a_plain_weight_are_named():
-    packed = _native.PlainWinogradWeight(torch.randn(8, 16, 3, 3), 1)
+@pytest.mark.parametrize("form", ROWS, ids=str)
+def test_a_weight_along_rows_from_its_bytes(form: Form):
+    weight = torch.randn(40, 19, form.filter, form.filter)
+    packed = _native.RowWinogradWeight(weight, form.stride)
+    content, shape = packed.packed(), tuple(weight.shape)
+    assert _native.RowWinogradWeight.from_packed(content, shape, form.stride).packed() == content
+    assert len(content) == packed.bytes
+    with pytest.raises(ValueError, match=f"packed must have {packed.bytes} bytes, has {packed.bytes - 4}"):
+        _native.RowWinogradWeight.from_packed(content[:-4], shape, form.stride)
+    with pytest.raises(ValueError, match=r"weight must have shape \(K, C, R, R\)"):
+        _native.RowWinogradWeight.from_packed(content, (40, 19, 3, 1), form.stride)
+    with pytest.raises(ValueError, match="shape must be positive"):
+        _native.RowWinogradWeight.from_packed(content, (40, 0, *shape[2:]), form.stride)
+    with pytest.raises(ValueError, match="packed must hold the weight's values"):
+        packed.from_packed(content, (1 << 20, 1 << 20, *shape[2:]), form.stride)
+
+
+def test_what_no_weight_along_rows_covers_is_named():
+    for filter, stride in ((3, 1), (2, 2), (9, 2), (5, 5), (3, 0), (3, -1)):
+        with pytest.raises(ValueError, match=f"stride must be 2 to 4 .* 2 to 4 taps a phase, stride is {stride}"):
+            _native.RowWinogradWeight(torch.randn(8, 16, filter, filter), stride)
+    with pytest.raises(ValueError, match=r"weight must have shape \(K, C, R, R\)"):
+        _native.RowWinogradWeight(torch.randn(8, 16, 3, 4), 2)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        _native.RowWinogradWeight(torch.randn(8, 16, 3, 3).half(), 2)
+    with pytest.raises(ValueError, match="out_shape must be positive"):
+        _native.cpu_conv2d_winograd_rows_cycles((1, 0, 4, 4), 3, 7, 2)
+    with pytest.raises(ValueError, match="stride must be 2 to 4"):
+        _native.cpu_conv2d_winograd_rows_cycles((1, 8, 4, 4), 3, 7, 1)
+
+
+@pytest.mark.parametrize("packing", ["plain", "rows"])
+def test_wrong_arguments_beside_other_weights_are_named(packing: str):
+    weight = torch.randn(8, 16, 3, 3)
+    packed = _native.PlainWinogradWeight(weight, 1) if packing == "plain" else _native.RowWinogradWeight(weight, 2)
     nhwc = lambda *shape: torch.randn(*shape).contiguous(memory_format=torch.channels_last)  # noqa: E731
 
     def run(out: Tensor, x: Tensor, threads: int = 1) -> None:
         _native.cpu_conv2d_winograd(out, x, packed, None, None, None, None, None, False, False, (1, 1), threads)
 
-    out, x = nhwc(1, 8, 6, 6), nhwc(1, 16, 6, 6)
+    out, x = nhwc(1, 8, 6, 6), nhwc(1, 16, 6, 6) if packing == "plain" else nhwc(1, 16, 12, 12)
     run(out, x)
     with pytest.raises(ValueError, match="input must have shape"):
         run(out, nhwc(1, 15, 6, 6))
@@ -509,9 +549,10 @@ def served(monkeypatch) -> list[str]:
         ("direct", (1, 64, 3, 3), 64, {}),
         ("direct", (64, 64, 1, 1), 64, {}),  # nothing but overhanging tiles
         ("direct", (1, 64, 28, 28), 64, {"stride": 2}),
-        ("direct", (1, 3, 112, 112), 64, {"filter": 7, "stride": 2}),  # a 7th point: only when tuned
+        ("winograd1x4s2", (1, 3, 112, 112), 64, {"filter": 7, "stride": 2}),  # tiles of 4x4: only when tuned
         ("winograd4s4", (1, 3, 112, 112), 64, {"filter": 11, "stride": 4}),
         ("winograd2s2", (8, 256, 28, 28), 256, {"stride": 2}),
+        ("winograd1x4s2", (1, 128, 56, 56), 128, {"stride": 2}),
         ("direct", (1, 512, 14, 14), 512, {"stride": 2}),  # large weights for few tiles
         ("direct", (1, 3, 112, 112), 4, {"filter": 7, "stride": 2}),
         ("direct", (1, 3, 28, 28), 64, {"filter": 7, "stride": 4, "dilation": 2}),
@@ -665,7 +706,7 @@ def test_variants_are_offered_where_they_can_run():
     assert cpp.variants("conv2d", *args, (1, 1), (1, 1), (1, 1), 1) == (
         "direct", "winograd4", "winograd2", "winograd4_plain",
     )  # fmt: skip
-    assert cpp.variants("conv2d", *args, (2, 2), (1, 1), (1, 1), 1) == ("direct", "winograd2s2")
+    assert cpp.variants("conv2d", *args, (2, 2), (1, 1), (1, 1), 1) == ("direct", "winograd2s2", "winograd1x4s2")
     for stride, dilation in ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((5, 5), (1, 1)):
         assert cpp.variants("conv2d", *args, stride, (1, 1), dilation, 1) == ()
     assert cpp.variants("conv2d", *args, (2, 2), (1, 1), (1, 1), 2) == ()
@@ -674,6 +715,8 @@ def test_variants_are_offered_where_they_can_run():
         cpp.variant("winograd4").conv2d(*args, (2, 2), (1, 1), (1, 1), 1)
     with pytest.raises(ValueError, match="winograd4s2 serves 5 to 8 taps a side with stride 2"):
         cpp.variant("winograd4s2").conv2d(*args, (2, 2), (1, 1), (1, 1), 1)
+    with pytest.raises(ValueError, match="winograd1x4s3 serves 4 to 12 taps a side with stride 3"):
+        cpp.variant("winograd1x4s3").conv2d(*args, (2, 2), (1, 1), (1, 1), 1)
     with pytest.raises(ValueError, match="not 'winograd6'"):
         cpp.variant("winograd6")
     assert "algorithm" in cpp.variant("winograd4").unsupported("linear", x.device, x.dtype)

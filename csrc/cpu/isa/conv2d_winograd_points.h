@@ -77,6 +77,30 @@ struct Points<3> {
   }
 };
 
+// +-3/8, +-5/4, infinity.
+template <>
+struct Points<5> {
+  static constexpr float p = 0.375f, q = 1.25f, pp = p * p, qq = q * q;
+  static inline void input(const Vector (&a)[5], Vector (&b)[5]) {
+    const auto pair = [&](float at, float other, Vector& plus, Vector& minus) {
+      const Vector even = a[3] - other * a[1], odd = a[2] - other * a[0];
+      plus = even + at * odd;
+      minus = even - at * odd;
+    };
+    pair(p, qq, b[0], b[1]);
+    pair(q, pp, b[2], b[3]);
+    b[4] = (a[4] - (pp + qq) * a[2]) + (pp * qq) * a[0];
+  }
+  static inline void output(const Vector (&a)[5], Vector (&b)[4]) {
+    const Vector sum_p = a[0] + a[1], sum_q = a[2] + a[3];
+    const Vector difference_p = p * (a[0] - a[1]), difference_q = a[2] - a[3];
+    b[0] = sum_p + sum_q;
+    b[1] = difference_p + q * difference_q;
+    b[2] = pp * sum_p + rounded(qq * sum_q);
+    b[3] = (a[4] + pp * difference_p) + (q * qq) * difference_q;
+  }
+};
+
 // +-3/8, +-7/8, +-7/4, infinity.
 template <>
 struct Points<7> {

@@ -27,6 +27,8 @@ const KernelTable& kernel_table() {
       winograd_plain_task,
       winograd_grouped_scratch_bytes,
       winograd_grouped_task,
+      winograd_rows_scratch_bytes,
+      winograd_rows_task,
       strassen_scratch_bytes,
       strassen_task,
       pool2d_task,

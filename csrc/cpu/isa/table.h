@@ -93,6 +93,31 @@ struct WinogradProblem {
   bool one_task_each = false;
 };
 
+constexpr int64_t kWinogradRowTile = 4;  // outputs of a row that make a tile: isa/conv2d_winograd_rows.cpp
+
+// One Winograd convolution along rows, ready to run. Filled by conv2d_winograd_rows.cpp.
+struct WinogradRowsProblem {
+  TensorView out, input;
+  int64_t pad_top, pad_left;
+  int filter, stride;
+  int side;                   // points to a tile
+  int64_t words, last_words;  // of a filter row's reduction; those at the point infinity
+  const float* packed_weight;
+  int64_t column_blocks;
+  // Prologue vectors have `in_channels` values or are null; epilogue vectors are padded to whole column blocks.
+  const float* input_scale;
+  const float* input_shift;
+  bool input_relu;
+  const float* scale;
+  const float* bias;
+  TensorView residual;
+  bool relu;
+  // How the work is cut.
+  int64_t tiles;  // of an output row
+  int64_t rows_per_task, blocks_per_image, columns_per_task;
+  int64_t rows_at_once, columns_at_once;  // whose products are formed before they go back
+};
+
 // One 1x1 convolution by Strassen's algorithm, ready to run. Filled by conv2d_strassen.cpp.
 struct StrassenProblem {
   TensorView out, input;
@@ -287,6 +312,8 @@ struct KernelTable {
   void (*winograd_plain_task)(const WinogradProblem&, int64_t index, void* scratch);
   int64_t (*winograd_grouped_scratch_bytes)(const WinogradProblem&);
   void (*winograd_grouped_task)(const WinogradProblem&, int64_t index, void* scratch);
+  int64_t (*winograd_rows_scratch_bytes)(const WinogradRowsProblem&);
+  void (*winograd_rows_task)(const WinogradRowsProblem&, int64_t index, void* scratch);
   int64_t (*strassen_scratch_bytes)(const StrassenProblem&);
   void (*strassen_task)(const StrassenProblem&, int64_t index, void* scratch);
   void (*pool2d_task)(const Pool2dProblem&, int64_t index);

@@ -16,6 +16,8 @@ int64_t winograd_plain_scratch_bytes(const WinogradProblem& problem);
 void winograd_plain_task(const WinogradProblem& problem, int64_t index, void* scratch);
 int64_t winograd_grouped_scratch_bytes(const WinogradProblem& problem);
 void winograd_grouped_task(const WinogradProblem& problem, int64_t index, void* scratch);
+int64_t winograd_rows_scratch_bytes(const WinogradRowsProblem& problem);
+void winograd_rows_task(const WinogradRowsProblem& problem, int64_t index, void* scratch);
 int64_t strassen_scratch_bytes(const StrassenProblem& problem);
 void strassen_task(const StrassenProblem& problem, int64_t index, void* scratch);
 void pool2d_task(const Pool2dProblem& problem, int64_t index);

@@ -1,7 +1,7 @@
 """Takes the maximum of 2x2 windows where a convolution's output is still in registers.
 
-A Winograd tile of 4x4 or 2x2 outputs holds whole windows, and so do two rows of a plain sum into few channels. So
-``max_pool2d(conv2d(x))`` becomes one step, and the picture before pooling is never written.
+A Winograd tile of 4x4 or 2x2 outputs holds whole windows, one of 1x4 does not; so do two rows of a plain sum into few
+channels. So ``max_pool2d(conv2d(x))`` becomes one step, and the picture before pooling is never written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 from fastcnn import _native
+from fastcnn.backends import cpp
 from fastcnn.graph.freezing.program import Program, Step
 
 _WINDOW = ((2, 2), (2, 2), (0, 0), (1, 1))  # kernel, stride, padding, dilation
@@ -49,10 +50,13 @@ def _may_pool(program: Program, made_at: int, at: int) -> bool:
 
 def _can_pool(program: Program, convolution: Step, pooling: Step) -> bool:
     """Whether the convolution's kernel can."""
-    if convolution.operator != "conv2d":
-        return convolution.operator == "conv2d_winograd"
+    if convolution.operator not in ("conv2d", "conv2d_winograd"):
+        return False
     assert convolution.weight is not None
-    weight, input, out = program.weights[convolution.weight].packed, convolution.inputs[0], pooling.out
+    packed = program.weights[convolution.weight]
+    if convolution.operator == "conv2d_winograd":
+        return cpp.may_pool(packed.algorithm)
+    weight, input, out = packed.packed, convolution.inputs[0], pooling.out
     stride, padding, dilation = cast("tuple[tuple[int, int], ...]", convolution.attributes[-3:])
     assert isinstance(weight, _native.PackedConv2dWeight)
     assert input is not None

@@ -1,0 +1,433 @@
+// Strided convolution on the CPU by Winograd's minimal filtering along rows alone: F(4, taps) in columns, the plain sum
+// over the filter's rows.
+//
+//   y[p, 4t..4t+3, k] = act(scale[k] * A^T [ sum_{r,c} (G w[k,c,r]) . (B^T pro(x)[c, s*p + r]) ] + bias[k] + residual)
+//
+// In columns a convolution of R taps with stride s is one of ceil(R/s) taps with stride 1 over the s phases of a row: a
+// tile of 4 outputs is formed at ceil(R/s) + 3 points. A phase with one tap less has nothing at the point infinity. A
+// 7x7 filter with stride 2 costs 7 * 13/4 products an output for every (c, k) where the sum costs 49, a 3x3 filter with
+// stride 2 3 * 9/4 where the sum costs 9. That is more than tiles of 4x4 take, but transforms in one direction cost a
+// fraction, enlarge rounding half as much, and weights grow less: to 13/7 and 9/3 times the plain ones.
+//
+// Layouts, with L lanes to a vector. The s * C values of s adjacent pixels are adjacent, the words of the reduction:
+//   transformed input  [point][vector of words][phase of the row][row of the phase][tile][pitch]: so that the tiles of
+//                      output rows that follow each other are a constant pitch apart, whatever the filter's row. pitch
+//                      is L, or half of it where the words fit (three channels, stride 2: 6 of 8).
+//   weights            [column block][point][filter row][word][kColumnBlock], transformed in double
+//   products           [column block][point][tile][kColumnBlock]
+//
+// Work: a task is some output rows of an image and some column blocks. It transforms its input rows, each once, then
+// for a few rows at a time forms the products by a register-blocked micro-kernel and transforms them back.
+// Meanwhile the next task's input is fetched, and the next weights or, where these stay in L2, the output's lines.
+//
+// Kept in registers: the micro-tile's sums, two weight vectors, one broadcast. In L1: a point's weights where they are
+// few. In L2: the task's transformed input, the products of a few rows.
+//
+// Floor: 2*side*R*s*P*ceil(Q/4)*C*K FLOPs at the FMA rate, less what infinity saves.
+#include "conv2d_winograd.h"
+#include "variant.h"
+
+namespace fastcnn::cpu::FASTCNN_ISA {
+namespace {
+
+constexpr int kTileWidth = static_cast<int>(kWinogradRowTile);
+constexpr int kHalfPitch = kVectorWidth == 16 ? 8 : kVectorWidth;
+
+// ---- the transformed input ------------------------------------------------------------------------------------------
+
+// Where things lie in it, in floats.
+template <int kPitch>
+struct Panel {
+  explicit Panel(const WinogradRowsProblem& problem)
+      : tiles(problem.tiles),
+        phase_rows(problem.rows_per_task + (problem.filter - 1) / problem.stride),
+        vectors((problem.words + kVectorWidth - 1) / kVectorWidth),
+        vector_stride(problem.stride * phase_rows * tiles * kPitch),
+        // One vector more: where tiles share vectors, the last store reaches beyond its tile. Odd, so that a tile's
+        // stores do not meet in the same sets of the cache.
+        point_stride((((vectors * vector_stride + kVectorWidth - 1) / kVectorWidth + 1) | 1) * kVectorWidth) {}
+
+  int64_t row(int64_t phase, int64_t at) const { return (phase * phase_rows + at) * tiles * kPitch; }
+
+  int64_t tiles, phase_rows, vectors, vector_stride, point_stride;
+};
+
+static bool shares_vectors(const WinogradRowsProblem& problem) {
+  return kHalfPitch < kVectorWidth && problem.words <= kHalfPitch;
+}
+
+static bool has_prologue(const WinogradRowsProblem& problem) {
+  return problem.input_scale != nullptr || problem.input_shift != nullptr || problem.input_relu;
+}
+
+// `count` pixels of row h of an image from column w on, as fp32, one after the other: zeros outside.
+template <typename T>
+static void gather_pixels(const WinogradRowsProblem& problem, int64_t image, int64_t h, int64_t w, int64_t count,
+                          float* to) {
+  const TensorView& x = problem.input;
+  const T* row = static_cast<const T*>(x.data) + (image * x.h + h) * x.w * x.pixel_stride;
+  const bool prologue = has_prologue(problem);
+  for (int64_t at = w; at < w + count; ++at, to += x.c) {
+    const bool inside = at >= 0 && at < x.w;
+    for (int64_t c = 0; c < x.c; c += kVectorWidth) {
+      const int64_t lanes = x.c - c;
+      Vector value{};
+      if (inside) {
+        value = load_lanes(row + at * x.pixel_stride + c, lanes);
+        if (prologue) {
+          const Vector scale =
+              problem.input_scale != nullptr ? load_lanes(problem.input_scale + c, lanes) : broadcast(1.0f);
+          const Vector shift = problem.input_shift != nullptr ? load_lanes(problem.input_shift + c, lanes) : Vector{};
+          value = value * scale + shift;
+          if (problem.input_relu) value = relu(value);
+        }
+      }
+      if (lanes < kVectorWidth) {
+        store_some(to + c, value, lanes);
+      } else {
+        store(to + c, value);
+      }
+    }
+  }
+}
+
+// Where the pixels of a row's tile lie, s * C values for each of the tile's inputs: in the input, or in `buffer`.
+template <typename T, int kSide>
+static const float* tile_pixels(const WinogradRowsProblem& problem, int64_t image, int64_t h, int64_t tile,
+                                float* buffer) {
+  const TensorView& x = problem.input;
+  const int64_t w = tile * kTileWidth * problem.stride - problem.pad_left, count = kSide * problem.stride;
+  if constexpr (std::is_same<T, float>::value) {
+    if (x.pixel_stride == x.c && w >= 0 && w + count <= x.w && !has_prologue(problem)) {
+      return static_cast<const float*>(x.data) + ((image * x.h + h) * x.w + w) * x.c;
+    }
+  }
+  gather_pixels<T>(problem, image, h, w, count, buffer);
+  return buffer;
+}
+
+// B^T x of all tiles of one input row.
+template <typename T, int kSide, int kPitch>
+static void transform_row(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, int64_t image, int64_t h,
+                          float* buffer, float* to) {
+  constexpr int kShared = kVectorWidth / kPitch;
+  const int64_t words = problem.words;
+  for (int64_t tile = 0; tile < panel.tiles; tile += kShared) {
+    const float* from[kShared];
+    for (int i = 0; i < kShared; ++i) {
+      const int64_t at = tile + i < panel.tiles ? tile + i : panel.tiles - 1;
+      from[i] = tile_pixels<T, kSide>(problem, image, h, at, buffer + i * kSide * words);
+    }
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t first = v * kVectorWidth, lanes = words - first;
+      Vector column[kSide], points[kSide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        column[i] = load_lanes(from[0] + i * words + first, lanes);
+        if constexpr (kShared == 2) {
+          column[i] = load_range(column[i], from[1] + i * words - kPitch, kPitch, kPitch + words);
+        }
+      }
+      input_transform<kSide>(column, points);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        store(to + i * panel.point_stride + v * panel.vector_stride + tile * kPitch, points[i]);
+      }
+    }
+  }
+}
+
+// All that `rows` output rows from p on read.
+template <typename T, int kSide, int kPitch>
+static void fill_panel(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, int64_t image, int64_t p,
+                       int64_t rows, float* buffer, float* to) {
+  const int stride = problem.stride;
+  for (int phase = 0; phase < stride && phase < problem.filter; ++phase) {
+    const int64_t count = rows + (problem.filter - 1 - phase) / stride;
+    for (int64_t at = 0; at < count; ++at) {
+      const int64_t h = (p + at) * stride + phase - problem.pad_top;
+      float* row = to + panel.row(phase, at);
+      if (h >= 0 && h < problem.input.h) {
+        transform_row<T, kSide, kPitch>(problem, panel, image, h, buffer, row);
+        continue;
+      }
+      for (int i = 0; i < kSide; ++i) {
+        for (int64_t v = 0; v < panel.vectors; ++v) {
+          float* zeros = row + i * panel.point_stride + v * panel.vector_stride;
+          for (int64_t lane = 0; lane < panel.tiles * kPitch; ++lane) zeros[lane] = 0;
+        }
+      }
+    }
+  }
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+struct RowProducts {
+  const float* panel;  // of a point, at the first tile
+  int64_t vector_stride, row_stride, phase_stride;
+  int filter, stride;
+  int64_t words, chunk;  // of a filter row; about as many are summed without a break
+  const float* weight;
+  float* sums;
+  Stream first, second;  // what is fetched into L2 meanwhile
+};
+
+// sums[i][k] = sum_{r,c} panel[r][c][i] * weight[r][c][k] for Rows tiles.
+template <int Rows, int Vectors, int kPitch>
+static void row_micro_kernel(const RowProducts& p) {
+  const float* weight = p.weight;
+  const char *first = p.first.at, *second = p.second.at;
+  const int64_t first_step = p.first.step, second_step = p.second.step;
+  int row = 0, phase = 0;  // the filter row is row * stride + phase
+  int64_t word = 0;
+  for (bool begun = false, more = true; more; begun = true) {
+    Vector sum[Rows][Vectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
+    }
+    for (int64_t summed = 0; more && summed < p.chunk;) {
+      const int64_t left = p.words - word, count = left < kVectorWidth ? left : kVectorWidth;
+      const float* from = p.panel + phase * p.phase_stride + row * p.row_stride + word / kVectorWidth * p.vector_stride;
+      for (int64_t lane = 0; lane < count; ++lane) {
+        Vector w[Vectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kVectorWidth);
+#pragma GCC unroll 32
+        for (int i = 0; i < Rows; ++i) {
+          const Vector x = broadcast(from[i * kPitch + lane]);
+#pragma GCC unroll 2
+          for (int j = 0; j < Vectors; ++j) sum[i][j] += x * w[j];
+        }
+        weight += kColumnBlock;
+        __builtin_prefetch(first, 0, 2);
+        first += first_step;
+        if (Vectors == 1) continue;
+        __builtin_prefetch(second, 0, 2);
+        second += second_step;
+      }
+      summed += count;
+      word += count;
+      if (word < p.words) continue;
+      word = 0;
+      if (++phase == p.stride) phase = 0, ++row;
+      more = row * p.stride + phase < p.filter;
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) {
+        float* to = p.sums + i * kColumnBlock + j * kVectorWidth;
+        store(to, begun ? load(to) + sum[i][j] : sum[i][j]);
+      }
+    }
+  }
+}
+
+using RowMicroKernel = void (*)(const RowProducts&);
+
+template <int Vectors, int kPitch>
+struct RowMicroKernels {
+  static constexpr int kRows = kMicroRows * kMicroVectors / Vectors;
+  RowMicroKernel by_rows[kRows + 1] = {};
+  constexpr RowMicroKernels() { fill<kRows>(); }
+  template <int Rows>
+  constexpr void fill() {
+    by_rows[Rows] = row_micro_kernel<Rows, Vectors, kPitch>;
+    if constexpr (Rows > 1) fill<Rows - 1>();
+  }
+};
+
+template <int kPitch>
+constexpr RowMicroKernels<1, kPitch> kOneColumnVector;
+template <int kPitch>
+constexpr RowMicroKernels<2, kPitch> kTwoColumnVectors;
+
+// Sums of a product in fp32 lose digits with their length, and the way back enlarges what is lost, the more points
+// there are.
+template <int kSide>
+constexpr int64_t kChunkWords = kSide == 7 ? 24 : 64;
+
+// Memory that is fetched ahead while products are formed, bit by bit.
+struct Span {
+  const char* first;
+  int64_t bytes;
+
+  Span part(int64_t at, int64_t parts) const { return {first + at * bytes / parts, bytes / parts}; }
+  Stream stream(int64_t turn, int64_t turns) const { return {first + turn * bytes / turns, bytes / turns}; }
+};
+
+// The next task's input, and where weights stay in L2 and need no fetching, the output that the products make.
+struct RowsAhead {
+  Span input, output;
+  bool weights_stay;
+};
+
+// The products of `count` tiles from `tile` on and one column block.
+template <int kSide, int kPitch>
+static void multiply_rows(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, const float* input,
+                          int64_t tile, int64_t count, int64_t column, float* products, const RowsAhead& ahead) {
+  const int64_t columns = problem.out.c - column * kColumnBlock;
+  const bool narrow = columns <= kVectorWidth;
+  const RowMicroKernel* kernels = narrow ? kOneColumnVector<kPitch>.by_rows : kTwoColumnVectors<kPitch>.by_rows;
+  const int64_t most = narrow ? RowMicroKernels<1, kPitch>::kRows : RowMicroKernels<2, kPitch>::kRows;
+  const int64_t micro_tiles = (count + most - 1) / most;
+  const int64_t product_stride = count * kColumnBlock;
+  const int64_t depth = problem.filter * problem.words, last_depth = problem.filter * problem.last_words;
+  const int64_t all = (kSide - 1) * depth + last_depth;
+  const float* weight = problem.packed_weight + column * all * kColumnBlock;
+  RowProducts p;
+  p.vector_stride = panel.vector_stride;
+  p.row_stride = panel.row(0, 1);
+  p.phase_stride = panel.row(1, 0);
+  p.filter = problem.filter;
+  p.stride = problem.stride;
+  p.chunk = kChunkWords<kSide>;
+  for (int point = 0; point < kSide; ++point) {
+    const bool last = point == kSide - 1;
+    const int64_t words = last ? last_depth : depth;
+    p.words = last ? problem.last_words : problem.words;
+    p.weight = weight + point * depth * kColumnBlock;
+    int64_t row = 0;
+    for (int64_t micro = 0; micro < micro_tiles; ++micro) {
+      const int64_t height = (count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
+      p.panel = input + point * panel.point_stride + (tile + row) * kPitch;
+      p.sums = products + point * product_stride + row * kColumnBlock;
+      const int64_t turns = all * micro_tiles, turn = point * depth * micro_tiles + micro * words;
+      const char* next = reinterpret_cast<const char*>(p.weight + (words + micro * words / micro_tiles) * kColumnBlock);
+      // Half of the second stream is not needed where micro-tiles share the weights.
+      p.first = ahead.weights_stay ? ahead.output.stream(turn, turns) : Stream{next, kColumnBlock * 4 / micro_tiles};
+      p.second =
+          ahead.weights_stay || micro_tiles > 1 ? ahead.input.stream(turn, turns) : Stream{next + 64, kColumnBlock * 4};
+      kernels[height](p);
+      row += height;
+    }
+  }
+}
+
+// ---- the way back ---------------------------------------------------------------------------------------------------
+
+template <typename T, int kSide>
+static void finish_rows(const WinogradRowsProblem& problem, int64_t image, int64_t p, int64_t rows, int64_t column,
+                        int64_t columns, const float* products) {
+  const TensorView y = problem.out, added = problem.residual;
+  const bool has_relu = problem.relu;
+  const int64_t tiles = problem.tiles, point_stride = rows * tiles * kColumnBlock;
+  const int64_t first = column * kColumnBlock, left = y.c - first;
+  const int64_t channels = left < columns * kColumnBlock ? left : columns * kColumnBlock;
+  for (int64_t i = 0; i < rows * tiles; ++i) {
+    const int64_t q = i % tiles * kTileWidth, pixel = (image * y.h + p + i / tiles) * y.w + q;
+    const int64_t width = y.w - q < kTileWidth ? y.w - q : kTileWidth;
+    for (int64_t k = 0; k < channels; k += kVectorWidth) {
+      const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
+      const int64_t lanes = channels - k;
+      const float* from = products + k / kColumnBlock * kSide * point_stride + i * kColumnBlock + k % kColumnBlock;
+      Vector at[kSide], values[kTileWidth];
+#pragma GCC unroll 8
+      for (int point = 0; point < kSide; ++point) at[point] = load(from + point * point_stride);
+      Points<kSide>::output(at, values);
+      T* out = static_cast<T*>(y.data) + pixel * y.pixel_stride + first + k;
+      const T* residual = added ? static_cast<const T*>(added.data) + pixel * added.pixel_stride + first + k : nullptr;
+      const auto put = [&](int j) __attribute__((always_inline)) {
+        Vector value = values[j] * scale + bias;
+        if (residual != nullptr) value += load_lanes(residual + j * added.pixel_stride, lanes);
+        if (has_relu) value = relu(value);
+        if (lanes < kVectorWidth) {
+          store_some(out + j * y.pixel_stride, value, lanes);
+        } else {
+          store(out + j * y.pixel_stride, value);
+        }
+      };
+      if (width == kTileWidth) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kTileWidth; ++j) put(j);
+      } else {
+        for (int j = 0; j < width; ++j) put(j);
+      }
+    }
+  }
+}
+
+// ---- tasks ----------------------------------------------------------------------------------------------------------
+
+// Scratch: the transformed input, the products, pixels of the tiles that are gathered.
+template <int kPitch>
+static int64_t panel_floats(const WinogradRowsProblem& problem) {
+  return problem.side * Panel<kPitch>(problem).point_stride;
+}
+static int64_t product_floats(const WinogradRowsProblem& problem) {
+  return problem.columns_at_once * problem.side * problem.rows_at_once * problem.tiles * kColumnBlock;
+}
+
+template <typename T, int kSide, int kPitch>
+static void run_rows(const WinogradRowsProblem& problem, int64_t index, float* scratch) {
+  const int64_t blocks = problem.out.n * problem.blocks_per_image;
+  const int64_t block = index % blocks, first = index / blocks * problem.columns_per_task;
+  const int64_t beyond = first + problem.columns_per_task;
+  const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
+  const int64_t image = block / problem.blocks_per_image;
+  const int64_t p = block % problem.blocks_per_image * problem.rows_per_task;
+  const int64_t below = problem.out.h - p, rows = below < problem.rows_per_task ? below : problem.rows_per_task;
+  const Panel<kPitch> panel(problem);
+  float* input = scratch;
+  float* products = input + panel_floats<kPitch>(problem);
+  fill_panel<T, kSide, kPitch>(problem, panel, image, p, rows, products + product_floats(problem), input);
+
+  const TensorView &x = problem.input, &y = problem.out;
+  const int64_t words = problem.filter * ((kSide - 1) * problem.words + problem.last_words);
+  const int64_t in_bytes = x.w * x.pixel_stride * size_in_bytes(x.dtype);
+  const int64_t out_bytes = y.w * y.pixel_stride * size_in_bytes(y.dtype);
+  const Span next = {static_cast<const char*>(x.data) +
+                         (image * x.h + (p + rows - 1) * problem.stride + problem.filter - problem.pad_top) * in_bytes,
+                     rows * problem.stride * in_bytes};
+  for (int64_t row = 0; row < rows; row += problem.rows_at_once) {
+    const int64_t at_once = rows - row < problem.rows_at_once ? rows - row : problem.rows_at_once;
+    const Span output = {static_cast<const char*>(y.data) + (image * y.h + p + row) * out_bytes, at_once * out_bytes};
+    RowsAhead ahead;
+    ahead.weights_stay = (last - first) * words * kColumnBlock * 4 <= kWeightsInL2;
+    for (int64_t column = first; column < last; column += problem.columns_at_once) {
+      const int64_t left = last - column, columns = left < problem.columns_at_once ? left : problem.columns_at_once;
+      for (int64_t i = 0; i < columns; ++i) {
+        ahead.output = output.part(column + i - first, last - first);
+        ahead.input = next.part(row * (last - first) + at_once * (column + i - first), rows * (last - first));
+        ahead.input.bytes *= at_once;
+        multiply_rows<kSide, kPitch>(problem, panel, input, row * problem.tiles, at_once * problem.tiles, column + i,
+                                     products + i * kSide * at_once * problem.tiles * kColumnBlock, ahead);
+      }
+      finish_rows<T, kSide>(problem, image, p + row, at_once, column, columns, products);
+    }
+  }
+}
+
+template <typename T, int kSide>
+static void run_rows_of(const WinogradRowsProblem& problem, int64_t index, float* scratch) {
+  if (shares_vectors(problem)) return run_rows<T, kSide, kHalfPitch>(problem, index, scratch);
+  run_rows<T, kSide, kVectorWidth>(problem, index, scratch);
+}
+
+template <typename T>
+static void run_rows_by_side(const WinogradRowsProblem& problem, int64_t index, float* scratch) {
+  if (problem.side == 5) return run_rows_of<T, 5>(problem, index, scratch);
+  if (problem.side == 6) return run_rows_of<T, 6>(problem, index, scratch);
+  run_rows_of<T, 7>(problem, index, scratch);
+}
+
+}  // namespace
+
+int64_t winograd_rows_scratch_bytes(const WinogradRowsProblem& problem) {
+  const int64_t panel =
+      shares_vectors(problem) ? panel_floats<kHalfPitch>(problem) : panel_floats<kVectorWidth>(problem);
+  return (panel + product_floats(problem) + 2 * problem.side * problem.words + kVectorWidth) * 4;
+}
+
+void winograd_rows_task(const WinogradRowsProblem& problem, int64_t index, void* scratch) {
+  if (problem.input.dtype == DType::f32) {
+    run_rows_by_side<float>(problem, index, static_cast<float*>(scratch));
+  } else {
+    run_rows_by_side<uint16_t>(problem, index, static_cast<float*>(scratch));
+  }
+}
+
+}  // namespace fastcnn::cpu::FASTCNN_ISA
