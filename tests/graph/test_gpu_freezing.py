@@ -54,6 +54,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
+@fastcnn.exact()  # the fast algorithms of the processor that stands in for a GPU are judged by another rule
 def test_networks_with_changed_inputs(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = calibrate(NETWORKS[name]().eval(), torch.randn(4, 3, 32, 32))
