@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from support.accuracy import relative_error
+from support.instruction_sets import run_tests_under
 from torch import Tensor, nn
 
 import fastcnn
@@ -67,14 +64,7 @@ def test_has_the_bits_of_convolution_and_pooling(
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_other_instruction_sets(isa: str) -> None:
-    if isa not in _native.cpu_instruction_sets():
-        pytest.skip(f"this processor or build has no {isa}")
-    if _native.cpu_instruction_set() == isa:
-        pytest.skip("that is the one in use")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "few_channels"]
-    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    run_tests_under(isa, __file__, "few_channels")
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.instruction_sets import run_tests_under
 from torch import Tensor
 
 import fastcnn
-from fastcnn import _native, ops
+from fastcnn import ops
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +101,4 @@ def test_one_or_two_output_pixels(channels: int, images: int) -> None:
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_other_instruction_sets(isa: str) -> None:
-    if isa not in _native.cpu_instruction_sets():
-        pytest.skip(f"this processor or build has no {isa}")
-    if _native.cpu_instruction_set() == isa:
-        pytest.skip("that is the one in use")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not instruction"]
-    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    run_tests_under(isa, __file__, "not instruction")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import relative_error
+from support.instruction_sets import check_kernels_under
 from support.layout import GuardedSlice, sliced
 from torch import Tensor, nn
 
@@ -123,14 +121,7 @@ def check_kernels() -> None:
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_other_instruction_sets(isa: str):
-    if isa not in _native.cpu_instruction_sets():
-        pytest.skip(f"this processor or build has no {isa}")
-    folder = os.path.dirname(__file__)
-    paths = [folder, os.path.dirname(folder)]
-    code = f"import sys; sys.path[:0] = {paths!r}; import test_conv2d_strassen as t; t.check_kernels()"
-    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check_kernels_under(isa, __file__)
 
 
 @pytest.mark.parametrize(

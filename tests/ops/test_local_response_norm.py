@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.instruction_sets import check_kernels_under
 from support.layout import LAYOUTS, GuardedSlice, sliced
 from torch import Tensor
 
@@ -242,12 +240,4 @@ def check_kernels() -> None:
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_other_instruction_sets(isa: str):
-    from fastcnn import _native
-
-    if isa not in _native.cpu_instruction_sets():
-        pytest.skip(f"this processor or build has no {isa}")
-    paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-    code = f"import sys; sys.path[:0] = {paths!r}; import test_local_response_norm as t; t.check_kernels()"
-    environment = {**os.environ, "FASTCNN_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check_kernels_under(isa, __file__)
