@@ -82,25 +82,44 @@ std::shared_ptr<cpu::PackedConv2dWeight> packed_conv2d_weight_from(const py::buf
   return weight;
 }
 
+void require_positive(const std::array<int64_t, 4>& out_shape) {
+  for (const int64_t size : out_shape) {
+    if (size < 1) throw py::value_error("out_shape must be positive");
+  }
+}
+
+// A convolution's operands, of one dtype, with channels and batch as its packed weight and each other have them.
+struct Convolution {
+  TensorView x, y;
+  Prologue prologue;
+  Epilogue epilogue;
+
+  template <typename Weight>
+  Convolution(py::handle out, py::handle input, const Weight& weight, py::handle scale, py::handle bias,
+              py::handle residual, py::handle input_scale, py::handle input_shift, bool input_relu, bool relu)
+      : x(activation(input, "input", kDLCPU)) {
+    require_cpu_dtype(x);
+    y = activation(out, "out", kDLCPU, x.dtype);
+    require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
+    require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
+    prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
+    epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  }
+};
+
 void cpu_conv2d(py::handle out, py::handle input, const cpu::PackedConv2dWeight& weight, py::handle scale,
                 py::handle bias, py::handle residual, py::handle input_scale, py::handle input_shift, bool input_relu,
                 bool relu, Pair stride, Pair padding, Pair dilation, int threads) {
-  const TensorView x = activation(input, "input", kDLCPU);
-  require_cpu_dtype(x);
   require_threads(threads);
-  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
-  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
-  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
-  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
-  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Convolution at(out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, relu);
   const Conv2dGeometry geometry =
       conv2d_geometry(weight.filter_h, weight.filter_w, weight.groups, stride, padding, dilation);
-  if (weight.bf16_pairs && x.dtype != DType::bf16) {
+  if (weight.bf16_pairs && at.x.dtype != DType::bf16) {
     throw py::type_error("input must be bfloat16, as the weight that was packed");
   }
-  if (y.pixels() == 0) return;
+  if (at.y.pixels() == 0) return;
   py::gil_scoped_release release;
-  cpu::conv2d(y, x, weight, prologue, epilogue, geometry, threads);
+  cpu::conv2d(at.y, at.x, weight, at.prologue, at.epilogue, geometry, threads);
 }
 
 void cpu_conv2d_strassen(py::handle out, py::handle input, const cpu::PackedConv2dWeight& weight, py::handle scale,
@@ -120,9 +139,7 @@ void cpu_conv2d_strassen(py::handle out, py::handle input, const cpu::PackedConv
 }
 
 double cpu_conv2d_strassen_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels) {
-  for (const int64_t size : out_shape) {
-    if (size < 1) throw py::value_error("out_shape must be positive");
-  }
+  require_positive(out_shape);
   if (in_channels < 2) throw py::value_error("in_channels must be at least 2");
   const auto [n, k, p, q] = out_shape;
   return cpu::conv2d_strassen_cycles(n, p * q, k, in_channels);
@@ -177,22 +194,16 @@ std::shared_ptr<cpu::PackedConv2dWinogradWeight> pack_conv2d_winograd_weight(py:
 void cpu_conv2d_winograd(py::handle out, py::handle input, const cpu::PackedConv2dWinogradWeight& weight,
                          py::handle scale, py::handle bias, py::handle residual, py::handle input_scale,
                          py::handle input_shift, bool input_relu, bool relu, Pair padding, int threads) {
-  const TensorView x = activation(input, "input", kDLCPU);
-  require_cpu_dtype(x);
   require_threads(threads);
-  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
-  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
-  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
-  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
-  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Convolution at(out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, relu);
   const Conv2dGeometry geometry =
       conv2d_geometry(weight.filter, weight.filter, 1, {weight.stride, weight.stride}, padding, {1, 1});
-  if (weight.bf16_pairs && x.dtype != DType::bf16) {
+  if (weight.bf16_pairs && at.x.dtype != DType::bf16) {
     throw py::type_error("input must be bfloat16, as the weight that was packed");
   }
-  if (y.pixels() == 0) return;
+  if (at.y.pixels() == 0) return;
   py::gil_scoped_release release;
-  cpu::conv2d_winograd(y, x, weight, prologue, epilogue, geometry, threads);
+  cpu::conv2d_winograd(at.y, at.x, weight, at.prologue, at.epilogue, geometry, threads);
 }
 
 // ---- Winograd with plain weights
@@ -235,23 +246,15 @@ void cpu_conv2d_winograd_plain(py::handle out, py::handle input, const cpu::Plai
                                py::handle scale, py::handle bias, py::handle residual, py::handle input_scale,
                                py::handle input_shift, bool input_relu, bool relu, Pair padding, int threads) {
   require_threads(threads);
-  const TensorView x = activation(input, "input", kDLCPU);
-  require_cpu_dtype(x);
-  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
-  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
-  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
-  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
-  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Convolution at(out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, relu);
   const Conv2dGeometry geometry = conv2d_geometry(3, 3, weight.groups, {1, 1}, padding, {1, 1});
-  if (y.pixels() == 0) return;
+  if (at.y.pixels() == 0) return;
   py::gil_scoped_release release;
-  cpu::run_now(cpu::conv2d_winograd_plain_work(y, x, weight, prologue, epilogue, geometry, threads));
+  cpu::run_now(cpu::conv2d_winograd_plain_work(at.y, at.x, weight, at.prologue, at.epilogue, geometry, threads));
 }
 
 double cpu_conv2d_winograd_plain_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int64_t groups) {
-  for (const int64_t size : out_shape) {
-    if (size < 1) throw py::value_error("out_shape must be positive");
-  }
+  require_positive(out_shape);
   if (in_channels < 1 || groups < 1) throw py::value_error("in_channels and groups must be positive");
   const auto [n, k, p, q] = out_shape;
   return cpu::conv2d_winograd_plain_cycles(n, k, p, q, in_channels, groups);
@@ -293,25 +296,17 @@ void cpu_conv2d_winograd_rows(py::handle out, py::handle input, const cpu::RowWi
                               py::handle bias, py::handle residual, py::handle input_scale, py::handle input_shift,
                               bool input_relu, bool relu, Pair padding, int threads) {
   require_threads(threads);
-  const TensorView x = activation(input, "input", kDLCPU);
-  require_cpu_dtype(x);
-  const TensorView y = activation(out, "out", kDLCPU, x.dtype);
-  require_shape(x, "input", y.n, weight.in_channels, x.h, x.w);
-  require_shape(y, "out", x.n, weight.out_channels, y.h, y.w);
-  const Prologue prologue = prologue_of(x, kDLCPU, input_scale, input_shift, input_relu);
-  const Epilogue epilogue = epilogue_of(y, kDLCPU, scale, bias, residual, relu);
+  const Convolution at(out, input, weight, scale, bias, residual, input_scale, input_shift, input_relu, relu);
   const Conv2dGeometry geometry =
       conv2d_geometry(weight.filter, weight.filter, 1, {weight.stride, weight.stride}, padding, {1, 1});
-  if (y.pixels() == 0) return;
+  if (at.y.pixels() == 0) return;
   py::gil_scoped_release release;
-  cpu::run_now(cpu::conv2d_winograd_rows_work(y, x, weight, prologue, epilogue, geometry, threads));
+  cpu::run_now(cpu::conv2d_winograd_rows_work(at.y, at.x, weight, at.prologue, at.epilogue, geometry, threads));
 }
 
 double cpu_conv2d_winograd_rows_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter,
                                        int stride) {
-  for (const int64_t size : out_shape) {
-    if (size < 1) throw py::value_error("out_shape must be positive");
-  }
+  require_positive(out_shape);
   if (in_channels < 1) throw py::value_error("in_channels must be positive");
   const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};
   require_row_winograd(weight_shape, stride);
@@ -321,9 +316,7 @@ double cpu_conv2d_winograd_rows_cycles(const std::array<int64_t, 4>& out_shape, 
 
 double cpu_conv2d_cycles(const std::array<int64_t, 4>& out_shape, int64_t in_channels, int filter, int stride, int tile,
                          bool bf16) {
-  for (const int64_t size : out_shape) {
-    if (size < 1) throw py::value_error("out_shape must be positive");
-  }
+  require_positive(out_shape);
   if (in_channels < 1) throw py::value_error("in_channels must be positive");
   if (filter < 1) throw py::value_error("filter must be positive");
   const int64_t weight_shape[4] = {out_shape[1], in_channels, filter, filter};

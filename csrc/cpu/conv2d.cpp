@@ -239,20 +239,12 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
   const EpilogueVectors vectors(epilogue, groups, group_out, padded);
 
   Conv2dProblem problem{};
-  problem.out = out;
-  problem.input = input;
+  set_operands(problem, out, input, prologue, epilogue, vectors);
   problem.geometry = geometry;
   problem.packed_weight = weight.data();
   problem.group_in = weight.group_in;
   problem.group_out = weight.group_out;
   problem.column_blocks = weight.column_blocks;
-  problem.input_scale = prologue.scale;
-  problem.input_shift = prologue.shift;
-  problem.input_relu = prologue.relu;
-  problem.scale = vectors.scale;
-  problem.bias = vectors.bias;
-  problem.residual = epilogue.residual;
-  problem.relu = epilogue.activation == Activation::relu;
   problem.max_pool = max_pool;
 
   constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for

@@ -117,20 +117,12 @@ Works conv2d_bf16_work(const TensorView& out, const TensorView& input, const Pac
   const EpilogueVectors vectors(epilogue, groups, weight.out_channels / groups, weight.column_blocks * width);
 
   Conv2dBf16Problem problem;
-  problem.out = out;
-  problem.input = input;
+  set_operands(problem, out, input, prologue, epilogue, vectors);
   problem.geometry = geometry;
   problem.packed_weight = weight.pairs();
   problem.group_in = weight.group_in;
   problem.group_out = weight.group_out;
   problem.column_blocks = weight.column_blocks;
-  problem.input_scale = prologue.scale;
-  problem.input_shift = prologue.shift;
-  problem.input_relu = prologue.relu;
-  problem.scale = vectors.scale;
-  problem.bias = vectors.bias;
-  problem.residual = epilogue.residual;
-  problem.relu = epilogue.activation == Activation::relu;
   problem.row_values = bf16_row_values(weight.filter_w, weight.group_in);
   constexpr int64_t kSerialWork = 1 << 19;  // multiplications not worth waking a thread for
   if (out.pixels() * weight.out_channels * weight.group_in * weight.filter_h * weight.filter_w <= kSerialWork) {

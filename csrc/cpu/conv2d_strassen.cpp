@@ -110,19 +110,11 @@ Works conv2d_strassen_work(const TensorView& out, const TensorView& input, const
   const Form form(pixels, weight.in_channels, weight.out_channels);
 
   StrassenProblem p{};
-  p.out = out;
-  p.input = input;
+  set_operands(p, out, input, prologue, epilogue, vectors);
   p.packed_weight = weight.data();
   p.in_channels = weight.in_channels;
   p.out_channels = weight.out_channels;
   p.column_blocks = weight.column_blocks;
-  p.input_scale = prologue.scale;
-  p.input_shift = prologue.shift;
-  p.input_relu = prologue.relu;
-  p.scale = vectors.scale;
-  p.bias = vectors.bias;
-  p.residual = epilogue.residual;
-  p.relu = epilogue.activation == Activation::relu;
   p.in_place = !p.has_prologue() && readable_in_place(input.pixel_stride);
   p.chunk_half = form.chunk_half;
   p.blocks_per_image = form.blocks_per_image;

@@ -126,8 +126,7 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, padded);
 
   WinogradProblem p;
-  p.out = out;
-  p.input = input;
+  set_operands(p, out, input, prologue, epilogue, vectors);
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
   p.tile = weight.tile;
@@ -142,13 +141,6 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   }
   p.point_words = weight.point_words().data();
   p.column_blocks = weight.column_blocks;
-  p.input_scale = prologue.scale;
-  p.input_shift = prologue.shift;
-  p.input_relu = prologue.relu;
-  p.scale = vectors.scale;
-  p.bias = vectors.bias;
-  p.residual = epilogue.residual;
-  p.relu = epilogue.activation == Activation::relu;
   p.max_pool = max_pool;
   p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, weight.tile);
   p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, weight.tile);

@@ -77,8 +77,7 @@ Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input,
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, weight.out_vectors * table.vector_width);
 
   WinogradProblem p{};
-  p.out = out;
-  p.input = input;
+  set_operands(p, out, input, prologue, epilogue, vectors);
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
   p.tile = kTile;
@@ -87,13 +86,6 @@ Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input,
   p.groups = weight.groups;
   p.channel_vectors = weight.in_vectors;
   p.column_blocks = weight.out_vectors;
-  p.input_scale = prologue.scale;
-  p.input_shift = prologue.shift;
-  p.input_relu = prologue.relu;
-  p.scale = vectors.scale;
-  p.bias = vectors.bias;
-  p.residual = epilogue.residual;
-  p.relu = epilogue.activation == Activation::relu;
   p.max_pool = max_pool;
   p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, kTile);
   p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, kTile);

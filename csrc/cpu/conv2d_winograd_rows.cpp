@@ -158,8 +158,7 @@ Works conv2d_winograd_rows_work(const TensorView& out, const TensorView& input, 
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, weight.column_blocks * table.column_block);
 
   WinogradRowsProblem p{};
-  p.out = out;
-  p.input = input;
+  set_operands(p, out, input, prologue, epilogue, vectors);
   p.pad_top = geometry.pad_top;
   p.pad_left = geometry.pad_left;
   p.filter = weight.filter;
@@ -169,13 +168,6 @@ Works conv2d_winograd_rows_work(const TensorView& out, const TensorView& input, 
   p.last_words = weight.last_words;
   p.packed_weight = weight.data();
   p.column_blocks = weight.column_blocks;
-  p.input_scale = prologue.scale;
-  p.input_shift = prologue.shift;
-  p.input_relu = prologue.relu;
-  p.scale = vectors.scale;
-  p.bias = vectors.bias;
-  p.residual = epilogue.residual;
-  p.relu = epilogue.activation == Activation::relu;
   p.tiles = ceil_div(out.w, kWinogradRowTile);
 
   const Cut cut = cheapest_cut(sizes_of(weight, out.n, out.h, out.w), threads);

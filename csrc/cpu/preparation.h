@@ -45,4 +45,19 @@ struct EpilogueVectors {
   float* bias;
 };
 
+// What every kernel's description of a convolution holds of its operands. `vectors` must outlive the problem.
+template <typename Problem>
+void set_operands(Problem& problem, const TensorView& out, const TensorView& input, const Prologue& prologue,
+                  const Epilogue& epilogue, const EpilogueVectors& vectors) {
+  problem.out = out;
+  problem.input = input;
+  problem.input_scale = prologue.scale;
+  problem.input_shift = prologue.shift;
+  problem.input_relu = prologue.relu;
+  problem.scale = vectors.scale;
+  problem.bias = vectors.bias;
+  problem.residual = epilogue.residual;
+  problem.relu = epilogue.activation == Activation::relu;
+}
+
 }  // namespace fastcnn::cpu
