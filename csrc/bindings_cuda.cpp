@@ -205,6 +205,7 @@ void bind_cuda(py::module_& m) {
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("allow_tf32"),
         py::arg("kernel") = "");
   m.def("cuda_conv2d_kernels", &conv2d_kernels);
+  m.def("cuda_set_early_starts", &cuda::set_early_starts, py::arg("on"));
   m.def("cuda_linear", &linear);
   m.def("cuda_channel_affine", &channel_affine);
   m.def("cuda_residual_add", &residual_add);

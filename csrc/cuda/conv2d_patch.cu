@@ -100,6 +100,7 @@ __device__ __forceinline__ void copy_patches(const PatchConvolution& problem, ui
                   first_column);
     }
   }
+  wait_for_earlier_kernels();
   const int first_channel = problem.by_group_filters.quotient(first_column) * problem.channels;
   PatchRing ring;
   for (int tile = first_tile; tile < plan.tiles; tile += tile_step) {
@@ -251,8 +252,8 @@ __global__ void __launch_bounds__(3 * 128, 1) conv2d_patch(const __grid_constant
     }
     barrier_init_fence();
   }
-  stage_coefficients<kColumns>(problem, coefficients, first_column, thread);
   __syncthreads();
+  let_next_kernel_begin();
 
   if (warpgroup == 0) {
     release_registers<40>();
@@ -262,6 +263,8 @@ __global__ void __launch_bounds__(3 * 128, 1) conv2d_patch(const __grid_constant
     return;
   }
   claim_registers<232>();
+  wait_for_earlier_kernels();
+  stage_coefficients<kColumns>(problem, coefficients, first_column, thread - 128);  // there at multipliers_barrier
   const int group = warpgroup - 1, lane = thread % 32, warp_of_group = thread / 32 % 4;
   const bool stores = thread == 128;
   const PatchRows rows(problem, group, warp_of_group, lane);
@@ -344,8 +347,8 @@ void launch_patch(const char* name, const ConvProblem& problem, const LaunchTarg
   convolution.relu = problem.relu;
   const int64_t most = std::max<int64_t>(device.multiprocessors / plan.column_tiles, 1);
   const int64_t blocks = std::min<int64_t>(plan.tiles, most) * plan.column_tiles;
-  launch<conv2d_patch<T, kColumns>>(name, target.device, dim3(static_cast<unsigned>(blocks)), 3 * 128,
-                                    plan.shared_bytes(kColumns), target.stream, convolution);
+  launch_early<conv2d_patch<T, kColumns>>(name, target.device, dim3(static_cast<unsigned>(blocks)), 3 * 128,
+                                          plan.shared_bytes(kColumns), target.stream, convolution);
 }
 
 }  // namespace

@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(32 * kStemWgmmaWarps, kStemBlocks)
 
   const uint64_t filters = wgmma_descriptor(shared_address(weights));
 
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   int tile = static_cast<int>(blockIdx.x), buffer = 0;
   load_band<T>(problem, plan, tile, bands, thread, threads);
   pack_weights<T, kColumns>(problem, plan, first_filter, weights, thread, threads,
@@ -101,8 +103,8 @@ template <typename T, int kColumns>
 static void launch_stem(const StemPlan& plan, const ConvProblem& problem, const LaunchTarget& target) {
   const dim3 grid(static_cast<unsigned>(std::min(plan.tiles, plan.most_blocks)),
                   static_cast<unsigned>(ceil_divide(problem.shape.filters, kColumns)));
-  launch<conv2d_stem_wgmma<T, kColumns>>("conv2d stem wgmma", target.device, grid, 32 * plan.warps, plan.shared_bytes(),
-                                         target.stream, problem, plan);
+  launch_early<conv2d_stem_wgmma<T, kColumns>>("conv2d stem wgmma", target.device, grid, 32 * plan.warps,
+                                               plan.shared_bytes(), target.stream, problem, plan);
 }
 
 template <typename T>

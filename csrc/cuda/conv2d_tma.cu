@@ -15,6 +15,7 @@
 //   when a stage has been multiplied.
 // With a prologue (1x1 filters without padding): the warpgroup applies it in place to its rows of A when a stage has
 //   landed, while the tensor cores still work on the stage before.
+// Before an earlier kernel has ended: barriers, and the filters of the first stages.
 // Shared memory: the stages, and for each warpgroup its part of the output, into which the copy engine brings the
 //   residual during the multiplication and from which it stores the result: no thread computes an output address.
 // Registers: accumulators only; operands go from shared memory to the tensor cores.
@@ -42,7 +43,12 @@ template <typename Tile>
 __device__ __forceinline__ void copy_tiles(const TmaConvolution& problem, uint32_t stages,
                                            const TmaBarriers<Tile>& barriers) {
   StageRing<Tile::kStages> ring;
-  for (int tile = static_cast<int>(blockIdx.x); tile < problem.tiles; tile += static_cast<int>(gridDim.x)) {
+  const int first_tile = static_cast<int>(blockIdx.x);
+  int with_filters =
+      copy_first_filters<Tile>(problem, stages, barriers, TileOrigin::of<Tile>(problem, first_tile).filter, 0,
+                               problem.filter_h * problem.filter_w * problem.channel_blocks);
+  wait_for_earlier_kernels();
+  for (int tile = first_tile; tile < problem.tiles; tile += static_cast<int>(gridDim.x)) {
     const TileOrigin origin = TileOrigin::of<Tile>(problem, tile);
     if constexpr (Tile::kBlock != kTensorMapRow) {
       copy_blocks<Tile>(problem, stages, barriers, ring, origin, 0,
@@ -54,11 +60,14 @@ __device__ __forceinline__ void copy_tiles(const TmaConvolution& problem, uint32
       for (int s = 0; s < problem.filter_w; ++s, ++tap) {
         for (int block = 0; block < problem.channel_blocks; ++block) {
           const uint32_t to = stages + ring.stage * Tile::kStageBytes, full = barriers.full(ring.stage);
-          barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
-          barrier_arrive_expecting(full, Tile::kStageBytes);
+          const bool has_filters = with_filters-- > 0;
+          if (!has_filters) {
+            barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
+            barrier_arrive_expecting(full, Tile::kStageBytes);
+            copy_box_3d(to + Tile::kBytesA, problem.weight, full, block * kTensorMapRow, tap, origin.filter);
+          }
           copy_pixels(to, problem.input, full, origin.channel + block * kTensorMapRow, origin.w, origin.h, origin.n,
                       s * problem.dilation_w, r * problem.dilation_h);
-          copy_box_3d(to + Tile::kBytesA, problem.weight, full, block * kTensorMapRow, tap, origin.filter);
           ring.advance();
         }
       }
@@ -223,11 +232,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) conv2d_tma(const __grid_con
     barrier_init_fence();
   }
   __syncthreads();
+  let_next_kernel_begin();
   if (warpgroup == 0) {
     release_registers<40>();
     if (thread == 0) copy_tiles<Tile>(problem, stages, barriers);
   } else {
     claim_registers<232>();
+    wait_for_earlier_kernels();
     const int group = warpgroup - 1;
     compute_tiles<Tile>(problem, stages, output + group * Tile::kOutputBytes, coefficients + group * Tile::kColumns,
                         barriers, group, thread - warpgroup * 128);
@@ -256,8 +267,8 @@ void launch_tma_tile(const char* name, const ConvProblem& problem, const LaunchT
     convolution.residual = matrix_map(residual, Tile::kGroupRows);
   }
   const int64_t blocks = std::min<int64_t>(convolution.tiles, device_facts(target.device).multiprocessors);
-  launch<conv2d_tma<Tile>>(name, target.device, dim3(static_cast<unsigned>(blocks)), Tile::kThreads, Tile::kSharedBytes,
-                           target.stream, convolution);
+  launch_early<conv2d_tma<Tile>>(name, target.device, dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
+                                 Tile::kSharedBytes, target.stream, convolution);
 }
 
 }  // namespace

@@ -183,11 +183,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
+  let_next_kernel_begin();
   if (warpgroup == 0) {
     release_registers<40>();
     if (thread == 0) {
       StageRing<Tile::kStages> ring;
-      copy_blocks<Tile>(problem, stages, barriers, ring, TileOrigin::of<Tile>(problem, tile), first, last);
+      const TileOrigin origin = TileOrigin::of<Tile>(problem, tile);
+      const int with_filters = copy_first_filters<Tile>(problem, stages, barriers, origin.filter, first, last);
+      wait_for_earlier_kernels();
+      copy_blocks<Tile>(problem, stages, barriers, ring, origin, first, last, with_filters);
     }
     __syncwarp();
     cluster_arrive();
@@ -196,6 +200,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     cluster_wait();
   } else {
     claim_registers<232>();
+    wait_for_earlier_kernels();
     compute_share<Tile>(problem, stages, sums, barriers, tile, rank, first, last, warpgroup - 1,
                         thread - warpgroup * 128);
   }
@@ -217,8 +222,8 @@ void launch_split(const char* name, const ConvProblem& problem, int split, const
   convolution.rows = problem.shape.rows;
   convolution.log2_split = split == 2 ? 1 : split == 4 ? 2 : 3;
   const dim3 grid(static_cast<unsigned>(convolution.tiles * split));
-  launch_clusters<conv2d_tma_split<Tile>>(name, target.device, grid, split, Tile::kThreads,
-                                          SplitLayout<Tile>::kSharedBytes, target.stream, convolution);
+  launch_kernel<conv2d_tma_split<Tile>, true>(name, target.device, grid, split, Tile::kThreads,
+                                              SplitLayout<Tile>::kSharedBytes, target.stream, convolution);
 }
 
 }  // namespace

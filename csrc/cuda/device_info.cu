@@ -1,6 +1,7 @@
 // Facts about devices and about this build. Nothing here needs a GPU to be present.
 #include <array>
 #include <mutex>
+#include <utility>
 
 #include "host.h"
 #include "kernels.h"
@@ -76,6 +77,10 @@ int device_count() {
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   (void)cudaGetLastError();
   return 0;
+}
+
+bool set_early_starts(bool on) {
+  return std::exchange(early_starts(), on);
 }
 
 std::vector<std::string> compiled_architectures() {

@@ -7,6 +7,7 @@
 //   residual) on a multiprocessor, where 3 TB/s need 16 to 24. out may alias input or residual element by element.
 // Floor: bytes of x, residual and y once through DRAM.
 #include "device/numeric.cuh"
+#include "device/ptx.cuh"
 #include "host.h"
 #include "kernels.h"
 
@@ -35,6 +36,8 @@ struct ElementwiseProblem {
 template <typename T, int kWidth, bool kResidual>
 __global__ void __launch_bounds__(kThreads, 3)
     elementwise(const __grid_constant__ ElementwiseProblem problem, int lanes) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
@@ -90,9 +93,9 @@ void launch_elementwise(const char* name, const ElementwiseProblem& problem, int
   const int64_t wanted = ceil_divide(int64_t{16} * device_facts(device).multiprocessors, columns);
   const dim3 grid(static_cast<unsigned>(available < wanted ? available : wanted), static_cast<unsigned>(columns));
   if (problem.residual != nullptr) {
-    launch<elementwise<T, kWidth, true>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+    launch_early<elementwise<T, kWidth, true>>(name, device, grid, kThreads, 0, stream, problem, lanes);
   } else {
-    launch<elementwise<T, kWidth, false>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+    launch_early<elementwise<T, kWidth, false>>(name, device, grid, kThreads, 0, stream, problem, lanes);
   }
 }
 

@@ -65,30 +65,65 @@ void opt_into_shared_memory(const char* name, int device, size_t bytes) {
   if (cached) granted[device].store(bytes, std::memory_order_release);
 }
 
+// Whether kernels that this thread launches may begin before the one ahead of them in their stream has ended. On only
+// while a frozen model is captured whose weights are constants: kernels fetch weights before they wait for that one.
+inline bool& early_starts() {
+  static thread_local bool on = false;
+  return on;
+}
+
+// Sets early_starts for a scope.
+class EarlyStarts {
+ public:
+  explicit EarlyStarts(bool on) : before_(std::exchange(early_starts(), on)) {}
+  ~EarlyStarts() { early_starts() = before_; }
+  EarlyStarts(const EarlyStarts&) = delete;
+  EarlyStarts& operator=(const EarlyStarts&) = delete;
+
+ private:
+  bool before_;
+};
+
 // Launches kKernel on `stream` of the current device. `cluster` neighbouring blocks of the grid form a cluster (sm_90).
-template <auto kKernel, typename... Args>
-void launch_clusters(const char* name, int device, dim3 grid, int cluster, int threads, size_t shared_bytes,
-                     void* stream, const Args&... args) {
+// kEarly: the kernel calls wait_for_earlier_kernels() (device/ptx.cuh), so that it may begin early.
+template <auto kKernel, bool kEarly, typename... Args>
+void launch_kernel(const char* name, int device, dim3 grid, int cluster, int threads, size_t shared_bytes, void* stream,
+                   const Args&... args) {
   opt_into_shared_memory<kKernel>(name, device, shared_bytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  unsigned count = 0;
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (kEarly && early_starts()) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attributes.data();
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kKernel, args...), name);
 }
 
 template <auto kKernel, typename... Args>
 void launch(const char* name, int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
             const Args&... args) {
-  launch_clusters<kKernel>(name, device, grid, 1, threads, shared_bytes, stream, args...);
+  launch_kernel<kKernel, false>(name, device, grid, 1, threads, shared_bytes, stream, args...);
+}
+
+template <auto kKernel, typename... Args>
+void launch_early(const char* name, int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
+                  const Args&... args) {
+  launch_kernel<kKernel, true>(name, device, grid, 1, threads, shared_bytes, stream, args...);
 }
 
 inline bool aligned_16(const void* pointer) {

@@ -77,6 +77,9 @@ DeviceInfo device_info(int device);
 // The architectures this build was compiled for, e.g. {"80", "90a"}.
 std::vector<std::string> compiled_architectures();
 
+// early_starts() of host.h for this thread; returns what it was.
+bool set_early_starts(bool on);
+
 // cudart's version as major * 1000 + minor * 10, and the driver's (0 when there is none).
 int runtime_version();
 int driver_version();

@@ -8,6 +8,7 @@
 #include "conv2d_choice.h"
 #include "conv2d_problem.h"
 #include "device/numeric.cuh"
+#include "device/ptx.cuh"
 #include "host.h"
 #include "kernels.h"
 
@@ -32,6 +33,8 @@ struct LinearProblem {
 // kRows: rows of the input, at least problem.rows. kOutputs: weight rows of a warp.
 template <typename T, int kWidth, int kRows, int kOutputs>
 __global__ void __launch_bounds__(32 * kWarps, 4) linear_few(const __grid_constant__ LinearProblem problem) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kOutputs;
   if (first >= problem.outputs) return;
@@ -80,11 +83,11 @@ void launch_few(const LinearProblem& problem, int device, void* stream) {
     return dim3(static_cast<unsigned>(ceil_divide(problem.outputs, int64_t{kWarps} * outputs)));
   };
   if (problem.rows == 1) {
-    launch<linear_few<T, kWidth, 1, 1>>("linear 1 row", device, grid(1), 32 * kWarps, 0, stream, problem);
+    launch_early<linear_few<T, kWidth, 1, 1>>("linear 1 row", device, grid(1), 32 * kWarps, 0, stream, problem);
   } else if (problem.rows <= 4) {
-    launch<linear_few<T, kWidth, 4, 1>>("linear 4 rows", device, grid(1), 32 * kWarps, 0, stream, problem);
+    launch_early<linear_few<T, kWidth, 4, 1>>("linear 4 rows", device, grid(1), 32 * kWarps, 0, stream, problem);
   } else {
-    launch<linear_few<T, kWidth, kFewRows, 2>>("linear 8 rows", device, grid(2), 32 * kWarps, 0, stream, problem);
+    launch_early<linear_few<T, kWidth, kFewRows, 2>>("linear 8 rows", device, grid(2), 32 * kWarps, 0, stream, problem);
   }
 }
 
@@ -116,6 +119,7 @@ void run_as_conv2d(const TensorView& out, const TensorView& input, const TensorV
   problem.vector_output = aligned_16(out) && out.c * size % 16 == 0;
   problem.bias = bias;
   problem.out_stride = out.pixel_stride;
+  const EarlyStarts none(false);  // the weight is the caller's own, and may have been computed just now
   for (int64_t first = 0; first < input.n; first += kRowLimit - 1) {
     const int64_t count = input.n - first < kRowLimit - 1 ? input.n - first : kRowLimit - 1;
     shape.rows = static_cast<int32_t>(count);

@@ -61,6 +61,8 @@ __device__ __forceinline__ float mean_factor(const PoolProblem& problem, const P
 
 template <typename T, int kWidth, typename Reduction>
 __global__ void __launch_bounds__(kThreads, 4) pool2d(const __grid_constant__ PoolProblem problem, int lanes) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
@@ -100,6 +102,8 @@ __global__ void __launch_bounds__(kThreads, 4) pool2d(const __grid_constant__ Po
 // One block per image (blockIdx.x) and strip of `lanes` chunks (blockIdx.y).
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) global_mean(const __grid_constant__ PoolProblem problem, int lanes) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
@@ -142,8 +146,8 @@ void launch_pool(Kind kind, const char* name, const PoolProblem& problem, int64_
   if (kind == Kind::global) {
     const int lanes = static_cast<int>(std::min<int64_t>(chunks, 32));
     const dim3 grid(static_cast<unsigned>(images), static_cast<unsigned>(ceil_divide(chunks, lanes)));
-    launch<global_mean<T, kWidth>>(name, device, grid, kThreads, kThreads * kWidth * sizeof(float), stream, problem,
-                                   lanes);
+    launch_early<global_mean<T, kWidth>>(name, device, grid, kThreads, kThreads * kWidth * sizeof(float), stream,
+                                         problem, lanes);
     return;
   }
   const int lanes = static_cast<int>(std::min<int64_t>(chunks, kThreads));
@@ -152,9 +156,9 @@ void launch_pool(Kind kind, const char* name, const PoolProblem& problem, int64_
   const int64_t available = ceil_divide(problem.pixels, kThreads / lanes);
   const dim3 grid(static_cast<unsigned>(std::min(available, wanted)), static_cast<unsigned>(columns));
   if (kind == Kind::maximum) {
-    launch<pool2d<T, kWidth, Maximum>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+    launch_early<pool2d<T, kWidth, Maximum>>(name, device, grid, kThreads, 0, stream, problem, lanes);
   } else {
-    launch<pool2d<T, kWidth, Mean>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+    launch_early<pool2d<T, kWidth, Mean>>(name, device, grid, kThreads, 0, stream, problem, lanes);
   }
 }
 

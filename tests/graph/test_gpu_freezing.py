@@ -20,6 +20,7 @@ from fastcnn.backends import derived
 from fastcnn.graph.freezing import FrozenOnGpu
 from fastcnn.graph.freezing.gpu import freeze_on_gpu
 from fastcnn.graph.freezing.gpu.hidden import hidden_code
+from fastcnn.graph.freezing.gpu.watching import CannotBeCaptured
 from fastcnn.verification import calibrate
 
 
@@ -285,12 +286,69 @@ def test_one_graph_is_enough_where_there_are_no_branches() -> None:
 
 def test_branches_with_another_result_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
     class Racing(FakeCapturer):
-        def capture(self, run, most_lanes: int) -> tuple[FakeGraph, Any]:
-            return super().capture(run if most_lanes == 1 else lambda: run() * (1 + 1e-6), most_lanes)
+        def capture(self, run, most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
+            return super().capture(run if most_lanes == 1 else lambda: run() * (1 + 1e-6), most_lanes, early)
 
     frozen = freeze(Residual().eval(), small_input(), capturer=Racing(times={1: 1.0, 2: 0.5}))
     assert frozen.lanes == 1
     assert "the result is another" in caplog.text
+
+
+# ---- early starts ----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_begin_early_where_that_is_faster() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    for slower, early in ((-0.1, True), (0.1, False)):
+        capturer = FakeCapturer(early_starts=True, slower_when_early=slower)
+        frozen = freeze(model, small_input(), capturer=capturer)
+        assert frozen.early_starts == early
+        assert len(capturer.captures) == 2
+
+
+def test_branches_begin_early_too() -> None:
+    capturer = FakeCapturer(times={1: 1.0, 2: 0.5}, early_starts=True, slower_when_early=-0.1)
+    frozen = freeze(Residual().eval(), small_input(), capturer=capturer)
+    assert frozen.early_starts
+    assert frozen.lanes == 2
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_what_cannot_begin_early_is_captured_without(most: int, caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(FakeCapturer):
+        def capture(self, run, most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
+            if early and most_lanes == most:
+                raise CannotBeCaptured("CUDA refuses it")
+            return super().capture(run, most_lanes, early)
+
+    capturer = Refusing(times={1: 1.0, 2: 0.5}, early_starts=True, slower_when_early=-0.1)
+    frozen = freeze(Residual().eval(), small_input(), capturer=capturer)
+    assert not frozen.early_starts
+    assert frozen.lanes == 2
+    assert ("do not begin early" in caplog.text) == (most == 1)
+
+
+def test_an_early_start_with_another_result_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    class Racing(FakeCapturer):
+        def capture(self, run, most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
+            return super().capture(lambda: run() * (1 + 1e-6) if early else run(), most_lanes, early)
+
+    frozen = freeze(Residual().eval(), small_input(), capturer=Racing(early_starts=True, slower_when_early=-0.1))
+    assert not frozen.early_starts
+    assert "the result is another" in caplog.text
+
+
+def test_weights_that_a_replay_computes_keep_kernels_from_beginning_early() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+            return fastcnn.ops.conv2d(x, weight, self.bias)
+
+    capturer = FakeCapturer(early_starts=True, slower_when_early=-0.1)
+    frozen = freeze(nn.Sequential(Standardised(3, 8, 3)).eval(), small_input(), capturer=capturer)
+    assert frozen.recomputed > 0
+    assert not frozen.early_starts
+    assert len(capturer.captures) == 1
 
 
 def test_code_that_may_launch_unseen_gets_one_lane() -> None:

@@ -216,9 +216,9 @@ def test_settings_are_those_of_freezing(setting: Any, monkeypatch: pytest.Monkey
     seen: list[Settings] = []
 
     class Noting(FakeCapturer):
-        def capture(self, run: Callable[[], Any], most_lanes: int) -> Any:
+        def capture(self, run: Callable[[], Any], most_lanes: int, early: bool = False) -> Any:
             seen.append(Settings.now(CPU))
-            return super().capture(run, most_lanes)
+            return super().capture(run, most_lanes, early)
 
     monkeypatch.setattr(cuda_graph, "capturer_on", lambda device=None: Noting())
     usual = Settings.now(CPU)

@@ -55,8 +55,8 @@ class RecordingLanes:
 
 
 class FakeGraph:
-    def __init__(self, run: Callable[[], Any], result: Any, lanes: int) -> None:
-        self._run, self._outputs, self.lanes = run, tree_flatten(result)[0], lanes
+    def __init__(self, run: Callable[[], Any], result: Any, lanes: int, early: bool) -> None:
+        self._run, self._outputs, self.lanes, self.early = run, tree_flatten(result)[0], lanes, early
         self.replays = 0
 
     def replay(self) -> None:
@@ -87,26 +87,29 @@ class FakeTurn:
 class FakeCapturer:
     """A capturer on the CPU."""
 
-    def __init__(self, *, times: dict[int, float] | None = None) -> None:
+    def __init__(
+        self, *, times: dict[int, float] | None = None, early_starts: bool = False, slower_when_early: float = 0.0
+    ) -> None:
         self.device = torch.device("cpu")
+        self.early_starts = early_starts
         self.turn = FakeTurn()
         self.warm_ups = 0
         self.captures: list[tuple[int, RecordingLanes, Schedule]] = []  # (most lanes, what ran where, schedule)
-        self._times = times or {}
+        self._times, self._slower_when_early = times or {}, slower_when_early
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
         self.warm_ups += 1
         return run()
 
-    def capture(self, run: Callable[[], Any], most_lanes: int) -> tuple[FakeGraph, Any]:
+    def capture(self, run: Callable[[], Any], most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
         lanes, schedule = RecordingLanes(), Schedule(most_lanes)
         with Watching(self.device, schedule, lanes):
             result = run()
         self.captures.append((most_lanes, lanes, schedule))
-        return FakeGraph(run, result, schedule.lanes), result
+        return FakeGraph(run, result, schedule.lanes, early), result
 
     def milliseconds(self, graph: FakeGraph) -> float:
-        return self._times.get(graph.lanes, float(graph.lanes))
+        return self._times.get(graph.lanes, float(graph.lanes)) + self._slower_when_early * graph.early
 
     def wait(self) -> None:
         pass

@@ -19,6 +19,20 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return fastcnn_dynamic_shared;
 }
 
+// Programmatic dependent launch (sm_90): a kernel launched by launch_early (host.h) may begin before the kernel ahead
+// of it has ended. It prepares what does not depend on that one, and waits before it reads or writes anything else.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+// The kernel behind this one may begin when all blocks of this one have come here.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -80,22 +80,49 @@ struct TileOrigin {
   }
 };
 
-// Brings the blocks [first, last) of a tile's reduction, one thread.
+// Filters do not depend on earlier kernels: those of a block's first stages are on their way while these still run.
+// Returns how many stages have theirs.
+template <typename Tile>
+__device__ __forceinline__ int copy_first_filters(const TmaOperands& problem, uint32_t stages,
+                                                  const TmaBarriers<Tile>& barriers, int filter, int first, int last) {
+  if constexpr (Tile::kBlock != kTensorMapRow) {
+    return 0;
+  } else {
+    const int count = last - first < Tile::kStages ? last - first : Tile::kStages;
+    int tap = first / problem.channel_blocks, block = first - tap * problem.channel_blocks;
+    for (int stage = 0; stage < count; ++stage) {
+      const uint32_t to = stages + stage * Tile::kStageBytes + Tile::kBytesA, full = barriers.full(stage);
+      barrier_arrive_expecting(full, Tile::kStageBytes);
+      copy_box_3d(to, problem.weight, full, block * kTensorMapRow, tap, filter);
+      if (++block < problem.channel_blocks) continue;
+      block = 0;
+      ++tap;
+    }
+    return count;
+  }
+}
+
+// Brings the blocks [first, last) of a tile's reduction, one thread. The first `with_filters` stages have their
+// filters.
 template <typename Tile>
 __device__ __forceinline__ void copy_blocks(const TmaOperands& problem, uint32_t stages,
                                             const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
-                                            const TileOrigin& origin, int first, int last) {
+                                            const TileOrigin& origin, int first, int last, int with_filters = 0) {
   constexpr int kPart = Tile::kBlocksOfStage;
   int tap = first / problem.channel_blocks, block = first - tap * problem.channel_blocks;
   int r = tap / problem.filter_w, s = tap - r * problem.filter_w;
   for (int at = first; at < last; at += kPart) {
     const uint32_t to = stages + ring.stage * Tile::kStageBytes, full = barriers.full(ring.stage);
     const int here = last - at < kPart ? last - at : kPart;
-    barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
+    const bool has_filters = with_filters-- > 0;
+    if (!has_filters) barrier_wait(barriers.empty(ring.stage), ring.parity ^ 1);
     // A block of 96: the channels behind the first 64, where it has them.
     const int rest = block * Tile::kBlock + kTensorMapRow;
     const bool narrow = Tile::kBlock == kTensorMapWideBlock && rest >= problem.channels;
-    barrier_arrive_expecting(full, narrow ? (Tile::kRows + Tile::kColumns) * 128 : here * (Tile::kStageBytes / kPart));
+    if (!has_filters) {
+      barrier_arrive_expecting(full,
+                               narrow ? (Tile::kRows + Tile::kColumns) * 128 : here * (Tile::kStageBytes / kPart));
+    }
     if constexpr (Tile::kBlock == kTensorMapWideBlock) {
       if (!narrow) {
         copy_pixels(to + Tile::kRows * 128, problem.input_rest, full, origin.channel + rest, origin.w, origin.h,
@@ -106,8 +133,10 @@ __device__ __forceinline__ void copy_blocks(const TmaOperands& problem, uint32_t
     for (int part = 0; part < here; ++part) {
       copy_pixels(to + part * (Tile::kBytesA / kPart), problem.input, full, origin.channel + block * Tile::kBlock,
                   origin.w, origin.h, origin.n, s * problem.dilation_w, r * problem.dilation_h);
-      copy_box_3d(to + Tile::kBytesA + part * (Tile::kBytesB / kPart), problem.weight, full, block * Tile::kBlock, tap,
-                  origin.filter);
+      if (!has_filters) {
+        copy_box_3d(to + Tile::kBytesA + part * (Tile::kBytesB / kPart), problem.weight, full, block * Tile::kBlock,
+                    tap, origin.filter);
+      }
       if (++block < problem.channel_blocks) continue;
       block = 0;
       ++tap;

@@ -12,6 +12,10 @@ inline unsigned char* dynamic_shared() {
   return emulator::shared_base();
 }
 
+// The emulator runs one kernel after the other.
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_begin() {}
+
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulator::shared_base()) +
          emulator::shared_base_address();

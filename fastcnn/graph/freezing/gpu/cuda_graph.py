@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fastcnn import _native
 from fastcnn.graph.freezing.gpu.schedule import Place, Schedule, Step
 from fastcnn.graph.freezing.gpu.watching import CannotBeCaptured, Watching
 
@@ -23,6 +24,7 @@ class Graph(Protocol):
     """A run that can be replayed."""
 
     lanes: int  # streams that its branches had
+    early: bool  # whether its kernels begin before the one ahead of them has ended
 
     def replay(self) -> None: ...
 
@@ -34,12 +36,17 @@ class Capturer(Protocol):
     """What makes graphs, and orders their replays. :class:`CudaCapturer` is the real one."""
 
     device: torch.device
+    early_starts: bool  # whether it can make graphs whose kernels begin before the one ahead of them has ended
 
     def warm_up(self, run: Callable[[], T]) -> T:
         """Run once, apart from the caller's stream but after its work, and wait for the end."""
 
-    def capture(self, run: Callable[[], T], most_lanes: int) -> tuple[Graph, T]:
-        """The graph of a run and the run's result, which each replay computes again. Nothing was computed yet."""
+    def capture(self, run: Callable[[], T], most_lanes: int, early: bool = False) -> tuple[Graph, T]:
+        """The graph of a run and the run's result, which each replay computes again. Nothing was computed yet.
+
+        Args:
+            early: kernels begin early where they can. They read weights then while what is ahead of them still runs.
+        """
 
     def milliseconds(self, graph: Graph) -> float: ...
 
@@ -91,8 +98,8 @@ class StreamLanes:
 class CudaGraph:
     """A :class:`torch.cuda.CUDAGraph` and its memory pool."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, lanes: int) -> None:
-        self._graph, self.lanes = graph, lanes
+    def __init__(self, graph: torch.cuda.CUDAGraph, lanes: int, early: bool) -> None:
+        self._graph, self.lanes, self.early = graph, lanes, early
         self.replay = graph.replay
         pool = tuple(graph.pool())
         segments = torch.cuda.memory_snapshot()
@@ -130,6 +137,7 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.early_starts = _native.build_info()["cuda"] and torch.cuda.get_device_capability(device) >= (9, 0)
         with torch.cuda.device(self.device):
             self._stream = torch.cuda.Stream(self.device)
         self.turn = Turn(self.device)
@@ -142,7 +150,7 @@ class CudaCapturer:
             self._stream.synchronize()
         return result
 
-    def capture(self, run: Callable[[], T], most_lanes: int) -> tuple[CudaGraph, T]:
+    def capture(self, run: Callable[[], T], most_lanes: int, early: bool = False) -> tuple[CudaGraph, T]:
         """Raises CannotBeCaptured with CUDA's reason."""
         graph, schedule, pool = torch.cuda.CUDAGraph(), Schedule(most_lanes), torch.cuda.graph_pool_handle()
         # A capture that fails leaves its stream the current one; the outer block does not.
@@ -153,7 +161,7 @@ class CudaCapturer:
                 # Only this thread's calls can spoil the capture: others may go on allocating and copying.
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                     lanes = StreamLanes(self.device, most_lanes)
-                    with Watching(self.device, schedule, lanes):
+                    with Watching(self.device, schedule, lanes), _early_starts(early):
                         result = run()
                     lanes.join(schedule)
             except torch.cuda.OutOfMemoryError:
@@ -166,7 +174,7 @@ class CudaCapturer:
                 raise CannotBeCaptured(f"CUDA refuses it: {reason}") from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
-            return CudaGraph(graph, schedule.lanes), result
+            return CudaGraph(graph, schedule.lanes, early), result
 
     def milliseconds(self, graph: Graph) -> float:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
@@ -182,6 +190,19 @@ class CudaCapturer:
 
     def wait(self) -> None:
         self.turn.over.synchronize()
+
+
+@contextlib.contextmanager
+def _early_starts(on: bool) -> Iterator[None]:
+    """Inside, this thread's launches of fastcnn's CUDA kernels are such that they may begin early."""
+    if not on:
+        yield
+        return
+    before = _native.cuda_set_early_starts(True)
+    try:
+        yield
+    finally:
+        _native.cuda_set_early_starts(before)
 
 
 def capturer_on(device: torch.device | None = None) -> Capturer | None:

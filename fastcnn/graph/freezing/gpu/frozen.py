@@ -96,6 +96,11 @@ class FrozenOnGpu(nn.Module):
         """Streams that the network's branches run on inside the graph."""
         return self._graph.lanes
 
+    @property
+    def early_starts(self) -> bool:
+        """Whether kernels begin while those ahead of them still run, where they can: freezing measured it faster."""
+        return self._graph.early
+
     def forward(self, *inputs: Tensor) -> Any:
         """The model's result for inputs of the example's shapes and dtypes, in memory of its own.
 
@@ -296,6 +301,7 @@ class _Freezing:
     def __init__(self, capturer: Capturer, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self._capturer, self._model, self._inputs = capturer, model, inputs
         self._kept, self._settings = Kept(), Settings.now(capturer.device)
+        self._early = False  # whether the kernels of the next graph may begin early
 
     def _run(self) -> Any:
         result = self._model(*self._inputs)
@@ -317,6 +323,8 @@ class _Freezing:
                 "because it depends on what changes from call to call"
             )
         note = "no branches"
+        if self._capturer.early_starts and not self._kept.made:
+            graph, result = self._with_early_starts(graph, result, first)
         hidden = hidden_code(self._model)
         if lanes > 1 and hidden is not None:
             note = f"branches run one after the other: {hidden}"
@@ -358,7 +366,7 @@ class _Freezing:
 
     def _capture(self, most_lanes: int) -> tuple[Graph, Any]:
         with keeping() as kept:
-            captured = self._capturer.capture(self._run, most_lanes)
+            captured = self._capturer.capture(self._run, most_lanes, self._early)
         self._kept.values += kept.values
         self._kept.made = kept.made  # of the last capture: what every replay computes again
         return captured
@@ -378,13 +386,35 @@ class _Freezing:
 
         return self._capturer.warm_up(run)
 
+    def _with_early_starts(self, graph: Graph, result: Any, results: Sequence[Tensor]) -> tuple[Graph, Any]:
+        """The graph whose kernels begin early, where that is faster. No weight of the model is computed in a replay."""
+        self._early = True
+        try:
+            other, other_result = self._capture(1)
+        except CannotBeCaptured as error:
+            logger.warning("freeze: kernels do not begin early: %s", error)
+            self._early = False
+            return graph, result
+        if not all(map(equal, self._results_of(other, other_result), results)):
+            logger.warning("freeze: where kernels begin early the result is another; they do not")
+        elif self._capturer.milliseconds(other) < self._capturer.milliseconds(graph):
+            return other, other_result
+        self._early = False
+        return graph, result
+
     def _with_branches(
         self, graph: Graph, result: Any, results: Sequence[Tensor], most_lanes: int
     ) -> tuple[Graph, Any, str]:
         """The graph with branches on streams of their own, where the model has any and that is faster; and what was
         found.
         """
-        other, other_result = self._capture(most_lanes)
+        try:
+            other, other_result = self._capture(most_lanes)
+        except CannotBeCaptured:
+            if not self._early:
+                raise
+            self._early = False
+            other, other_result = self._capture(most_lanes)
         if not all(map(equal, self._results_of(other, other_result), results)):
             logger.warning("freeze: with branches side by side the result is another; they run one after the other")
             return graph, result, "branches run one after the other: side by side they gave another result"
