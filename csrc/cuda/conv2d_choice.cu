@@ -14,9 +14,11 @@
 //   mma         all          the rest: aligned by cp.async; with a prologue by 16-byte         tensor cores, sm_80+
 //                            vectors through registers; anything else element by element
 //
-// Two more families of tma kernels stand in the table of all kernels only, see kRuleUsesUnproven:
+// Of the tma kernels:
 //   tma .. split 2, 4, 8   reductions split over a cluster, for grids that leave most of the device idle
-//   tma .. by 32, by 96    stages of two blocks of 32 channels, or of one of 96, for 96, 160 ... channels
+//   tma .. by 32           stages of two blocks of 32 channels, for 96, 160 ... channels
+//   tma .. by 96           or of one block of 96: only the tuner chooses them, as the estimate cannot tell where they
+//   win
 //
 // "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
 #include <cuda_bf16.h>
@@ -31,10 +33,6 @@
 
 namespace fastcnn::cuda {
 namespace {
-
-// Whether the rule may choose kernels that no GPU has run: those that split, and those by 32 and 96. Off until
-// fastcnn/backends/proven.json holds them; the tuner, which checks every candidate's results, times them all the same.
-constexpr bool kRuleUsesUnproven = false;
 
 int64_t tiles(const ConvProblem& problem, int rows, int columns) {
   return ceil_divide(problem.shape.rows, rows) * ceil_divide(problem.shape.filters, columns) * problem.groups;
@@ -144,11 +142,19 @@ std::vector<Choice> other_blocks(const ConvProblem& problem) {
   return found;
 }
 
+// Cycles to bring a stage of 64 channels.
+double cycles_of_stage(double rows, double columns) {
+  return 1.7 * rows + 3.4 * columns + 72;
+}
+
+// A stage whose rows the multiplying warps change first, one stage after the other.
+constexpr double kPrologueStageCycles = 1300;
+
 // Cycles that a multiprocessor needs for its tiles. A stage takes the longer of multiplying (2048 multiply-adds a
 // cycle) and of bringing its rows of A and B. Storing a tile, and fetching its residual, overlaps with multiplying the
-// next one where warpgroups take turns. The constants here and below were fitted to the times of 38 layers at batch 1,
-// 32 and 256 on an H100 (benchmarks/results/gpu-h100-kernels.json), where the kernel chosen by them is 1.1 % slower
-// than the best one, on average.
+// next one where warpgroups take turns. The constants here and below were fitted to the times of 183 cases (layers at
+// batch 1, 32 and 256) on an H100 (benchmarks/results/gpu-h100-kernels*.json), where the kernel chosen by them is 1.4 %
+// slower than the best one, on average.
 double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
   const ConvShape& shape = problem.shape;
   const double rows = choice.tile_rows, columns = choice.tile_columns;
@@ -158,7 +164,9 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   const double products = static_cast<double>(taps * ceil_divide(shape.channels, 16)) * rows * columns * 16;
   const double blocks = static_cast<double>(taps * ceil_divide(shape.channels, choice.block));
   const double stages = std::max(std::ceil(blocks / 2), blocks * choice.block / kTensorMapRow);  // of 64 channels
-  const double multiplying = std::max(products / 2048, stages * (1.7 * rows + 3.4 * columns + 72));
+  double stage = choice.block == kTensorMapHalfRow ? 1.6 * rows + 4.5 * columns + 80 : cycles_of_stage(rows, columns);
+  if (problem.has_prologue()) stage = std::max(stage, kPrologueStageCycles);
+  const double multiplying = std::max(products / 2048, stages * stage);
   // With a prologue every column tile changes its rows again. The largest tile leaves room for three stages only.
   double starting = problem.has_prologue() ? 2500 : 600;
   if (choice.tile_rows == 256 && choice.tile_columns == 128) starting += 1800;
@@ -167,25 +175,21 @@ double tma_cycles(const ConvProblem& problem, const Choice& choice, int64_t mult
   return waves * (starting + (choice.in_turns ? std::max(multiplying, storing) : multiplying + storing));
 }
 
-// The same for a split reduction, an estimate that no measurement stands behind yet: a block's share of the stages at
-// the price above, then 1500 cycles for two barriers of the cluster, laying down the accumulators and one round trip
-// through distributed shared memory, and the accumulators' bytes once out and once in at 32 bytes a cycle. 512
-// channels, 3x3 at 7x7 and batch 1: 72 stages of 507 cycles, 37100 in all, 21 us (measured: 14.5 to 16.0); eight blocks
-// of 9 stages of 725 (128x128 tiles) 12700, 7 us.
-double split_cycles(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
+// The same for a split reduction: a block's share of the stages at the price above, then two barriers of the cluster,
+// and laying down the accumulators and fetching them through distributed shared memory. 512 channels, 3x3 at 7x7 and
+// batch 1, 72 stages: 15.8 us without, 13.3, 9.6 and 8.7 us in 2, 4 and 8 parts.
+double split_cycles(const ConvProblem& problem, const Choice& choice) {
   const double rows = choice.tile_rows, columns = choice.tile_columns;
   const double stages = static_cast<double>(ceil_divide(stages_of(problem.shape), choice.split));
-  const int64_t blocks = tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split;
-  const double waves = static_cast<double>(ceil_divide(blocks, multiprocessors));
   const double starting = problem.has_prologue() ? 2500 : 600;
-  const double stage = problem.has_prologue() ? 1750 : 1.7 * rows + 3.4 * columns + 72;
-  return waves * (starting + stages * stage + 1500 + 2 * rows * columns * 4 / 32);
+  const double stage = problem.has_prologue() ? kPrologueStageCycles : cycles_of_stage(rows, columns);
+  return starting + stages * stage + 1700 + 0.28 * rows * columns;
 }
 
-// Where the rule may split: the kernel that does not would fill less than half of the device, with 16 stages or more
-// for each tile. Clusters do not find room on all multiprocessors, hence the eighth that is left free.
-bool worth_splitting(const ConvProblem& problem, const Choice& whole, const Choice& choice, int64_t multiprocessors) {
-  return 2 * tiles(problem, whole.tile_rows, whole.tile_columns) < multiprocessors && stages_of(problem.shape) >= 16 &&
+// Where the rule may split: long reductions, whose blocks are all at work at once. Clusters do not find room on all
+// multiprocessors (of 8 blocks, 16 do not), hence the eighth that is left free.
+bool worth_splitting(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
+  return stages_of(problem.shape) >= (problem.has_prologue() ? 4 : 24) &&
          tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 7 / 8;
 }
 
@@ -207,8 +211,8 @@ Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
   });
 }
 
-// `tma`, or what should be faster of the kernels that no GPU has run.
-Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
+// `tma`, or what should be faster of those that split and those by 32.
+Choice best_variant(const ConvProblem& problem, const Choice& tma, int64_t multiprocessors) {
   Choice best = tma;
   double cycles = tma_cycles(problem, tma, multiprocessors);
   const auto consider = [&](const Choice& choice, double estimate) {
@@ -216,10 +220,11 @@ Choice best_unproven(const ConvProblem& problem, const Choice& tma, int64_t mult
     best = choice;
     cycles = estimate;
   };
-  for (const Choice& choice : other_blocks(problem)) consider(choice, tma_cycles(problem, choice, multiprocessors));
+  for (const Choice& choice : other_blocks(problem)) {
+    if (choice.block == kTensorMapHalfRow) consider(choice, tma_cycles(problem, choice, multiprocessors));
+  }
   for (const Choice& choice : split_choices(problem, multiprocessors)) {
-    if (!worth_splitting(problem, tma, choice, multiprocessors)) continue;
-    consider(choice, split_cycles(problem, choice, multiprocessors));
+    if (worth_splitting(problem, choice, multiprocessors)) consider(choice, split_cycles(problem, choice));
   }
   return best;
 }
@@ -232,7 +237,7 @@ Choice best_bulk(const ConvProblem& problem, DType dtype, const DeviceFacts& dev
       return {Kernel::patch, LoadPath::async_vectors, kPatchRows, columns};
     }
   }
-  return kRuleUsesUnproven ? best_unproven(problem, tma, device.multiprocessors) : tma;
+  return best_variant(problem, tma, device.multiprocessors);
 }
 
 }  // namespace

@@ -35,7 +35,8 @@ RULES: dict[tuple[str, str], Sequence[Rule]] = {
     ("cuda", "conv2d"): _CUDA_FIRST,
     ("cuda", "linear"): _CUDA_FIRST,
     ("cuda", "adaptive_avg_pool2d"): _CUDA_FIRST,
-    # batch_statistics: the CUDA kernel was ahead, too, and was rewritten since. Again when it is in proven.json.
+    ("cuda", "batch_statistics"): _CUDA_FIRST,
+    ("cuda", "local_response_norm"): _CUDA_FIRST,
 }
 
 
