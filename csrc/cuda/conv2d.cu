@@ -34,6 +34,9 @@ void launch_choice(const ConvProblem& problem, const Choice& choice, const Launc
     case Kernel::patch:
       if constexpr (sizeof(T) == 2) launch_conv2d_patch<T>(problem, choice.tile_columns, target);
       return;
+    case Kernel::patch_held:
+      if constexpr (sizeof(T) == 2) launch_conv2d_patch_held<T>(problem, target);
+      return;
     case Kernel::tma:
       if constexpr (sizeof(T) == 2) {
         if (choice.split > 1) return launch_conv2d_tma_split<T>(problem, choice.tile_columns, choice.split, target);

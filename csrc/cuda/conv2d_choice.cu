@@ -260,6 +260,8 @@ std::string name_of(const Choice& choice) {
       return "stem wgmma";
     case Kernel::patch:
       return "patch" + tile;
+    case Kernel::patch_held:
+      return "patch held";
     case Kernel::tma:
       return "tma" + tile + (choice.in_turns ? " in turns" : path) +
              (choice.split > 1 ? " split " + std::to_string(choice.split) : "") +
@@ -330,6 +332,9 @@ std::vector<Choice> choices(const ConvProblem& problem, DType dtype, bool allow_
       if (patch_fits(problem, dtype, columns, device)) {
         add({Kernel::patch, LoadPath::async_vectors, kPatchRows, columns});
       }
+    }
+    if (held_patch_fits(problem, dtype, device)) {
+      add({Kernel::patch_held, LoadPath::async_vectors, kPatchRows, kHeldPatchColumns});
     }
   }
   if (device.wgmma && dtype != DType::f32 && problem.groups == 1 && path != LoadPath::staged_elements) {

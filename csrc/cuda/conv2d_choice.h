@@ -9,7 +9,7 @@
 
 namespace fastcnn::cuda {
 
-enum class Kernel { depthwise, grouped, simt, stem, stem_wgmma, tma, patch, wgmma, mma };
+enum class Kernel { depthwise, grouped, simt, stem, stem_wgmma, tma, patch, patch_held, wgmma, mma };
 
 struct Choice {
   Kernel kernel;

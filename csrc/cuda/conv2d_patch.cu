@@ -16,10 +16,9 @@
 // Floor: reading the input once (times the halo) and writing the output; multiplying 256 rows for each tile.
 #include <algorithm>
 
-#include "conv2d_patch_plan.h"
-#include "conv2d_problem.h"
-#include "conv2d_views.h"
+#include "conv2d_patch_operands.h"
 #include "device/numeric.cuh"
+#include "device/patch_tiles.cuh"
 #include "device/ptx.cuh"
 #include "device/tile_layout.h"
 #include "device/tma.cuh"
@@ -29,21 +28,6 @@
 #include "tensor_map.h"
 
 namespace fastcnn::cuda {
-
-struct PatchConvolution {
-  TensorMap input, weight, residual, out;
-  PatchPlan plan;
-  FastDivisor by_column_tiles, by_tiles_w, by_tiles_h, by_patch_image, by_patch_w;
-  int32_t filter_h, filter_w, channel_blocks;
-  int32_t last_steps;  // products of 16 channels in the last block
-  int32_t pad_top, pad_left;
-  int32_t filters;               // of all groups
-  FastDivisor by_group_filters;  // column -> group
-  int32_t channels;              // of a group
-  const float* scale;
-  const float* bias;
-  bool has_residual, relu;
-};
 
 #if defined(FASTCNN_HAS_WGMMA)
 
@@ -64,29 +48,6 @@ __device__ __forceinline__ uint32_t full_barrier(uint32_t barriers, int stage) {
 __device__ __forceinline__ uint32_t empty_barrier(uint32_t barriers, int stage) {
   return barriers + 24 + stage * 16;
 }
-
-struct PatchRing {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// A tile's first pixel.
-struct PatchOrigin {
-  int n, h, w;
-  __device__ __forceinline__ PatchOrigin(const PatchConvolution& problem, int tile) {
-    int32_t across, down;
-    const int32_t rest = problem.by_tiles_w.divide(tile, across);
-    n = problem.by_tiles_h.divide(rest, down) * problem.plan.tile_n;
-    h = down * problem.plan.tile_h;
-    w = across * problem.plan.tile_w;
-  }
-};
 
 template <int kColumns>
 __device__ __forceinline__ void copy_patches(const PatchConvolution& problem, uint32_t filters, uint32_t patches,
@@ -307,44 +268,10 @@ namespace {
 
 template <typename T, int kColumns>
 void launch_patch(const char* name, const ConvProblem& problem, const LaunchTarget& target) {
-  constexpr DType kDType = kTypeOf16Bits<T>;
-  const ConvShape& shape = problem.shape;
   const DeviceFacts device = device_facts(target.device);
-  const int64_t columns = shape.by_row.divisor, rows = shape.by_image.divisor / columns;
-  const int64_t filters = filters_of_all_groups(problem), taps = taps_of(shape);
-  const auto view_of_output = [&](const void* data, int64_t pixel_stride) {
-    return view_of(data, kDType, images_of(shape), rows, columns, filters, pixel_stride);
-  };
-  PatchConvolution convolution = {};
-  convolution.plan = patch_plan(problem, kColumns, device);
+  const PatchConvolution convolution =
+      patch_operands(problem, kTypeOf16Bits<T>, patch_plan(problem, kColumns, device), kColumns);
   const PatchPlan& plan = convolution.plan;
-  convolution.filter_w = static_cast<int32_t>(shape.by_filter_w.divisor);
-  convolution.filter_h = static_cast<int32_t>(taps / convolution.filter_w);
-  convolution.channel_blocks = channel_blocks_of(shape);
-  convolution.last_steps = last_steps_of(shape);
-  convolution.input =
-      image_map(input_of(problem, kDType), plan.patch_w, plan.tile_h + convolution.filter_h - 1, plan.tile_n);
-  convolution.weight =
-      filter_map(problem.weight, kDType, filters, taps, shape.channels, problem.weight_row_stride, kColumns);
-  convolution.out = image_map(view_of_output(problem.out, problem.out_stride), plan.tile_w, plan.tile_h, plan.tile_n);
-  convolution.has_residual = problem.residual != nullptr;
-  if (convolution.has_residual) {
-    convolution.residual =
-        image_map(view_of_output(problem.residual, problem.residual_stride), plan.tile_w, plan.tile_h, plan.tile_n);
-  }
-  convolution.by_column_tiles = FastDivisor(plan.column_tiles);
-  convolution.by_tiles_w = FastDivisor(ceil_divide(columns, plan.tile_w));
-  convolution.by_tiles_h = FastDivisor(ceil_divide(rows, plan.tile_h));
-  convolution.by_patch_image = FastDivisor(static_cast<int64_t>(plan.patch_w) * plan.patch_h);
-  convolution.by_patch_w = FastDivisor(plan.patch_w);
-  convolution.pad_top = shape.pad_top;
-  convolution.pad_left = shape.pad_left;
-  convolution.filters = static_cast<int32_t>(filters);
-  convolution.by_group_filters = FastDivisor(shape.filters);
-  convolution.channels = shape.channels;
-  convolution.scale = problem.scale;
-  convolution.bias = problem.bias;
-  convolution.relu = problem.relu;
   const int64_t most = std::max<int64_t>(device.multiprocessors / plan.column_tiles, 1);
   const int64_t blocks = std::min<int64_t>(plan.tiles, most) * plan.column_tiles;
   launch_early<conv2d_patch<T, kColumns>>(name, target.device, dim3(static_cast<unsigned>(blocks)), 3 * 128,

@@ -83,6 +83,10 @@ void launch_conv2d_stem_wgmma(const ConvProblem& problem, const LaunchTarget& ta
 template <typename T>
 void launch_conv2d_patch(const ConvProblem& problem, int tile_columns, const LaunchTarget& target);
 
+// The same with the filters in registers; see held_patch_fits.
+template <typename T>
+void launch_conv2d_patch_held(const ConvProblem& problem, const LaunchTarget& target);
+
 // Exact fp32 on CUDA cores.
 void launch_conv2d_simt(const ConvProblem& problem, LoadPath path, const LaunchTarget& target);
 

@@ -44,7 +44,8 @@ TOO_FEW_FOR_TF32 = (AWKWARD[0], AWKWARD[12], AWKWARD[13])
 
 # Where each of the CUDA kernels is tried, whichever the rule would choose: several tiles along rows and filters, with
 # remains; a group of few channels; one pixel to a row; nothing aligned; few tiles whose reductions clusters split, 1x1
-# (584 channels are 10 stages, and 19 blocks of 32) and 3x3.
+# (584 channels are 10 stages, and 19 blocks of 32) and 3x3; up to 64 channels, 3x3, more tiles of patches than
+# multiprocessors.
 TILES = [
     (3, 72, 19, 17, 200, (3, 3), 1, 1, 1, 1),
     (2, 128, 15, 33, 264, (1, 1), 1, 0, 1, 1),
@@ -56,6 +57,7 @@ TILES = [
     (700, 64, 1, 1, 72, (1, 1), 1, 0, 1, 1),
     (1, 584, 9, 7, 72, (1, 1), 1, 0, 1, 1),
     (1, 192, 7, 9, 136, (3, 3), 1, 1, 1, 1),
+    (9, 56, 61, 57, 72, (3, 3), 1, 1, 1, 1),
 ]
 
 

@@ -67,6 +67,21 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&d)[4], uint32_t addres
                : "memory");
 }
 
+// The same, and its counterpart, with each of the four 8x8 matrices transposed on the way.
+__device__ __forceinline__ void load_matrix_transposed_x4(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrix_transposed_x4(uint32_t address, const uint32_t (&d)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(d[0]),
+               "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+#endif
+}
+
 // d += a * b: 32 bytes of k per step, so k = 16 for 16-bit types and k = 8 for tf32.
 template <typename T>
 __device__ __forceinline__ void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

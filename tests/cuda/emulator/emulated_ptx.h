@@ -73,6 +73,44 @@ inline void load_matrix_x4(uint32_t (&d)[4], uint32_t address) {
 
 namespace emulated {
 
+// Lane l has values (2 * (l % 4), l / 4) and (2 * (l % 4) + 1, l / 4) of each of four 8x8 matrices, whose rows lie
+// where lanes 8i..8i+7 say for matrix i.
+template <typename Word, typename Move>
+void transposed_x4(Word* d, uint32_t address, Move move) {
+  struct Argument {
+    Word* d;
+    uint32_t address;
+    Move move;
+  } argument = {d, address, move};
+  emulator::collective(emulator::Scope::warp, &argument, [](unsigned, const std::vector<void*>& arguments) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        auto* mine = static_cast<Argument*>(arguments[lane]);
+        for (int i = 0; i < 2; ++i) {
+          const auto* row = static_cast<Argument*>(arguments[8 * matrix + lane % 4 * 2 + i]);
+          mine->move(emulator::shared_pointer(row->address, 16) + lane / 4 * 2, &mine->d[matrix], i);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace emulated
+
+inline void load_matrix_transposed_x4(uint32_t (&d)[4], uint32_t address) {
+  emulated::transposed_x4(d, address, [](const unsigned char* shared, uint32_t* word, int half) {
+    std::memcpy(reinterpret_cast<unsigned char*>(word) + 2 * half, shared, 2);
+  });
+}
+inline void store_matrix_transposed_x4(uint32_t address, const uint32_t (&d)[4]) {
+  emulated::transposed_x4(d, address, [](unsigned char* shared, const uint32_t* word, int half) {
+    std::memcpy(shared, reinterpret_cast<const unsigned char*>(word) + 2 * half, 2);
+  });
+  emulator::current->unfenced = true;
+}
+
+namespace emulated {
+
 struct MmaArgument {
   float* d;
   const uint32_t* a;
