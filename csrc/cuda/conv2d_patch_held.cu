@@ -168,8 +168,8 @@ __device__ __forceinline__ void compute_held_tiles(const PatchConvolution& probl
   for (int i = 0; i < 2; ++i) {
     const int filter = first_column + warp_of_group * 16 + lane / 4 + i * 8;
     const bool real = filter < problem.filters;
-    scale[i] = real && problem.scale != nullptr ? __ldg(problem.scale + filter) : 1.0f;
-    bias[i] = real && problem.bias != nullptr ? __ldg(problem.bias + filter) : 0.0f;
+    scale[i] = real && problem.scale != nullptr ? problem.scale[filter] : 1.0f;
+    bias[i] = real && problem.bias != nullptr ? problem.bias[filter] : 0.0f;
   }
   const uint32_t output = at.outputs + group * plan.output_bytes();
   PatchRing ring;

@@ -78,23 +78,23 @@ __device__ __forceinline__ void copy_tiles(const TmaConvolution& problem, uint32
 // acc = the product of one tile. Leaves `ring` behind the tile's last stage.
 template <typename Tile>
 __device__ __forceinline__ void multiply_tile(const TmaConvolution& problem, uint32_t stages,
-                                              const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
-                                              int group, int thread, TmaAccumulator<Tile>& acc) {
+                                              const TmaBarriers<Tile>& barriers, const PrologueFactors& factors,
+                                              StageRing<Tile::kStages>& ring, int group, int thread,
+                                              TmaAccumulator<Tile>& acc) {
   const int lane = thread % 32;
   const int taps = problem.filter_h * problem.filter_w;
-  StageState state;
+  StageState state = {factors};
   if constexpr (Tile::kBlock != kTensorMapRow) {
     multiply_blocks<Tile>(problem, stages, barriers, ring, group, thread, 0, taps * problem.channel_blocks, state, acc);
   } else {
     clear<Tile>(acc);
-    if constexpr (Tile::kPrologue) state.factors.load(problem, thread % 8 * 8);
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
 #pragma unroll 1
       for (int block = 0; block < problem.channel_blocks; ++block) {
         const bool whole = block + 1 < problem.channel_blocks || problem.last_steps == 4;
         multiply_stage<Tile>(problem, stages, barriers, ring, group, thread, whole, problem.last_steps,
-                             (block + 1) * kTensorMapRow + thread % 8 * 8, state, acc);
+                             block * kTensorMapRow + thread % 8 * 8, state, acc);
       }
     }
   }
@@ -154,6 +154,8 @@ __device__ __forceinline__ void compute_tiles(const TmaConvolution& problem, uin
   const int step = static_cast<int>(gridDim.x) * (Tile::kInTurns ? 2 : 1);
   const int rows_of_group = Tile::kInTurns ? 0 : group * Tile::kGroupRows;
   int tile = static_cast<int>(blockIdx.x);
+  const PrologueFactors factors(problem, barriers.first + kTmaBarrierBytes);
+  if constexpr (Tile::kPrologue) factors.fill(problem, group * 128 + thread);
   StageRing<Tile::kStages> ring;
   if (Tile::kInTurns && group == 1) {
     tile += static_cast<int>(gridDim.x);
@@ -182,7 +184,7 @@ __device__ __forceinline__ void compute_tiles(const TmaConvolution& problem, uin
       turn_parity ^= 1;
     }
     TmaAccumulator<Tile> acc;
-    multiply_tile<Tile>(problem, stages, barriers, ring, group, thread, acc);
+    multiply_tile<Tile>(problem, stages, barriers, factors, ring, group, thread, acc);
     if (Tile::kInTurns) ring.advance(stages_of_tile);  // those of the other warpgroup's tile
     warpgroup_barrier(group);  // thread 0 has seen `output` free, and the coefficients are there
     if (problem.has_residual) {
@@ -268,7 +270,7 @@ void launch_tma_tile(const char* name, const ConvProblem& problem, const LaunchT
   }
   const int64_t blocks = std::min<int64_t>(convolution.tiles, device_facts(target.device).multiprocessors);
   launch_early<conv2d_tma<Tile>>(name, target.device, dim3(static_cast<unsigned>(blocks)), Tile::kThreads,
-                                 Tile::kSharedBytes, target.stream, convolution);
+                                 Tile::kSharedBytes + prologue_bytes<Tile>(convolution), target.stream, convolution);
 }
 
 }  // namespace
@@ -280,7 +282,7 @@ bool tma_fits(const ConvProblem& problem, DType dtype) {
   const bool whole_blocks = shape.channels % kTensorMapRow == 0 && shape.filters % kTensorMapRow == 0;
   const bool plain_1x1 = taps == 1 && shape.pad_top == 0 && shape.pad_left == 0;  // no padded pixel: see pixel_map_fits
   return dtype != DType::f32 && (problem.groups == 1 || (whole_blocks && !problem.has_prologue())) &&
-         (!problem.has_prologue() || plain_1x1) && problem.vector_output &&
+         (!problem.has_prologue() || (plain_1x1 && shape.channels <= kMostPrologueChannels)) && problem.vector_output &&
          aligned(problem.input, shape.pixel_stride) && aligned(problem.weight, shape.channels) &&
          problem.weight_row_stride % 8 == 0 && (filter_h - 1) * shape.dilation_h < 256 &&
          (filter_w - 1) * shape.dilation_w < 256 && pixel_map_fits(input_of(problem, dtype), pixels_of(problem, 1));
@@ -306,7 +308,7 @@ void launch_conv2d_tma(const ConvProblem& problem, int tile_rows, int tile_colum
     if (tile_columns == 128) {
       launch_tma_tile<TmaTile<T, 64, 128, false, 5, true>>("conv2d tma 128x128 staged", problem, target);
     } else {
-      launch_tma_tile<TmaTile<T, 64, 64, false, 8, true>>("conv2d tma 128x64 staged", problem, target);
+      launch_tma_tile<TmaTile<T, 64, 64, false, 7, true>>("conv2d tma 128x64 staged", problem, target);
     }
   } else if (in_turns && tile_columns == 128) {
     launch_tma_tile<TmaTile<T, 128, 128, true, 4>>("conv2d tma 128x128 in turns", problem, target);

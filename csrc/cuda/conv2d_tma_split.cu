@@ -35,8 +35,9 @@ template <typename Tile>
 struct SplitLayout {
   static constexpr int kPitch = Tile::kColumns + 8;  // floats in a row of accumulators
   static constexpr int kStagesBytes = Tile::kStages * Tile::kStageBytes, kSumBytes = Tile::kRows * kPitch * 4;
-  static constexpr int kSharedBytes = kStagesBytes + kSumBytes + 1024 + 256;
-  static_assert(kSharedBytes <= 227 * 1024, "one block must fit a multiprocessor");
+  static constexpr int kSharedBytes = kStagesBytes + kSumBytes + 1024 + kTmaBarrierBytes;
+  static_assert(kSharedBytes + (Tile::kPrologue ? kMostPrologueChannels * 8 : 0) <= 227 * 1024,
+                "one block must fit a multiprocessor");
 };
 
 #if defined(FASTCNN_HAS_WGMMA)
@@ -133,8 +134,10 @@ template <typename Tile>
 __device__ __forceinline__ void compute_share(const SplitConvolution& problem, uint32_t stages, uint32_t sums,
                                               const TmaBarriers<Tile>& barriers, int tile, int rank, int first,
                                               int last, int group, int thread) {
+  const PrologueFactors factors(problem, barriers.first + kTmaBarrierBytes);
+  if constexpr (Tile::kPrologue) factors.fill(problem, group * 128 + thread);
   StageRing<Tile::kStages> ring;
-  StageState state;
+  StageState state = {factors};
   TmaAccumulator<Tile> acc;
   multiply_blocks<Tile>(problem, stages, barriers, ring, group, thread, first, last, state, acc);
   end_products<Tile>(barriers, state, thread % 32, acc);
@@ -223,7 +226,8 @@ void launch_split(const char* name, const ConvProblem& problem, int split, const
   convolution.log2_split = split == 2 ? 1 : split == 4 ? 2 : 3;
   const dim3 grid(static_cast<unsigned>(convolution.tiles * split));
   launch_kernel<conv2d_tma_split<Tile>, true>(name, target.device, grid, split, Tile::kThreads,
-                                              SplitLayout<Tile>::kSharedBytes, target.stream, convolution);
+                                              SplitLayout<Tile>::kSharedBytes + prologue_bytes<Tile>(convolution),
+                                              target.stream, convolution);
 }
 
 }  // namespace

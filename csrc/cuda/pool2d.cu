@@ -57,6 +57,11 @@ __device__ __forceinline__ float mean_factor(const PoolProblem& problem, const P
   return reciprocal(problem.divisor != 0.0f ? problem.divisor : counted);
 }
 
+// The position itself, or the next one in the image.
+__device__ __forceinline__ int32_t inside(int32_t position, int32_t size) {
+  return position < 0 ? 0 : smaller(position, size - 1);
+}
+
 }  // namespace
 
 template <typename T, int kWidth, typename Reduction>
@@ -99,36 +104,95 @@ __global__ void __launch_bounds__(kThreads, 4) pool2d(const __grid_constant__ Po
   }
 }
 
+// The same for windows of kSize x kSize without dilation, whose loads are all in flight together. What lies outside of
+// the image is read from its edge: a maximum does not mind, a mean leaves it out.
+template <typename T, int kWidth, typename Reduction, int kSize>
+__global__ void __launch_bounds__(kThreads, 4) pool2d_small(const __grid_constant__ PoolProblem problem, int lanes) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
+  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
+  if (lane_row >= rows || c >= problem.channels) return;
+  const T* input = static_cast<const T*>(problem.input) + c;
+  T* out = static_cast<T*>(problem.out) + c;
+  const PoolAxis &vertical = problem.vertical, &horizontal = problem.horizontal;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
+  for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * rows + lane_row; pixel < problem.pixels; pixel += step) {
+    int32_t in_image, q;
+    const int32_t n = problem.by_image.divide(static_cast<int32_t>(pixel), in_image);
+    const int32_t p = problem.by_row.divide(in_image, q);
+    const int32_t top = p * vertical.stride - vertical.pad_start, left = q * horizontal.stride - horizontal.pad_start;
+    const int64_t first_line = static_cast<int64_t>(n) * vertical.size;
+    Raw<kWidth, T> x[kSize][kSize];
+#pragma unroll
+    for (int r = 0; r < kSize; ++r) {
+      const int64_t line = (first_line + inside(top + r, vertical.size)) * horizontal.size;
+#pragma unroll
+      for (int s = 0; s < kSize; ++s) {
+        x[r][s] = load_raw_cached<kWidth>(input + (line + inside(left + s, horizontal.size)) * problem.input_stride);
+      }
+    }
+    float y[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) y[i] = Reduction::start();
+#pragma unroll
+    for (int r = 0; r < kSize; ++r) {
+#pragma unroll
+      for (int s = 0; s < kSize; ++s) {
+        const bool real = inside(top + r, vertical.size) == top + r && inside(left + s, horizontal.size) == left + s;
+        if (Reduction::kMean && !real) continue;
+        float values[kWidth];
+        convert(values, x[r][s]);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) y[i] = Reduction::add(y[i], values[i]);
+      }
+    }
+    if constexpr (Reduction::kMean) {
+      const float factor = mean_factor(problem, pool_window(vertical, p), pool_window(horizontal, q));
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) y[i] *= factor;
+    }
+    store<kWidth>(out + pixel * problem.out_stride, y);
+  }
+}
+
 // One block per image (blockIdx.x) and strip of `lanes` chunks (blockIdx.y).
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads) global_mean(const __grid_constant__ PoolProblem problem, int lanes) {
+__global__ void __launch_bounds__(kThreads, 4) global_mean(const __grid_constant__ PoolProblem problem, int lanes) {
   let_next_kernel_begin();
   wait_for_earlier_kernels();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
   const bool active = lane_row < rows && c < problem.channels;
-  const int64_t image = static_cast<int64_t>(problem.vertical.size) * problem.horizontal.size;
+  const int32_t image = problem.vertical.size * problem.horizontal.size;
   float sum[kWidth] = {};
   if (active) {
-    const T* at = static_cast<const T*>(problem.input) + c +
-                  (static_cast<int64_t>(blockIdx.x) * image + lane_row) * problem.input_stride;
-#pragma unroll 4
-    for (int64_t pixel = lane_row; pixel < image; pixel += rows, at += rows * problem.input_stride) {
-      float x[kWidth];
-      load<kWidth>(x, at);
+    constexpr int kBatch = 8;  // loads in flight
+    const T* at = static_cast<const T*>(problem.input) + c + blockIdx.x * image * problem.input_stride;
+    for (int first = lane_row; first < image; first += kBatch * rows) {
+      Raw<kWidth, T> raw[kBatch];
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum[i] += x[i];
+      for (int u = 0; u < kBatch; ++u)
+        raw[u] = load_raw_cached<kWidth>(at + inside(first + u * rows, image) * problem.input_stride);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        float x[kWidth];
+        convert(x, raw[u]);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) sum[i] += first + u * rows < image ? x[i] : 0.0f;
+      }
     }
   }
-  float* partial = reinterpret_cast<float*>(dynamic_shared());  // [row][lane][kWidth]
+  float* partial = reinterpret_cast<float*>(dynamic_shared());  // [kWidth][row][lane]
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) partial[thread * kWidth + i] = sum[i];
+  for (int i = 0; i < kWidth; ++i) partial[i * kThreads + thread] = sum[i];
   __syncthreads();
   if (!active || lane_row != 0) return;
   for (int row = 1; row < rows; ++row) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] += partial[(row * lanes + lane) * kWidth + i];
+    for (int i = 0; i < kWidth; ++i) sum[i] += partial[i * kThreads + row * lanes + lane];
   }
   const float factor = reciprocal(static_cast<float>(image));
 #pragma unroll
@@ -139,6 +203,19 @@ __global__ void __launch_bounds__(kThreads) global_mean(const __grid_constant__ 
 namespace {
 
 enum class Kind { maximum, mean, global };
+
+template <typename T, int kWidth, typename Reduction>
+void launch_windows(const char* name, int device, dim3 grid, void* stream, const PoolProblem& problem, int lanes) {
+  const PoolAxis &v = problem.vertical, &h = problem.horizontal;
+  const bool plain = !v.adaptive && v.kernel == h.kernel && v.dilation == 1 && h.dilation == 1;
+  if (plain && v.kernel == 3) {
+    launch_early<pool2d_small<T, kWidth, Reduction, 3>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+  } else if (plain && v.kernel == 2) {
+    launch_early<pool2d_small<T, kWidth, Reduction, 2>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+  } else {
+    launch_early<pool2d<T, kWidth, Reduction>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+  }
+}
 
 template <typename T, int kWidth>
 void launch_pool(Kind kind, const char* name, const PoolProblem& problem, int64_t images, int device, void* stream) {
@@ -156,9 +233,9 @@ void launch_pool(Kind kind, const char* name, const PoolProblem& problem, int64_
   const int64_t available = ceil_divide(problem.pixels, kThreads / lanes);
   const dim3 grid(static_cast<unsigned>(std::min(available, wanted)), static_cast<unsigned>(columns));
   if (kind == Kind::maximum) {
-    launch_early<pool2d<T, kWidth, Maximum>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+    launch_windows<T, kWidth, Maximum>(name, device, grid, stream, problem, lanes);
   } else {
-    launch_early<pool2d<T, kWidth, Mean>>(name, device, grid, kThreads, 0, stream, problem, lanes);
+    launch_windows<T, kWidth, Mean>(name, device, grid, stream, problem, lanes);
   }
 }
 

@@ -21,6 +21,7 @@ _CUDA_CONV2D = (
     "depthwise", "grouped", "simt", "simt elements", "stem", "stem wgmma",
     "tma 256x128", "tma 256x64", "tma 128x128", "tma 128x64", "tma 128x32", "tma 128x128 staged", "tma 128x64 staged",
     "tma 128x128 in turns", "tma 128x64 in turns", "tma 128x32 in turns", "patch 256x64", "patch 256x32",
+    "patch held",
     "tma 128x64 split 2", "tma 128x64 split 4", "tma 128x64 split 8",
     "tma 128x128 split 2", "tma 128x128 split 4", "tma 128x128 split 8",
     "tma 128x64 staged split 2", "tma 128x64 staged split 4", "tma 128x64 staged split 8",

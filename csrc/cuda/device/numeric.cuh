@@ -99,6 +99,16 @@ struct Raw {
   std::conditional_t<kCount == 1, T, uint4> bits;
 };
 
+// Through L1.
+template <int kCount, typename T>
+__device__ __forceinline__ Raw<kCount, T> load_raw_cached(const T* source) {
+  if constexpr (kCount == 1) {
+    return {*source};
+  } else {
+    return {*reinterpret_cast<const uint4*>(source)};
+  }
+}
+
 // Of memory that is read once: past L1.
 template <int kCount, typename T>
 __device__ __forceinline__ Raw<kCount, T> load_raw(const T* source) {
@@ -122,8 +132,7 @@ template <int kCount>
 __device__ __forceinline__ void load_coefficients(float (&x)[kCount], const float* vector, int64_t first, int64_t count,
                                                   float otherwise) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    x[i] = vector != nullptr && first + i < count ? __ldg(vector + first + i) : otherwise;
+  for (int i = 0; i < kCount; ++i) x[i] = vector != nullptr && first + i < count ? vector[first + i] : otherwise;
 }
 
 }  // namespace fastcnn::cuda

@@ -142,8 +142,8 @@ __device__ __forceinline__ void fill_tables(const ConvProblem& problem, const St
   for (int i = thread; i < (plan.steps + 2) * 4; i += threads) taps[i] = stem_tap(plan, i / 4, i % 4);
   for (int i = thread; i < kColumns; i += threads) {
     const bool real = first_filter + i < problem.shape.filters;
-    scales[i] = real && problem.scale != nullptr ? __ldg(problem.scale + first_filter + i) : 1.0f;
-    biases[i] = real && problem.bias != nullptr ? __ldg(problem.bias + first_filter + i) : 0.0f;
+    scales[i] = real && problem.scale != nullptr ? problem.scale[first_filter + i] : 1.0f;
+    biases[i] = real && problem.bias != nullptr ? problem.bias[first_filter + i] : 0.0f;
   }
 }
 

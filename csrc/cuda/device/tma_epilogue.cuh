@@ -30,8 +30,8 @@ __device__ __forceinline__ void stage_coefficients(const Problem& problem, float
   if (thread >= kColumns) return;
   const int column = first_column + thread;
   const bool real = column < problem.filters;
-  coefficients[thread] = make_float2(real && problem.scale != nullptr ? __ldg(problem.scale + column) : 1.0f,
-                                     real && problem.bias != nullptr ? __ldg(problem.bias + column) : 0.0f);
+  coefficients[thread] = make_float2(real && problem.scale != nullptr ? problem.scale[column] : 1.0f,
+                                     real && problem.bias != nullptr ? problem.bias[column] : 0.0f);
 }
 
 }  // namespace fastcnn::cuda

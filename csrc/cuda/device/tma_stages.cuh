@@ -17,6 +17,9 @@
 
 namespace fastcnn::cuda {
 
+constexpr int kTmaBarrierBytes = 256;
+constexpr int kMostPrologueChannels = 2560;  // whose factors find room in shared memory, behind the barriers
+
 template <typename T, int kGroupRows_, int kColumns_, bool kInTurns_, int kStages_, bool kPrologue_ = false,
           int kBlock_ = kTensorMapRow>
 struct TmaTile {
@@ -31,9 +34,17 @@ struct TmaTile {
   static constexpr int kBytesA = kRows * kChannels * 2, kBytesB = kColumns * kChannels * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kOutputBytes = kGroupRows * (kColumns < 64 ? 64 : kColumns) * 2;  // of a warpgroup
-  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutputBytes + 2 * kColumns * 8 + 1024 + 256;
-  static_assert(kSharedBytes <= 227 * 1024, "one block must fit a multiprocessor");
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes + 2 * kOutputBytes + 2 * kColumns * 8 + 1024 + kTmaBarrierBytes;
+  static_assert(kSharedBytes + (kPrologue ? kMostPrologueChannels * 8 : 0) <= 227 * 1024,
+                "one block must fit a multiprocessor");
 };
+
+// Of shared memory, beyond what every problem needs.
+template <typename Tile>
+int prologue_bytes(const TmaOperands& problem) {
+  return Tile::kPrologue ? problem.channel_blocks * kTensorMapRow * 8 : 0;
+}
 
 // Where the block's barriers are.
 template <typename Tile>
@@ -177,42 +188,48 @@ __device__ __forceinline__ void multiply_step(TmaAccumulator<Tile>& acc, uint32_
   }
 }
 
-// The prologue's factors of a thread's 8 channels of a block. They are loaded a block ahead, to be there in time.
+// The prologue's factors of all channels in shared memory: scales, then shifts, up to a whole block. Fetched one block
+// after the other when they were wanted, they made a stage as long as a round trip to memory.
 struct PrologueFactors {
-  float scale[8], shift[8];
-  __device__ __forceinline__ void load(const TmaOperands& problem, int channel) {
-    load_factors(scale, problem.input_scale, problem.channels, channel, 1.0f);
-    load_factors(shift, problem.input_shift, problem.channels, channel, 0.0f);
+  uint32_t address;
+  int channels;  // up to a whole block
+  __device__ __forceinline__ PrologueFactors(const TmaOperands& problem, uint32_t factors)
+      : address(factors), channels(problem.channel_blocks * kTensorMapRow) {}
+  // By all threads that multiply. Beyond the channels the filters are zero, and 0 * 1 + 0 must stay 0.
+  __device__ __forceinline__ void fill(const TmaOperands& problem, int multiplier) const {
+    for (int channel = multiplier; channel < channels; channel += 256) {
+      const bool real = channel < problem.channels;
+      put(channel, real && problem.input_scale != nullptr ? problem.input_scale[channel] : 1.0f);
+      put(channels + channel, real && problem.input_shift != nullptr ? problem.input_shift[channel] : 0.0f);
+    }
+    multipliers_barrier();
+  }
+  __device__ __forceinline__ void read(float (&scale)[8], float (&shift)[8], int channel) const {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const uint4 scales = load_shared_16(address + (channel + i) * 4);
+      const uint4 shifts = load_shared_16(address + (channels + channel + i) * 4);
+      memcpy(scale + i, &scales, 16);
+      memcpy(shift + i, &shifts, 16);
+    }
   }
 
  private:
-  // Beyond the channels the filters are zero, and 0 * 1 + 0 must stay 0.
-  __device__ __forceinline__ static void load_factors(float (&to)[8], const float* from, int channels, int channel,
-                                                      float otherwise) {
-    if (from != nullptr && channel + 8 <= channels && reinterpret_cast<uint64_t>(from) % 16 == 0) {
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        const float4 four = __ldg(reinterpret_cast<const float4*>(from + channel + i));
-        to[i] = four.x;
-        to[i + 1] = four.y;
-        to[i + 2] = four.z;
-        to[i + 3] = four.w;
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      to[i] = from != nullptr && channel + i < channels ? __ldg(from + channel + i) : otherwise;
-    }
+  __device__ __forceinline__ void put(int index, float value) const {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    store_shared_4(address + index * 4, bits);
   }
 };
 
 // Applies the prologue to this warpgroup's rows of a stage: a thread to one 16-byte chunk of every 16th row.
 template <typename Tile>
-__device__ __forceinline__ void apply_prologue_in_place(const PrologueFactors& factors, bool relu_input,
+__device__ __forceinline__ void apply_prologue_in_place(const PrologueFactors& factors, bool relu_input, int channel,
                                                         uint32_t tile_a, int group, int thread) {
   using T = typename Tile::Type;
   constexpr int kWidth = kVector<T>, kRowsOfThread = Tile::kGroupRows / 16;
+  float scale[kWidth], shift[kWidth];
+  factors.read(scale, shift, channel);
   uint4 raw[kRowsOfThread];
 #pragma unroll
   for (int i = 0; i < kRowsOfThread; ++i) {
@@ -224,7 +241,7 @@ __device__ __forceinline__ void apply_prologue_in_place(const PrologueFactors& f
     memcpy(values, &raw[i], 16);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const float x = to_float(values[j]) * factors.scale[j] + factors.shift[j];
+      const float x = to_float(values[j]) * scale[j] + shift[j];
       values[j] = from_float<T>(relu_input ? relu(x) : x);
     }
     memcpy(&raw[i], values, 16);
@@ -236,24 +253,24 @@ __device__ __forceinline__ void apply_prologue_in_place(const PrologueFactors& f
 
 // What a warpgroup keeps from one stage to the next.
 struct StageState {
-  int before = -1;  // the stage whose products are still running
   PrologueFactors factors;
+  int before = -1;  // the stage whose products are still running
 };
 
-// One stage: `steps` products of 16 channels, kSteps where it is whole. The prologue's factors for the next stage
-// are those from `next_channel` on.
+// One stage: `steps` products of 16 channels, kSteps where it is whole. The thread's part of a prologue begins at
+// `channel`.
 template <typename Tile>
 __device__ __forceinline__ void multiply_stage(const TmaOperands& problem, uint32_t stages,
                                                const TmaBarriers<Tile>& barriers, StageRing<Tile::kStages>& ring,
-                                               int group, int thread, bool whole, int steps, int next_channel,
+                                               int group, int thread, bool whole, int steps, int channel,
                                                StageState& state, TmaAccumulator<Tile>& acc) {
   const int lane = thread % 32, rows_of_group = Tile::kInTurns ? 0 : group * Tile::kGroupRows;
   const uint32_t tile_a = stages + ring.stage * Tile::kStageBytes;
   const uint32_t tile_b = stages + ring.stage * Tile::kStageBytes + Tile::kBytesA;
   barrier_wait(barriers.full(ring.stage), ring.parity);
   if constexpr (Tile::kPrologue) {
-    apply_prologue_in_place<Tile>(state.factors, problem.input_relu, tile_a + rows_of_group * 128, group, thread);
-    state.factors.load(problem, next_channel);
+    apply_prologue_in_place<Tile>(state.factors, problem.input_relu, channel, tile_a + rows_of_group * 128, group,
+                                  thread);
   }
   wgmma_fence();
   if (whole) {
@@ -289,7 +306,6 @@ __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint
                                                 TmaAccumulator<Tile>& acc) {
   clear<Tile>(acc);
   int block = first % problem.channel_blocks;
-  if constexpr (Tile::kPrologue) state.factors.load(problem, block * kTensorMapRow + thread % 8 * 8);
   int at = first;
   do {  // no way past the loop: it would define acc beside wgmma, and ptxas would wait for each product in turn
     bool whole = at + 1 < last;
@@ -299,7 +315,7 @@ __device__ __forceinline__ void multiply_blocks(const TmaOperands& problem, uint
       steps = problem.last_steps;
     }
     multiply_stage<Tile>(problem, stages, barriers, ring, group, thread, whole, steps,
-                         (block + 1) * kTensorMapRow + thread % 8 * 8, state, acc);
+                         block * kTensorMapRow + thread % 8 * 8, state, acc);
     if (++block == problem.channel_blocks) block = 0;
     at += Tile::kBlocksOfStage;
   } while (at < last);
