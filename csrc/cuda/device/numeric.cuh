@@ -132,7 +132,8 @@ template <int kCount>
 __device__ __forceinline__ void load_coefficients(float (&x)[kCount], const float* vector, int64_t first, int64_t count,
                                                   float otherwise) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = vector != nullptr && first + i < count ? vector[first + i] : otherwise;
+  for (int i = 0; i < kCount; ++i)
+    x[i] = vector != nullptr && first + i < count ? __ldca(vector + first + i) : otherwise;
 }
 
 }  // namespace fastcnn::cuda

@@ -43,6 +43,9 @@ inline uint4 __ldca(const uint4* pointer) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) emulator::fail("misaligned 16-byte load");
   return *pointer;
 }
+inline float __ldca(const float* pointer) {
+  return *pointer;
+}
 inline uint4 __ldcg(const uint4* pointer) {
   return __ldca(pointer);
 }
