@@ -126,7 +126,8 @@ def work(connection: Connection, task: Task) -> None:
         gpu_gib = torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_initialized() else 0.0
         seconds = time.perf_counter() - started
         connection.send(("ready", f"{seconds:.1f} s, {gpu.waited:.1f} s of them waiting, {gpu_gib:.1f} GiB"))
-        connection.recv()  # its turn
+        connection.recv()
+        connection.send(("trying", "its turn"))
         _pretend(task.fault, "dies", "hangs")
         started, count = time.perf_counter(), 0
         for case in prepared:

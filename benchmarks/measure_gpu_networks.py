@@ -12,14 +12,14 @@ A case is a network and a batch size. Its candidates have the same weights and a
     fastcnn_eager         fastcnn's network
     fastcnn_frozen        the same after fastcnn.freeze; copies as eager_graph's
     compile               torch.compile(eager)
-    compile_graphs        the same with mode="reduce-overhead": CUDA graphs, PyTorch's own kernels for GEMM and convolution
+    compile_graphs        the same with mode="reduce-overhead": CUDA graphs, but no templates of convolution and GEMM
     compile_max_autotune  the same with mode="max-autotune", which uses CUDA graphs
     compile_freezing      (only when asked for) the same with inductor's freezing, which folds batch norms too
     fastcnn_frozen_cuda, fastcnn_frozen_triton   (only when asked for) frozen with the kernels of one backend
 
 Before it is timed, a candidate's first three results are compared with the fp32 network's (float64 for fp32) on the
-first and last images, by the accuracy rule: at most twice as far off as eager in the same dtype. A wrong one is recorded,
-not timed. (torch.compile's second call records its CUDA graph, the third replays it.)
+first and last images, by the accuracy rule: at most twice as far off as eager in the same dtype. A wrong one is
+recorded, not timed. (torch.compile's second call records its CUDA graph, the third replays it.)
 
 The order is that of importance: first the quick candidates of every network, ResNet-50 before all; then the compiled
 ones, each beside fastcnn_frozen and eager_graph once more. Rows that the file has from the same commit are not measured
@@ -341,6 +341,10 @@ class Measuring:
             del result  # torch.compile's graphs use its memory again
             result = runner()
             row["error"] = max(row["error"], expected.error(result))
+        if name in COMPILED:
+            from torch._dynamo.utils import counters
+
+            row["graphs_skipped"] = counters["inductor"].pop("cudagraph_skips", 0)  # asked for and not made
         return runner
 
     def time(self, prepared: Prepared, seconds: float) -> list[Row]:
@@ -475,6 +479,7 @@ def shown(row: Row) -> str:
     return (
         f"{start} {timing['median_ms']:9.4f} ms {row['images_per_s']:10.1f} images/s{latency}, "
         f"off by {row['error']:.1e} (eager {row['eager_error']:.1e}), first call {row['first_call_s']:.1f} s"
+        + (f", WITHOUT {row['graphs_skipped']} CUDA graphs" if row.get("graphs_skipped") else "")
     )
 
 
@@ -493,7 +498,9 @@ def add_options(parser: argparse.ArgumentParser, usual: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="default: gpu-networks-DTYPE.json in $OUT or benchmarks/results")
 
 
-def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, networks: list[str], usual: list[str]) -> None:
+def complete(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, networks: list[str], usual: list[str]
+) -> None:
     """Fills in what depends on other options, and refuses what there is not."""
     options.candidates = options.candidates or usual
     options.size = options.size or (64 if options.rehearse else None)

@@ -1,7 +1,7 @@
 """Measures whole networks as `measure_gpu_networks.py` does, but prepares many cases at a time: for scarce GPU time.
 
     python benchmarks/measure_gpu_networks_in_waves.py --deadline 200
-    python benchmarks/measure_gpu_networks_in_waves.py --waves all:1,32 resnet50,vgg16:256 --candidates eager_graph,compile
+    python benchmarks/measure_gpu_networks_in_waves.py --waves all:1,32 resnet50:256 --candidates compile_graphs
     python benchmarks/measure_gpu_networks_in_waves.py --rehearse     on the CPU, tiny, with processes that fail
 
 A wave is networks and batch sizes, `NETWORK,...:BATCH,...`. Each of its networks has a process (`gpu_wave.py`), which
@@ -35,11 +35,15 @@ import gpu_wave
 import measure_gpu_networks as one
 from raw_rows import Row
 
-LARGE = ("resnet50,densenet121,googlenet,resnext50_32x4d:256", "vgg16,wide_resnet50_2,resnet18,resnet152,alexnet_owt:256")
+LARGE = (
+    "resnet50,densenet121,googlenet,resnext50_32x4d:256",
+    "vgg16,wide_resnet50_2,resnet18,resnet152,alexnet_owt:256",
+)
 CANDIDATES = ["eager_graph", "compile_graphs", "fastcnn_frozen"]
 REHEARSED = ("resnet18,googlenet:1,2", "alexnet_owt,googlenet,resnet18:3")
 REHEARSED_FAULTS = {"alexnet_owt": "fails", "googlenet": "late"}  # in the last wave
 STOP_SECONDS = 6.0  # for a process that is late to give up what it is at
+TURN_SECONDS = 10.0  # allowed to a turn beside twice its expected time
 CASE_SECONDS = 1.0  # of a case's turn, beside its timing
 METHOD = "prepared in several processes at a time, timed one process at a time, alone on the GPU"
 
@@ -147,7 +151,8 @@ class Waves:
                 continue
             member.state = "timing"
             member.connection.send("time")
-            allowed = min(10 + 2 * (self._options.seconds + CASE_SECONDS) * len(member.task.cases), self.clock.left())
+            expected = (self._options.seconds + CASE_SECONDS) * len(member.task.cases)
+            allowed = min(TURN_SECONDS + 2 * expected, self.clock.left())
             self._receive("timing", allowed)
             if member.state == "timing":
                 self._lose(member, f"it did not come back from {member.trying}")
