@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fcntl
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -62,6 +63,8 @@ class SharedGpu(one.Sharing):
         self.waited += time.perf_counter() - started
 
     def _give_back(self) -> None:
+        if self._held and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what algorithms were tried with, others need
         self._held = self.patient = False
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
@@ -112,17 +115,19 @@ def work(connection: Connection, task: Task) -> None:
 
     signal.signal(signal.SIGUSR1, too_late)
     connection.send(("trying", "begin"))
-    share = max(1, (os.cpu_count() or 1) // task.processes)
+    share = -(-(os.cpu_count() or 1) // task.processes)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
+    if any(name in one.COMPILED for case in task.cases for name in case.candidates):
+        importlib.import_module("torch._inductor.async_compile")  # starts its processes, which takes them a while
     torch.set_num_threads(share)
     torch.backends.cudnn.benchmark = True
-    import torch._dynamo.config as dynamo
-
+    dynamo = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = 64  # batches and modes of one network are copies of the same code
     dynamo.fail_on_recompile_limit_hit = True  # instead of eager mode in silence
     with torch.no_grad():
         started = time.perf_counter()
         prepared = _prepare(connection, task, gpu, late)
+        gc.collect()
         gpu_gib = torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_initialized() else 0.0
         seconds = time.perf_counter() - started
         connection.send(("ready", f"{seconds:.1f} s, {gpu.waited:.1f} s of them waiting, {gpu_gib:.1f} GiB"))
@@ -152,23 +157,19 @@ def _prepare(connection: Connection, task: Task, gpu: SharedGpu, late: threading
                 break
             connection.send(("trying", f"batch {case.batch}"))
             try:
-                prepared = measuring.begin(case)
+                found.append(measuring.begin(case))
             except torch.cuda.OutOfMemoryError as error:
                 reason = {**facts, "left_out": one.first_line(error)}
                 for name in case.candidates:
                     connection.send(("row", {**one.key(task.options, case, name), **reason}))
-                continue
-            found.append(prepared)
-            for name in case.candidates:
-                if late.is_set():
-                    break
-                connection.send(("trying", f"batch {case.batch}, {name}"))
-                row = measuring.add(prepared, name)
-                if row is not None:
-                    connection.send(("row", row))
-                gc.collect()
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()  # what algorithms were tried with, others need
+        for compiled in (False, True):  # what takes longest is last, should the time run out
+            for prepared in found:
+                for name in prepared.case.candidates:
+                    if (name in one.COMPILED) == compiled and not late.is_set():
+                        connection.send(("trying", f"batch {prepared.case.batch}, {name}"))
+                        row = measuring.add(prepared, name)
+                        if row is not None:
+                            connection.send(("row", row))
     return [prepared for prepared in found if prepared.runners]
 
 

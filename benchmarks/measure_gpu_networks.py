@@ -243,8 +243,8 @@ class Results:
             self._trying.unlink()
 
     def has(self, key: Row) -> bool:
-        """Whether there is a row, other than of what was only late."""
-        return any(self._same(key, row) and not row.get("late") for row in self.rows)
+        """Whether there is a row, other than one of what is to be tried again."""
+        return any(self._same(key, row) and not row.get("again") for row in self.rows)
 
     def _same(self, key: Row, row: Row) -> bool:
         return row.get("commit") == self._commit and key.items() <= row.items()
@@ -256,8 +256,9 @@ class Results:
         self._trying.unlink(missing_ok=True)
 
     def add(self, row: Row) -> None:
+        """In place of an older one of the same commit."""
         key = {name: row[name] for name in KEY if name in row}
-        self.rows = [old for old in self.rows if not (old.get("late") and self._same(key, old))]
+        self.rows = [old for old in self.rows if not self._same(key, old)]
         self.rows.append(row)
         write_rows(self._file, self.rows)
 

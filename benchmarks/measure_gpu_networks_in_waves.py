@@ -9,10 +9,11 @@ builds, compiles, checks and warms up the candidates of its batch sizes. When al
 at a time, each alone on the GPU, a case's candidates in turns. A wave's processes end with it, and free their memory.
 
 What is not ready in time (--prepare, less when the deadline is near) is left out: a process gives up the candidate that
-it is compiling and keeps those that it has; one that does not is ended. A process that crashes takes its own candidates
-with it, no others. The rows go into the same file as `measure_gpu_networks.py`'s, as they come, with the `method`. Rows
-of the same commit are not measured again, but for those that were late: with inductor's cache
-(TORCHINDUCTOR_CACHE_DIR) from the first time, they may be ready on the second.
+it is compiling and keeps those that it has; one that does not is ended. A process that crashes or hangs takes its own
+candidates with it, no others; the exit status is then 1. The rows go into the same file as `measure_gpu_networks.py`'s,
+as they come, with the `method`. A case whose rows are all in the file, from the same commit, is not measured again.
+Those marked `again` do not count, which were late or lost with their process: with inductor's cache
+(TORCHINDUCTOR_CACHE_DIR) they may be ready the second time.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Waves:
         self._results = one.Results(options.output, self._known["commit"])
         self._members: list[Member] = []
         self._new: list[Row] = []
+        self._broken = False  # whether a process did what none was asked to pretend
         self.clock = one.Clock(options.deadline, self.end)
 
     def end(self) -> None:
@@ -107,7 +109,7 @@ class Waves:
                     self._members.clear()
         for row in sorted(self._new, key=lambda row: (row["batch"], one.NETWORKS.index(row["model"]))):
             print(one.shown(row))
-        return 0
+        return int(self._broken)
 
     def _tasks(self, wave: str, lock: Path, last: bool) -> list[gpu_wave.Task]:
         options = self._options
@@ -116,9 +118,8 @@ class Waves:
         for network in networks:
             for batch in batches:
                 case = one.Case("waves", network, batch, tuple(options.candidates))
-                open_ = tuple(name for name in case.candidates if not self._results.has(one.key(options, case, name)))
-                if open_:
-                    found.setdefault(network, []).append(case._replace(candidates=open_))
+                if not all(self._results.has(one.key(options, case, name)) for name in case.candidates):
+                    found.setdefault(network, []).append(case)
         faults = options.faults if last else {}
         return [
             gpu_wave.Task(network, cases, options, len(found), lock, self._known, faults.get(network))
@@ -143,11 +144,11 @@ class Waves:
                     os.kill(member.process.pid, signal.SIGUSR1)
         self._receive("preparing", STOP_SECONDS)
         for member in self._in("preparing"):
-            self._lose(member, f"not ready in time: still at {member.trying}", late=True)
+            self._lose(member, f"not ready in time: still at {member.trying}")
         print(f"-- timing after {time.monotonic() - began:.1f} s of preparing", flush=True)
         for member in self._in("ready"):
             if self.clock.left() <= 0:
-                self._lose(member, "ready, but there was no time for its timing", late=True)
+                self._lose(member, "ready, but there was no time for its timing")
                 continue
             member.state = "timing"
             member.connection.send("time")
@@ -155,6 +156,7 @@ class Waves:
             allowed = min(TURN_SECONDS + 2 * expected, self.clock.left())
             self._receive("timing", allowed)
             if member.state == "timing":
+                self._broken = self._broken or member.task.fault is None
                 self._lose(member, f"it did not come back from {member.trying}")
         print(f"-- the wave took {time.monotonic() - began:.1f} s", flush=True)
 
@@ -178,6 +180,7 @@ class Waves:
             kind, what = member.connection.recv()
         except (EOFError, OSError):
             member.process.join(5)
+            self._broken = self._broken or member.task.fault is None
             self._lose(member, f"its process ended at {member.trying}, exit status {member.process.exitcode}")
             return
         if kind == "facts":
@@ -190,7 +193,7 @@ class Waves:
             print(f"{member.task.network:16s} {kind}: {what}", flush=True)
             member.state = "ready" if kind == "ready" else "over"
         if kind == "done":
-            self._lose(member, "not ready in time", late=True)
+            self._lose(member, "not ready in time")
 
     def _add(self, member: Member, row: Row) -> None:
         key = {name: row[name] for name in one.KEY}
@@ -198,14 +201,15 @@ class Waves:
         self._results.add(row)
         self._new.append(row)
 
-    def _lose(self, member: Member, reason: str, late: bool = False) -> None:
+    def _lose(self, member: Member, reason: str) -> None:
         """The process ends; rows say why there is nothing of what it still owes."""
         member.end()
         if member.owed:
             print(f"{member.task.network:16s} {reason}: {len(member.owed)} left out", flush=True)
         facts = member.facts or self._known
         for key in list(member.owed):
-            self._add(member, {**facts, **key, "left_out": reason, **({"late": True} if late else {})})
+            if not self._results.has(key):  # from an earlier run
+                self._add(member, {**facts, **key, "left_out": reason, "again": True})
 
 
 def parts(wave: str) -> tuple[list[str], list[int]]:

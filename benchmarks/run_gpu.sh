@@ -153,7 +153,7 @@ stage_networks() {
     --waves all:1,32 resnet50,densenet121,googlenet,resnext50_32x4d:256 vgg16,wide_resnet50_2,resnet18,resnet152,alexnet_owt:256
     --candidates eager_graph,compile_graphs,fastcnn_frozen --seconds 1.5 --prepare "${PREPARE_SECONDS:-100}"
   )
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then options=(--rehearse --rounds 5 --prepare 40); fi
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then options=(--rehearse --rounds 5 --prepare 20); fi
   python benchmarks/measure_gpu_networks_in_waves.py "${options[@]}" --deadline "${NETWORKS_SECONDS:-480}"
 }
 

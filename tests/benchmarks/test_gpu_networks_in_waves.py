@@ -67,9 +67,10 @@ def test_a_process_that_fails_takes_no_other_with_it(file: Path, monkeypatch: py
     before = read_rows(file)
     assert script.main([*arguments, "--faults", "alexnet_owt=fails"]) == 0
     after = read_rows(file)
-    late = [row for row in before if row.get("late")]
-    assert [row for row in before if not row.get("late")] == after[: -len(late)], "only what was late is measured again"
-    assert found(after[-len(late) :]) == {("resnet18", 1, candidate): "" for candidate in CANDIDATES}
+    timed = [row for row in before if row["model"] == "resnext50_32x4d"]
+    assert [row for row in after if row["model"] == "resnext50_32x4d"] == timed, "what was timed is not timed again"
+    assert len(after) == len(before)
+    assert {key[0] for key, reason in found(after).items() if reason} == {"alexnet_owt"}
 
 
 def test_waves_and_their_rows(file: Path) -> None:
@@ -84,6 +85,18 @@ def test_waves_and_their_rows(file: Path) -> None:
     assert script.main(arguments) == 0
     assert read_rows(file) == rows, "nothing was left to measure"
 
+    del rows[-1]["ms"]
+    write_rows(file, [*rows[:-1], {**rows[-1], "left_out": "not ready in time", "again": True}])
+    assert script.main([*arguments, "--faults", "resnet18=fails"]) == 0
+    lost = read_rows(file)
+    assert lost[:-1] == rows[:-1], "what there was is lost with the process"
+    assert lost[-1]["left_out"] == "its process ended at begin, exit status -6"
+    assert script.main(arguments) == 0
+    again = read_rows(file)
+    assert again[:4] == rows[:4]
+    assert set(found(again).values()) == {""}
+    assert all(new["date"] > rows[0]["date"] for new in again[4:]), "a case's candidates are timed together"
+
 
 def test_no_time_no_rows(file: Path) -> None:
     assert script.main([*QUICK, "--output", str(file), "--deadline", "0"]) == 0
@@ -92,9 +105,9 @@ def test_no_time_no_rows(file: Path) -> None:
     assert all(guard.finished.is_set() for guard in guards)
 
 
-def test_a_late_row_gives_way(file: Path) -> None:
+def test_a_row_to_be_measured_again_gives_way(file: Path) -> None:
     key = {"what": "network", "phase": "waves", "model": "vgg16", "dtype": "bf16", "batch": 1, "candidate": "compile"}
-    late = {**key, "commit": "abc", "left_out": "not ready in time", "late": True}
+    late = {**key, "commit": "abc", "left_out": "not ready in time", "again": True}
     other = {**late, "batch": 2}
     write_rows(file, [late, other])
     results = script.one.Results(file, "abc")
