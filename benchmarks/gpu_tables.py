@@ -31,6 +31,13 @@ same run; *of roof* is that over a time. Results were first checked; a wrong one
 """
 MOST_IN_PICTURE = 40
 
+COMPILED = {
+    "compile": "is `torch.compile`",
+    "compile_graphs": 'is `torch.compile(mode="reduce-overhead")`: with CUDA graphs',
+    "compile_max_autotune": 'is `torch.compile(mode="max-autotune")`: with CUDA graphs, kernels chosen by their times',
+    "compile_freezing": "is `compile_max_autotune` with inductor's freezing",
+}
+
 
 def is_gpu(rows: Sequence[Row]) -> bool:
     return any(str(row.get("what", "")).startswith("gpu_") for row in rows) or any(is_network(row) for row in rows)
@@ -322,6 +329,9 @@ def networks_section(stem: str, rows: Sequence[Row]) -> tuple[str, str | None]:
         "*Speed-up* is its time over the best of fastcnn's. `eager_graph` is PyTorch's eager mode, channels-last, in a "
         "CUDA graph; `fastcnn_frozen` is `fastcnn.freeze`. Each result was first compared with the fp32 network's.\n",
     ]
+    explained = [f"`{name}` {COMPILED[name]}" for name in names if name in COMPILED]
+    if explained:
+        text.append(f"{'; '.join(explained)}.\n")
     found: dict[tuple[str, str], float] = {}
     cases = sorted(dict.fromkeys((row["dtype"], row["batch"]) for row in rows), key=lambda case: -case[1])
     titles = {f"{dtype}, {batch}": f"{dtype}, batch {batch}" for dtype, batch in cases}

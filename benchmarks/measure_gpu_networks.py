@@ -12,17 +12,21 @@ A case is a network and a batch size. Its candidates have the same weights and a
     fastcnn_eager         fastcnn's network
     fastcnn_frozen        the same after fastcnn.freeze; copies as eager_graph's
     compile               torch.compile(eager)
+    compile_graphs        the same with mode="reduce-overhead": CUDA graphs, but no templates of convolution and GEMM
     compile_max_autotune  the same with mode="max-autotune", which uses CUDA graphs
     compile_freezing      (only when asked for) the same with inductor's freezing, which folds batch norms too
     fastcnn_frozen_cuda, fastcnn_frozen_triton   (only when asked for) frozen with the kernels of one backend
 
-Before it is timed, a candidate's result is compared with the fp32 network's (float64 for fp32) on the first and last
-images, by the accuracy rule: at most twice as far off as eager in the same dtype. A wrong one is recorded, not timed.
+Before it is timed, a candidate's first three results are compared with the fp32 network's (float64 for fp32) on the
+first and last images, by the accuracy rule: at most twice as far off as eager in the same dtype. A wrong one is
+recorded, not timed. (torch.compile's second call records its CUDA graph, the third replays it.)
 
 The order is that of importance: first the quick candidates of every network, ResNet-50 before all; then the compiled
 ones, each beside fastcnn_frozen and eager_graph once more. Rows that the file has from the same commit are not measured
 again, so a run may be stopped and begun anew. Exit status 3: a candidate broke the process's CUDA context. Begun anew,
 the program records that and leaves it alone.
+
+`measure_gpu_networks_in_waves.py` does the same for many cases at a time: preparing them takes far longer than timing.
 
 gpu_ms: CUDA events around runs in a row, a run, medians over rounds. latency_ms (batch 1): from the call to the end of
 a synchronisation, by the wall clock. first_call_s: building and the first call, compilation and all.
@@ -62,18 +66,21 @@ NETWORKS = [
 ]  # fmt: skip
 QUICK = ["eager", "eager_graph", "fastcnn_eager", "fastcnn_frozen"]
 ONE_BACKEND = {"fastcnn_frozen_cuda": "cuda", "fastcnn_frozen_triton": "triton"}
-COMPILED = ["compile", "compile_max_autotune", "compile_freezing"]
+COMPILED = ["compile", "compile_graphs", "compile_max_autotune", "compile_freezing"]
+COMPILE_MODES = {"compile": None, "compile_graphs": "reduce-overhead"}  # the others': max-autotune
 BESIDE_COMPILED = ["eager_graph", "fastcnn_frozen"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TINY = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2.5e-7}  # the accuracy rule's
 COMPILE_SECONDS = 45.0  # compiling is not begun with less left
 GRACE_SECONDS = 15.0  # the process ends this long after its deadline, whatever it does
 
+KEY = ("what", "phase", "model", "dtype", "batch", "candidate")  # what a row is found by
+
 Runner = Callable[[], Tensor]
 
 
 class Case(NamedTuple):
-    phase: str  # "quick" or "compiled"
+    phase: str  # "quick", "compiled" or "waves"
     network: str
     batch: int
     candidates: tuple[str, ...]
@@ -185,14 +192,11 @@ def build(candidate: str, net: Network, x: Tensor, note: dict[str, Any]) -> Runn
         if x.is_cuda:
             note["frozen"] |= {"branches": frozen.branches, "streams": frozen.lanes, "recomputed": frozen.recomputed}
         return lambda: frozen(x)
-    options: dict[str, Any] = {} if candidate == "compile" else {"mode": "max-autotune"}
-    plain = copy.deepcopy(net.twin)
+    faster = torch.compile(copy.deepcopy(net.twin), dynamic=False, mode=COMPILE_MODES.get(candidate, "max-autotune"))
     if candidate != "compile_freezing":
-        faster = torch.compile(plain, dynamic=False, **options)
         return lambda: faster(x)
     import torch._inductor.config as inductor
 
-    faster = torch.compile(plain, dynamic=False, **options)
     with inductor.patch(freezing=True):
         faster(x)
     return lambda: faster(x)
@@ -239,7 +243,11 @@ class Results:
             self._trying.unlink()
 
     def has(self, key: Row) -> bool:
-        return any(row.get("commit") == self._commit and key.items() <= row.items() for row in self.rows)
+        """Whether there is a row, other than one of what is to be tried again."""
+        return any(self._same(key, row) and not row.get("again") for row in self.rows)
+
+    def _same(self, key: Row, row: Row) -> bool:
+        return row.get("commit") == self._commit and key.items() <= row.items()
 
     def trying(self, key: Row) -> None:
         self._trying.write_text(json.dumps({**key, "commit": self._commit}), "utf-8")
@@ -248,108 +256,109 @@ class Results:
         self._trying.unlink(missing_ok=True)
 
     def add(self, row: Row) -> None:
+        """In place of an older one of the same commit."""
+        key = {name: row[name] for name in KEY if name in row}
+        self.rows = [old for old in self.rows if not self._same(key, old)]
         self.rows.append(row)
         write_rows(self._file, self.rows)
 
 
-class Session:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
-        self._device = torch.device("cpu" if options.rehearse else "cuda")
-        self._dtype = DTYPES[options.dtype]
-        self._facts = _facts(self._device, self._dtype, options)
-        self._results = Results(options.output, self._facts["commit"])
-        self.clock = Clock(options.deadline, self._results.tried)
+class Sharing:
+    """Who else works on the GPU while a case is prepared: nobody. :mod:`gpu_wave` has the other answer."""
+
+    waited = 0.0  # seconds
+
+    def beside_others(self) -> contextlib.AbstractContextManager[None]:
+        """Around work on the GPU that measures nothing."""
+        return contextlib.nullcontext()
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Around work that measures, to choose a kernel by it say."""
+        return contextlib.nullcontext()
+
+    def alone_once_compiled(self) -> contextlib.AbstractContextManager[None]:
+        """Around a first call that torch.compile compiles, which is work of the CPU, and then runs."""
+        return contextlib.nullcontext()
+
+
+class Prepared:
+    """A case on its way: candidates that are right, and the rows of all."""
+
+    def __init__(self, case: Case, net: Network, x: Tensor) -> None:
+        self.case, self.net, self.x = case, net, x
+        self.expected = Expected(net.twin, x)
+        self.runners: dict[str, Runner] = {}
+        self.rows: dict[str, Row] = {}
+
+
+class Measuring:
+    """How a case is prepared and timed."""
+
+    def __init__(self, options: argparse.Namespace, facts: Row, sharing: Sharing | None = None) -> None:
+        self._options, self._facts = options, facts
+        self._sharing = sharing or Sharing()
+        self._device, self._dtype = torch.device("cpu" if options.rehearse else "cuda"), DTYPES[options.dtype]
         self._network: Network | None = None
 
-    @torch.no_grad()
-    def run(self) -> int:
-        todo = cases(self._options)
-        for number, case in enumerate(todo):
-            if self.clock.left() <= (COMPILE_SECONDS if case.phase == "compiled" else 0):
-                print(f"no time for {len(todo) - number} of {len(todo)} cases", flush=True)
-                break
-            try:
-                self._measure(case)
-            except torch.cuda.OutOfMemoryError as error:
-                self._results.add({**self._key(case, None), **self._facts, "left_out": _first_line(error)})
-            torch._dynamo.reset()
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-        self._results.tried()
-        return 0
-
-    def _key(self, case: Case, candidate: str | None) -> Row:
-        options = self._options
-        return {
-            "what": "network", "phase": case.phase, "model": case.network, "dtype": options.dtype,
-            "batch": case.batch, "candidate": candidate,
-        }  # fmt: skip
-
-    def _measure(self, case: Case) -> None:
-        keys = {name: self._key(case, name) for name in case.candidates}
-        names = [name for name in case.candidates if not self._results.has(keys[name])]
-        if not set(names) - set(BESIDE_COMPILED if case.phase == "compiled" else ()):
-            return
+    def begin(self, case: Case) -> Prepared:
         if self._network is None or self._network.name != case.network:
             self._network = None
-            self._network = network(case.network, self._device, self._dtype, self._options.size)
+            with self._sharing.beside_others():
+                self._network = network(case.network, self._device, self._dtype, self._options.size)
         net = self._network
-        x = torch.randn(case.batch, *net.size, device=self._device).to(self._dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        expected = Expected(net.twin, x)
-        runners: dict[str, Runner] = {}
-        found: dict[str, Row] = {}
-        for name in names:
-            if name in COMPILED and self.clock.left() < COMPILE_SECONDS:
-                print(f"{case.network} x{case.batch}: no time for {name}", flush=True)
-                continue
-            self._results.trying(keys[name])
-            row = found[name] = {**keys[name], **self._facts, "eager_error": expected.eager_error}
-            runner = self._checked(name, net, x, expected, row)
-            if runner is None:
-                self._results.add(row)
-                print(_shown(row), flush=True)
-            else:
-                runners[name] = runner
-        if not runners:
-            return
-        self._results.trying(self._key(case, ",".join(runners)))
-        for name, timing in self._times(runners).items():
-            found[name]["gpu_ms" if x.is_cuda else "ms"] = timing.to_dict()
-            found[name]["images_per_s"] = timing.throughput(len(x))
-        if case.batch == 1:
-            for name, timing in self._latencies(runners).items():
-                found[name]["latency_ms"] = timing.to_dict()
-        for name in runners:
-            self._results.add(found[name])
-            print(_shown(found[name]), flush=True)
-        self._results.tried()
+        with self._sharing.alone():  # eager mode's first run chooses algorithms by their times
+            x = torch.randn(case.batch, *net.size, device=self._device).to(self._dtype)
+            return Prepared(case, net, x.contiguous(memory_format=torch.channels_last))
 
-    def _checked(self, name: str, net: Network, x: Tensor, expected: Expected, row: Row) -> Runner | None:
-        """A candidate whose first result is right; else None, with the reason in its row."""
-        started = time.perf_counter()
+    def add(self, prepared: Prepared, name: str) -> Row | None:
+        """Makes a candidate ready to be timed. One that is not right has no time: its row, with the reason."""
+        row = {**key(self._options, prepared.case, name), **self._facts, "eager_error": prepared.expected.eager_error}
+        prepared.rows[name] = row
+        quietly = name in COMPILE_MODES  # the other modes measure while they compile
         try:
-            runner = build(name, net, x, row)
-            result = runner()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            row["first_call_s"] = round(time.perf_counter() - started, 3)
-            row["error"], row["error_bound"] = expected.error(result), expected.bound
+            with self._sharing.alone_once_compiled() if quietly else self._sharing.alone():
+                runner = self._checked(name, prepared, row)
         except Exception as error:  # whatever a compiler raises, the others can still be timed
-            _require_context(x.device, error)
-            row["left_out"] = f"{type(error).__name__}: {_first_line(error)}"
-            return None
-        if row["error"] > expected.bound:
-            row["left_out"] = f"its result is off by {row['error']:.2e}, allowed are {expected.bound:.2e}"
-            return None
+            _require_context(self._device, error)
+            row["left_out"] = f"{type(error).__name__}: {first_line(error)}"
+            return row
+        if row["error"] > prepared.expected.bound:
+            row["left_out"] = f"its result is off by {row['error']:.2e}, allowed are {prepared.expected.bound:.2e}"
+            return row
+        prepared.runners[name] = runner
+        return None
+
+    def _checked(self, name: str, prepared: Prepared, row: Row) -> Runner:
+        expected = prepared.expected
+        started, waited = time.perf_counter(), self._sharing.waited
+        runner = build(name, prepared.net, prepared.x, row)
+        result = runner()
+        if prepared.x.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started - (self._sharing.waited - waited)
+        row["first_call_s"] = round(seconds, 3)
+        row["error"], row["error_bound"] = expected.error(result), expected.bound
+        for _ in range(2):
+            del result  # torch.compile's graphs use its memory again
+            result = runner()
+            row["error"] = max(row["error"], expected.error(result))
+        if name in COMPILED:
+            from torch._dynamo.utils import counters
+
+            row["graphs_skipped"] = counters["inductor"].pop("cudagraph_skips", 0)  # asked for and not made
         return runner
 
-    def _times(self, runners: dict[str, Runner]) -> dict[str, Timing]:
-        options = self._options
-        seconds = min(options.seconds, max(1.0, self.clock.left()))
-        return interleave(runners, self._device, rounds=options.rounds, least=5, seconds=seconds, round_ms=2.0)
+    def time(self, prepared: Prepared, seconds: float) -> list[Row]:
+        """The rows of all candidates that are ready, timed in turns for about so long."""
+        runners, rows, options = prepared.runners, prepared.rows, self._options
+        times = interleave(runners, self._device, rounds=options.rounds, least=5, seconds=seconds, round_ms=2.0)
+        for name, timing in times.items():
+            rows[name]["gpu_ms" if prepared.x.is_cuda else "ms"] = timing.to_dict()
+            rows[name]["images_per_s"] = timing.throughput(len(prepared.x))
+        if prepared.case.batch == 1:
+            for name, timing in self._latencies(runners).items():
+                rows[name]["latency_ms"] = timing.to_dict()
+        return [rows[name] for name in runners]
 
     def _latencies(self, runners: dict[str, Runner]) -> dict[str, Timing]:
         """Wall time of single calls, to the end of a synchronisation, in turns."""
@@ -366,18 +375,83 @@ class Session:
         return interleave(calls, "cpu", rounds=4 * self._options.rounds, least=5, seconds=2.0, round_ms=0.0)
 
 
-def _facts(device: torch.device, dtype: torch.dtype, options: argparse.Namespace) -> Row:
+def key(options: argparse.Namespace, case: Case, candidate: str | None) -> Row:
+    values = ("network", case.phase, case.network, options.dtype, case.batch, candidate)
+    return dict(zip(KEY, values, strict=True))
+
+
+class Session:
+    """One case after the other, in this process."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._facts = {**all_facts(options), "driver": driver()}
+        self._measuring = Measuring(options, self._facts)
+        self._results = Results(options.output, self._facts["commit"])
+        self.clock = Clock(options.deadline, self._results.tried)
+
+    @torch.no_grad()
+    def run(self) -> int:
+        todo = cases(self._options)
+        for number, case in enumerate(todo):
+            if self.clock.left() <= (COMPILE_SECONDS if case.phase == "compiled" else 0):
+                print(f"no time for {len(todo) - number} of {len(todo)} cases", flush=True)
+                break
+            try:
+                self._measure(case)
+            except torch.cuda.OutOfMemoryError as error:
+                self._results.add({**key(self._options, case, None), **self._facts, "left_out": first_line(error)})
+            torch._dynamo.reset()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self._results.tried()
+        return 0
+
+    def _measure(self, case: Case) -> None:
+        keys = {name: key(self._options, case, name) for name in case.candidates}
+        names = [name for name in case.candidates if not self._results.has(keys[name])]
+        if not set(names) - set(BESIDE_COMPILED if case.phase == "compiled" else ()):
+            return
+        prepared = self._measuring.begin(case)
+        for name in names:
+            if name in COMPILED and self.clock.left() < COMPILE_SECONDS:
+                print(f"{case.network} x{case.batch}: no time for {name}", flush=True)
+                continue
+            self._results.trying(keys[name])
+            left_out = self._measuring.add(prepared, name)
+            if left_out is not None:
+                self._results.add(left_out)
+                print(shown(left_out), flush=True)
+        if not prepared.runners:
+            return
+        self._results.trying(key(self._options, case, ",".join(prepared.runners)))
+        for row in self._measuring.time(prepared, min(self._options.seconds, max(1.0, self.clock.left()))):
+            self._results.add(row)
+            print(shown(row), flush=True)
+        self._results.tried()
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
+        return found or None
+    return None
+
+
+def commit() -> str | None:
+    return os.environ.get("FASTCNN_COMMIT") or conditions(torch.device("cpu"), torch.float32).commit
+
+
+def all_facts(options: argparse.Namespace) -> Row:
     """What each row says of where and how it was measured."""
-    facts = conditions(device, dtype).to_dict()
-    commit = os.environ.get("FASTCNN_COMMIT") or facts["commit"]
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    facts = conditions(device, DTYPES[options.dtype]).to_dict()
     del facts["batch"]
-    driver = None
-    if device.type == "cuda":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
     return {
-        **facts, "dtype": options.dtype, "commit": commit, "driver": driver, "cudnn_benchmark": device.type == "cuda",
+        **facts, "dtype": options.dtype, "commit": commit(), "cudnn_benchmark": device.type == "cuda",
         "image": options.size, "rehearsal": options.rehearse,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -389,15 +463,15 @@ def _require_context(device: torch.device, error: Exception) -> None:
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            print(f"the CUDA context is lost: {_first_line(error)}", file=sys.stderr, flush=True)
+            print(f"the CUDA context is lost: {first_line(error)}", file=sys.stderr, flush=True)
             os._exit(3)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:300]
 
 
-def _shown(row: Row) -> str:
+def shown(row: Row) -> str:
     start = f"{row['model']:16s} x{row['batch']:<4d} {row['candidate']:21s}"
     if "left_out" in row:
         return f"{start} left out: {row['left_out']}"
@@ -406,40 +480,54 @@ def _shown(row: Row) -> str:
     return (
         f"{start} {timing['median_ms']:9.4f} ms {row['images_per_s']:10.1f} images/s{latency}, "
         f"off by {row['error']:.1e} (eager {row['eager_error']:.1e}), first call {row['first_call_s']:.1f} s"
+        + (f", WITHOUT {row['graphs_skipped']} CUDA graphs" if row.get("graphs_skipped") else "")
     )
 
 
-def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        return text.split(",")
+def names(text: str) -> list[str]:
+    return text.split(",")
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=names, help=f"default: {','.join(NETWORKS)}")
-    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], help="default: 1,32,256")
-    parser.add_argument("--candidates", type=names, help=f"default: {','.join(QUICK + COMPILED[:2])}")
+
+def add_options(parser: argparse.ArgumentParser, usual: list[str]) -> None:
+    """Those of this program and of `measure_gpu_networks_in_waves.py`."""
+    parser.add_argument("--candidates", type=names, help=f"default: {','.join(usual)}")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=15, help="turns that each candidate has, at most")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the timing of a case, about")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop after this long")
     parser.add_argument("--size", type=int, help="height and width of images; default: the network's")
     parser.add_argument("--output", type=Path, help="default: gpu-networks-DTYPE.json in $OUT or benchmarks/results")
+
+
+def complete(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, networks: list[str], usual: list[str]
+) -> None:
+    """Fills in what depends on other options, and refuses what there is not."""
+    options.candidates = options.candidates or usual
+    options.size = options.size or (64 if options.rehearse else None)
+    options.output = options.output or Path(os.environ.get("OUT") or RESULTS) / (
+        f"gpu-networks-{options.dtype}{'-rehearsal' if options.rehearse else ''}.json"
+    )
+    for given, known, what in (
+        (networks, NETWORKS, "networks"), (options.candidates, [*QUICK, *ONE_BACKEND, *COMPILED], "candidates"),
+    ):  # fmt: skip
+        if unknown := set(given) - set(known):
+            parser.error(f"--{what}: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("there is no NVIDIA GPU; --rehearse runs the same steps on the CPU")
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", type=names, help=f"default: {','.join(NETWORKS)}")
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], help="default: 1,32,256")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small images of two networks")
+    add_options(parser, QUICK + COMPILED[:3])
     options = parser.parse_args(arguments)
     rehearse = options.rehearse
     options.networks = options.networks or (["resnet18", "googlenet"] if rehearse else NETWORKS)
     options.batches = options.batches or ([1, 2] if rehearse else [1, 32, 256])
-    options.candidates = options.candidates or (QUICK if rehearse else QUICK + COMPILED[:2])
-    options.size = options.size or (64 if rehearse else None)
-    options.output = options.output or Path(os.environ.get("OUT") or RESULTS) / (
-        f"gpu-networks-{options.dtype}{'-rehearsal' if rehearse else ''}.json"
-    )
-    for given, known, what in (
-        (options.networks, NETWORKS, "networks"), (options.candidates, [*QUICK, *ONE_BACKEND, *COMPILED], "candidates"),
-    ):  # fmt: skip
-        if unknown := set(given) - set(known):
-            parser.error(f"--{what}: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if not rehearse and not torch.cuda.is_available():
-        parser.error("there is no NVIDIA GPU; --rehearse runs the same steps on the CPU")
+    complete(parser, options, options.networks, QUICK if rehearse else QUICK + COMPILED[:3])
     return options
 
 

@@ -145,18 +145,16 @@ stage_bench() {
     --benchmark-json="$OUT/benchmarks.json" || return 1
 }
 
-# Whole networks against eager mode, CUDA graphs and torch.compile. Status 3: a candidate broke the process; the next one
-# goes on behind it. torch.compile's autotuning takes a minute and more a case: keep TORCHINDUCTOR_CACHE_DIR from one visit
-# to the next, and it goes on where it was.
+# Whole networks against eager mode and torch.compile, each in CUDA graphs: batches 1 and 32 of all, then 256 of a half of
+# them at a time. Keep TORCHINDUCTOR_CACHE_DIR from one visit to the next, and compiling goes on where it was.
 stage_networks() {
   export PYTHONPATH="$PWD/benchmarks" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$OUT/inductor}"
-  local options=() code=3
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then options=(--rehearse --networks resnet18 --batches 1 --rounds 5); fi
-  while [ $code = 3 ] && [ $((${NETWORKS_SECONDS:-480} - SECONDS)) -gt 10 ]; do
-    code=0
-    python benchmarks/measure_gpu_networks.py "${options[@]}" --deadline $((${NETWORKS_SECONDS:-480} - SECONDS)) || code=$?
-  done
-  return $code
+  local options=(
+    --waves all:1,32 resnet50,densenet121,googlenet,resnext50_32x4d:256 vgg16,wide_resnet50_2,resnet18,resnet152,alexnet_owt:256
+    --candidates eager_graph,compile_graphs,fastcnn_frozen --seconds 1.5 --prepare "${PREPARE_SECONDS:-100}"
+  )
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then options=(--rehearse --rounds 5 --prepare 20); fi
+  python benchmarks/measure_gpu_networks_in_waves.py "${options[@]}" --deadline "${NETWORKS_SECONDS:-480}"
 }
 
 # ---- the visit ----------------------------------------------------------------------------------------------------
@@ -178,7 +176,7 @@ for stage in "${stages[@]}"; do
     *) verdict="FAILED ($code)" ;;
   esac
   [ $code = 0 ] || failed=1
-  tail -n 15 "$OUT/$stage.log"
+  tail -n "$([ "$stage" = networks ] && echo 100 || echo 15)" "$OUT/$stage.log"
   if [ "$stage" = tests ] && [ -s "$OUT/gpu-failures.txt" ]; then
     echo "-- failures (all of them: $OUT/gpu-failures.txt)"
     grep -E "^(tests|E  )" "$OUT/gpu-failures.txt" | cut -c 1-220 | head -n 60

@@ -373,6 +373,12 @@ def test_networks_have_a_table_a_case() -> None:
     assert "## bf16, batch 1\n" in text
     assert "| `vgg16`, 1 | 1.250 |" in text
     assert "1.25x" in written["images/gpu-networks.svg"]
+    assert "`compile` is `torch.compile`.\n" in text
+    rows.append(row("resnet50", "compile_graphs", 4.8, method="alone"))
+    text = gpu_page({"gpu-networks": rows})["performance-gpu.md"]
+    assert "| `resnet50` | 10.0 (3200) | 5.00 (6400) | 4.00 (8000) | **4.80** (6667) | 1.20x |" in text
+    assert '`compile_graphs` is `torch.compile(mode="reduce-overhead")`: with CUDA graphs.\n' in text
+    assert "; alone.\n" in text
 
 
 def test_every_network_is_known() -> None:

@@ -86,12 +86,18 @@ def test_no_time_no_rows(file: Path) -> None:
 
 def test_the_order_is_that_of_importance() -> None:
     options = script.parsed(["--rehearse", "--networks", "resnet50,vgg16", "--batches", "1,256"])
-    options.candidates = script.QUICK + script.COMPILED[:2]
+    options.candidates = script.QUICK + script.COMPILED[:3]
     found = script.cases(options)
     assert [(c.phase, c.network, c.batch) for c in found] == [
         (phase, name, batch) for phase in ("quick", "compiled") for name in ("resnet50", "vgg16") for batch in (1, 256)
     ]
-    assert found[-1].candidates == ("eager_graph", "fastcnn_frozen", "compile", "compile_max_autotune")
+    assert found[-1].candidates == (
+        "eager_graph",
+        "fastcnn_frozen",
+        "compile",
+        "compile_graphs",
+        "compile_max_autotune",
+    )
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
