@@ -69,8 +69,8 @@ void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scal
 }
 
 // `size`: the convolution's output size.
-void conv2d_max_pool2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias, bool relu,
-                       Pair stride, Pair padding, Pair dilation, int64_t groups, Pair size, Pair kernel,
+void conv2d_max_pool2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias,
+                       bool relu, Pair stride, Pair padding, Pair dilation, int64_t groups, Pair size, Pair kernel,
                        Pair pool_stride, Pair pool_padding, Pair pool_dilation) {
   const Launch launch(out);
   const TensorView x = activation(input, "input", launch.place);

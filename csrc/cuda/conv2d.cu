@@ -178,8 +178,8 @@ void conv2d_max_pool2d(const TensorView& out, const TensorView& input, const voi
   between.data = nullptr, between.h = conv_h, between.w = conv_w, between.pixel_stride = out.c;
   const int64_t images = images_per_launch(between, input, geometry);
   for (int64_t first = 0; first < input.n; first += images) {
-    ConvProblem problem = make_problem(between, input, weight_krsc, {}, epilogue, geometry, first,
-                                       std::min(images, input.n - first));
+    ConvProblem problem =
+        make_problem(between, input, weight_krsc, {}, epilogue, geometry, first, std::min(images, input.n - first));
     problem.out = static_cast<char*>(out.data) + first * out.h * out.w * out.pixel_stride * size_in_bytes(out.dtype);
     problem.out_stride = out.pixel_stride;
     StemPoolPlan plan;

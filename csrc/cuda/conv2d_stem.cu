@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(32 * stem_most_warps(kColumns), kStemBlocks)
     __syncthreads();       // for all threads; and all are done reading the other one
     const int next = tile + static_cast<int>(gridDim.x);
     if (next < plan.tiles) {
-      load_band<T>(problem, plan, stem_tile(plan, next), bands + (buffer ^ 1) * plan.band_bytes(), thread,
-                   threads);
+      load_band<T>(problem, plan, stem_tile(plan, next), bands + (buffer ^ 1) * plan.band_bytes(), thread, threads);
     }
 
     const StemTile at = stem_tile(plan, tile);

@@ -45,8 +45,8 @@ int64_t room_for_bands(const StemPlan& plan, int64_t room) {
   return room - plan.alignment - plan.weight_bytes - plan.tap_bytes() - plan.coefficient_bytes();
 }
 
-// All but the tiles, for blocks of `columns` filters; 0: as many as waste least. False: not even one pixel's bands fit in
-// shared memory.
+// All but the tiles, for blocks of `columns` filters; 0: as many as waste least. False: not even one pixel's bands fit
+// in shared memory.
 bool describe(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma, int32_t columns = 0) {
   const ConvShape& shape = problem.shape;
   plan.out_w = static_cast<int32_t>(shape.by_row.divisor);
@@ -136,8 +136,8 @@ void complete(StemPlan& plan, const ConvProblem& problem) {
 }
 
 constexpr int64_t kStemPoolStrip = kStemWgmmaWarps / 4 * kStemWgmmaChunk / 2 - 1;  // output columns, at most
-constexpr int64_t kStemPoolTile = 4;        // convolution rows, at most
-constexpr int64_t kStemPoolFilling = 2;     // what a walk's beginning costs, in rows
+constexpr int64_t kStemPoolTile = 4;                                               // convolution rows, at most
+constexpr int64_t kStemPoolFilling = 2;      // what a walk's beginning costs, in rows
 constexpr int64_t kStemPoolMostWalks = 512;  // down an image
 
 }  // namespace

@@ -78,8 +78,8 @@ class PooledRow {
   }
 };
 
-// Row `row` of a walk's output: maxima over three columns of the staged row, of those that are there. ReLU commutes with
-// the maximum: it is a zero among the values.
+// Row `row` of a walk's output: maxima over three columns of the staged row, of those that are there. ReLU commutes
+// with the maximum: it is a zero among the values.
 template <typename T>
 __device__ __forceinline__ void store_pooled_row(const ConvProblem& problem, const StemPoolPlan& pool,
                                                  const StemWalk& walk, int row, const unsigned char* staged,

@@ -2,10 +2,12 @@
 //
 // Windows are 3x3 with stride 2, padding 0 or 1: output row p takes convolution rows 2p - pad, +1 and +2, and its last
 //   row is the next one's first.
-// Walk: some output rows of a strip of columns of one image, from top to bottom: 2 * rows + 1 convolution rows. Only the
+// Walk: some output rows of a strip of columns of one image, from top to bottom: 2 * rows + 1 convolution rows. Only
+// the
 //   first of them belongs to another walk as well. It is cut into tiles of `stem.tile_h` convolution rows, each with a
 //   band of input rows.
-// Strip: convolution columns 2 * first - pad and on, stem.tile_w of them, 64 for each warpgroup. A column or row may lie
+// Strip: convolution columns 2 * first - pad and on, stem.tile_w of them, 64 for each warpgroup. A column or row may
+// lie
 //   outside the convolution's output, before its start or behind its end: then no window counts it.
 // Staged row: the maxima over three convolution rows, 128 bytes of 64 filters for each column of the strip.
 #pragma once
@@ -58,8 +60,8 @@ FASTCNN_HD uint32_t stem_column_window(const StemPlan& plan, const ConvShape& sh
   return real ? static_cast<uint32_t>(2 * (column * shape.stride_w * plan.pixel + lead)) : 0;
 }
 
-// Where 16 bytes of a staged row lie: `vector` of 8 filters of a column. Eight lanes that store four vectors each of two
-// columns, neighbours or two apart, meet in no bank.
+// Where 16 bytes of a staged row lie: `vector` of 8 filters of a column. Eight lanes that store four vectors each of
+// two columns, neighbours or two apart, meet in no bank.
 FASTCNN_HD int staged_offset(int column, int vector) {
   return column * 128 + ((vector ^ ((column ^ column >> 1) & 1) << 2) << 4);
 }
