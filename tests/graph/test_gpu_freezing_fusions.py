@@ -1,4 +1,4 @@
-"""Groups of operators that one kernel does, in models frozen on a GPU: rehearsed on the CPU, where no kernel does both."""
+"""Groups of operators that one kernel does, in models frozen on a GPU; rehearsed on the CPU, where none does both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torchvision
 from support.fake_capture import FakeCapturer, FakeGraph
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fastcnn
 from fastcnn import ops
@@ -190,7 +191,7 @@ def rewritten(model: nn.Module, x: Tensor, rule: Rule = STEM_POOL) -> Program | 
             return None
         expected, ours = model(x), with_parameters(found[0], parts, CPU)(x)
         Program.from_dict(found[0].to_dict())
-    for one, other in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(ours), strict=True):
+    for one, other in zip(tree_leaves(expected), tree_leaves(ours), strict=True):
         assert torch.equal(one, other)
     return found[0]
 
