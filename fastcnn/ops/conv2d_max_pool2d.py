@@ -40,7 +40,10 @@ SIGNATURE = (
     "SymInt groups, Tensor? scale, str activation, SymInt[2] kernel_size, SymInt[2] pool_stride, "
     "SymInt[2] pool_padding, SymInt[2] pool_dilation, bool ceil_mode"
 )
-_POOLING = {"stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation", "input": "the convolution"}
+# max_pool2d's arguments in this operator's words.
+_POOLING = {
+    "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation", "input": "convolution's output",
+}  # fmt: skip
 
 
 def conv2d_max_pool2d(
@@ -141,7 +144,7 @@ def _fill(out: Tensor, *args: Any) -> None:
     split = _Split.of(*args)
     between = split.shapes()[0]
     arguments, facts = _contract(out, between, *args)
-    if input_is_there(args) and served_by_one(out.device, out.dtype, arguments, facts):
+    if _is_summed(args) and _is_one_kernel(out.device, out.dtype, arguments, facts):
         backends.run("conv2d_max_pool2d", out.device, out.dtype, *arguments, **facts)
         return
     values = empty_channels_last(between, args[0])
@@ -149,11 +152,12 @@ def _fill(out: Tensor, *args: Any) -> None:
     fill_max(out, values, *split.pooling)
 
 
-def input_is_there(args: Sequence[Any]) -> bool:
+def _is_summed(args: Sequence[Any]) -> bool:
+    """Whether there is an input and a weight to sum over."""
     return args[0].numel() > 0 and args[1].numel() > 0
 
 
-def served_by_one(device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...], facts: dict[str, Any]) -> bool:
+def _is_one_kernel(device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...], facts: dict[str, Any]) -> bool:
     """Whether the backend that serves a call has one kernel for it."""
     return backends.resolve("conv2d_max_pool2d", device, dtype, arguments, facts)[0] != "reference"
 
