@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(32 * kStemWgmmaWarps, kStemBlocks)
 
   const uint64_t filters = wgmma_descriptor(shared_address(weights));
 
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   int index = static_cast<int>(blockIdx.x), tile = 0, buffer = 0, stage = 0;
   load_band<T>(problem, plan, stem_walk_tile(pool, stem_walk(pool, index), 0), bands, thread, threads);
   pack_weights<T, kColumns>(problem, plan, first_filter, weights, thread, threads,
@@ -137,8 +139,8 @@ template <typename T>
 void launch_conv2d_stem_pool(const ConvProblem& problem, const StemPoolPlan& plan, const LaunchTarget& target) {
   const dim3 grid(static_cast<unsigned>(std::min(plan.walks, plan.stem.most_blocks)),
                   static_cast<unsigned>(ceil_divide(problem.shape.filters, kStemPoolColumns)));
-  launch<conv2d_stem_pool<T>>("conv2d stem pool", target.device, grid, 32 * plan.stem.warps, plan.shared_bytes(),
-                              target.stream, problem, plan);
+  launch_early<conv2d_stem_pool<T>>("conv2d stem pool", target.device, grid, 32 * plan.stem.warps, plan.shared_bytes(),
+                                    target.stream, problem, plan);
 }
 
 template void launch_conv2d_stem_pool<__nv_bfloat16>(const ConvProblem&, const StemPoolPlan&, const LaunchTarget&);

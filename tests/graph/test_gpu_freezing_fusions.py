@@ -42,8 +42,8 @@ class Times(FakeCapturer):
         self._of_graphs = list(times)
         self.graphs: list[FakeGraph] = []
 
-    def capture(self, run: Callable[[], Any], most_lanes: int) -> tuple[FakeGraph, Any]:
-        graph, result = super().capture(run, most_lanes)
+    def capture(self, run: Callable[[], Any], most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
+        graph, result = super().capture(run, most_lanes, early)
         self.graphs.append(graph)
         return graph, result
 
@@ -129,8 +129,8 @@ def test_what_is_slower_stays_apart() -> None:
 @pytest.mark.usefixtures("as_on_an_h100")
 def test_another_result_stays_apart(caplog: pytest.LogCaptureFixture) -> None:
     class Wrong(Times):
-        def capture(self, run: Callable[[], Any], most_lanes: int) -> tuple[FakeGraph, Any]:
-            return super().capture((lambda: run() * 1.5) if self.graphs else run, most_lanes)
+        def capture(self, run: Callable[[], Any], most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
+            return super().capture((lambda: run() * 1.5) if self.graphs else run, most_lanes, early)
 
     model = freeze(stem(), IMAGES, Wrong(2.0, 1.0))
     assert "another result" in model.fusions[0]
@@ -156,10 +156,10 @@ def test_models_that_no_program_holds_stay_as_they_are() -> None:
 
 def test_a_capture_that_fails_is_left(monkeypatch: pytest.MonkeyPatch, as_on_an_h100: None) -> None:
     class Refuses(Times):
-        def capture(self, run: Callable[[], Any], most_lanes: int) -> tuple[FakeGraph, Any]:
+        def capture(self, run: Callable[[], Any], most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:
             if self.graphs:
                 raise torch.OutOfMemoryError("no memory for another one")
-            return super().capture(run, most_lanes)
+            return super().capture(run, most_lanes, early)
 
     model = freeze(stem(), IMAGES, Refuses(1.0))
     assert model.fusions == ("conv2d and max_pool2d apart: no memory for another one",)
