@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(32 * kStemWgmmaWarps, kStemBlocks)
 
   // This lane's two columns of the strip.
   const int column = warp * 16 + lane / 4 * plan.row_step;
+  const int apart = 2 * plan.half_step * problem.shape.stride_w * plan.pixel;
   PooledRow<T> waiting;
 
   while (index < pool.walks) {
@@ -70,12 +71,10 @@ __global__ void __launch_bounds__(32 * kStemWgmmaWarps, kStemBlocks)
                    bands + (buffer ^ 1) * plan.band_bytes(), thread, threads);
     }
 
-    uint32_t window[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      window[half] = static_cast<uint32_t>(buffer * plan.band_bytes()) +
-                     stem_column_window(plan, problem.shape, at, column + half * plan.half_step);
-    }
+    // Where this lane's first window starts, in the tile's first row; the second one is `apart` bytes on.
+    uint32_t window =
+        static_cast<uint32_t>(buffer * plan.band_bytes()) + stem_column_window(plan, problem.shape, at, column);
+    const uint32_t down = static_cast<uint32_t>(2 * problem.shape.stride_h * plan.band_row);
     buffer ^= 1;
 
     const int rows = smaller(plan.tile_h, 2 * walk.rows + 1 - row);
@@ -86,32 +85,35 @@ __global__ void __launch_bounds__(32 * kStemWgmmaWarps, kStemBlocks)
         uint32_t a[2][4] = {};
         const StemTap* lane_taps = taps + lane % 4;
         StemTap tap[2] = {lane_taps[0], lane_taps[4]};
-        const auto multiply = [&](uint32_t (&pairs)[4], StemTap& tap, int step) {
-          pairs[0] = load_stem_pair(bands, window[0] + tap.offset, tap.mask);
-          pairs[1] = load_stem_pair(bands, window[1] + tap.offset, tap.mask);
-          pairs[2] = load_stem_pair(bands, window[0] + tap.next_offset, tap.next_mask);
-          pairs[3] = load_stem_pair(bands, window[1] + tap.next_offset, tap.next_mask);
-          tap = lane_taps[4 * (step + 2)];
+        const auto multiply = [&](uint32_t (&pairs)[4], StemTap& tap, const StemTap& after_next, uint64_t b) {
+          const uint32_t first = window + tap.offset, second = window + tap.next_offset;
+          pairs[0] = load_stem_pair(bands, first, tap.mask);
+          pairs[1] = load_stem_pair(bands + apart, first, tap.mask);
+          pairs[2] = load_stem_pair(bands, second, tap.next_mask);
+          pairs[3] = load_stem_pair(bands + apart, second, tap.next_mask);
+          tap = after_next;
           wgmma_fence();
-          wgmma_registers<T, kColumns>(acc, pairs, filters + (step / 4 * kColumns * 128 + step % 4 * 32) / 16);
+          wgmma_registers<T, kColumns>(acc, pairs, b);
           wgmma_commit();
         };
+        uint64_t b = filters;  // 32 bytes a step, and from one tile of four steps to the next
 #pragma unroll 1
         for (int step = 0; step < plan.steps; step += 2) {  // the number of steps is even
-          multiply(a[0], tap[0], step);
+          multiply(a[0], tap[0], lane_taps[8], b);
           wgmma_wait<1>();
           hold(a[1]);
-          multiply(a[1], tap[1], step + 1);
+          multiply(a[1], tap[1], lane_taps[12], b + 32 / 16);
           wgmma_wait<1>();
           hold(a[0]);
+          lane_taps += 8;
+          b += step % 4 == 0 ? 64 / 16 : (kColumns * 128 - 64) / 16;
         }
         wgmma_wait<0>();
         hold(a[1]);
 #pragma unroll
         for (int j = 0; j < kColumns / 8; ++j) hold(acc[j]);
       }
-      const uint32_t down = static_cast<uint32_t>(2 * problem.shape.stride_h * plan.band_row);
-      window[0] += down, window[1] += down;
+      window += down;
 
       // Rows of a walk: the first waits, then each pair ends a window, and its second row waits.
       const int in_walk = row + i;

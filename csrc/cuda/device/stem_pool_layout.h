@@ -52,12 +52,11 @@ FASTCNN_HD StemTile stem_walk_tile(const StemPoolPlan& plan, const StemWalk& wal
   return {walk.image, 2 * walk.p - plan.pad_top + tile * plan.stem.tile_h, 2 * walk.q - plan.pad_left};
 }
 
-// Where in the band the windows of a column of the strip start, in bytes, in the tile's first row. A column that is not
-// there gets the band's start: real memory, no result.
+// Where in the band the window of a column of the strip starts, in bytes, in the tile's first row. Columns that are not
+// there read what lies behind the band's row (its end, the other band, the staged rows): it reaches their own results
+// only.
 FASTCNN_HD uint32_t stem_column_window(const StemPlan& plan, const ConvShape& shape, const StemTile& tile, int column) {
-  const int lead = stem_start(plan, shape, tile) & 7;
-  const bool real = column < plan.tile_w && static_cast<uint32_t>(tile.q + column) < static_cast<uint32_t>(plan.out_w);
-  return real ? static_cast<uint32_t>(2 * (column * shape.stride_w * plan.pixel + lead)) : 0;
+  return static_cast<uint32_t>(2 * (column * shape.stride_w * plan.pixel + (stem_start(plan, shape, tile) & 7)));
 }
 
 // Where 16 bytes of a staged row lie: `vector` of 8 filters of a column. Eight lanes that store four vectors each of
