@@ -122,6 +122,11 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
   }
 }
 
+void order_pixels(StemPlan& plan, const ConvShape& shape) {
+  const bool even_first = kPixelOrder.even_first[static_cast<int64_t>(shape.stride_w) * plan.pixel / 2 % 32];
+  plan.row_step = even_first ? 2 : 1, plan.half_step = even_first ? 1 : 8;
+}
+
 // What follows from the tiles.
 void complete(StemPlan& plan, const ConvProblem& problem) {
   const ConvShape& shape = problem.shape;
@@ -131,8 +136,7 @@ void complete(StemPlan& plan, const ConvProblem& problem) {
   plan.by_tile_w = FastDivisor(plan.tile_w);
   plan.by_pairs = FastDivisor(plan.pairs);
   plan.by_depth = FastDivisor(plan.steps * 8);
-  if (kPixelOrder.even_first[static_cast<int64_t>(shape.stride_w) * plan.pixel / 2 % 32])
-    plan.row_step = 2, plan.half_step = 1;
+  order_pixels(plan, shape);
 }
 
 constexpr int64_t kStemPoolStrip = kStemWgmmaWarps / 4 * kStemWgmmaChunk / 2 - 1;  // output columns, at most
@@ -177,7 +181,8 @@ bool make_stem_pool_plan(StemPoolPlan& plan, const ConvProblem& problem, const D
   const int64_t strips = ceil_divide(plan.out_w, kStemPoolStrip);
   plan.columns = static_cast<int32_t>(ceil_divide(plan.out_w, strips));
   stem.tile_w = 2 * plan.columns + 1;
-  stem.band_row = static_cast<int32_t>(band_row(stem, shape, stem.tile_w));
+  order_pixels(stem, shape);
+  stem.band_row = static_cast<int32_t>(band_row(stem, shape, stem.tile_w + stem.half_step));
   stem.warps = stem.tile_w <= kStemWgmmaChunk ? 4 : kStemWgmmaWarps;
 
   // As many blocks on a multiprocessor as find room, each with at least a row's bands.

@@ -52,11 +52,12 @@ FASTCNN_HD StemTile stem_walk_tile(const StemPoolPlan& plan, const StemWalk& wal
   return {walk.image, 2 * walk.p - plan.pad_top + tile * plan.stem.tile_h, 2 * walk.q - plan.pad_left};
 }
 
-// Where in the band the window of a column of the strip starts, in bytes, in the tile's first row. Columns that are not
-// there read what lies behind the band's row (its end, the other band, the staged rows): it reaches their own results
-// only.
+// Where in the band the window of a column of the strip starts, in bytes, in the tile's first row. A column behind the
+// strip's end gets the last one's window: real memory, no result. So does the column half_step further, for which the
+// band's rows are long enough.
 FASTCNN_HD uint32_t stem_column_window(const StemPlan& plan, const ConvShape& shape, const StemTile& tile, int column) {
-  return static_cast<uint32_t>(2 * (column * shape.stride_w * plan.pixel + (stem_start(plan, shape, tile) & 7)));
+  const int there = column < plan.tile_w ? column : plan.tile_w - 1;
+  return static_cast<uint32_t>(2 * (there * shape.stride_w * plan.pixel + (stem_start(plan, shape, tile) & 7)));
 }
 
 // Where 16 bytes of a staged row lie: `vector` of 8 filters of a column. Eight lanes that store four vectors each of
