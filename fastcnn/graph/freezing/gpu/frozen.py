@@ -343,7 +343,7 @@ class _Freezing:
             )
         note = "no branches"
         hidden = hidden_code(self._model)
-        fusions = []
+        fusions: list[str] = []
         for rule in RULES if hidden is None else ():
             graph, result, first, found = self._with_fusions(graph, result, first, rule)
             fusions += found
@@ -426,8 +426,8 @@ class _Freezing:
         return graph, result
 
     def _with_fusions(
-        self, graph: Graph, result: Any, results: Sequence[Tensor], rule: Rule
-    ) -> tuple[Graph, Any, Sequence[Tensor], list[str]]:
+        self, graph: Graph, result: Any, results: list[Tensor], rule: Rule
+    ) -> tuple[Graph, Any, list[Tensor], list[str]]:
         """The graph with groups of operators in one kernel each, where a rule finds any and that is faster; its
         results, and what was found. The model is then the program that the graph was captured from.
         """
