@@ -74,6 +74,21 @@ def max_pool2d(batch: int, size: int, device: torch.device) -> Operator:
     )  # fmt: skip
 
 
+def conv2d_max_pool2d(batch: int, size: int, device: torch.device) -> Operator:
+    """A ResNet's beginning: 7x7 to 64 channels, ReLU, and the max pooling; where no kernel does both, the two."""
+    x = channels_last(batch, 3, 4 * size, 4 * size, device=device)
+    weight = channels_last(64, 3, 7, 7, device=device) * 147**-0.5
+    # A parameter, whose conversion to fp32 is kept.
+    bias = torch.nn.Parameter(torch.randn(64, device=device, dtype=torch.bfloat16), requires_grad=False)
+    return _operator(
+        lambda x, weight, bias: F.max_pool2d(F.relu(F.conv2d(x, weight, bias, 2, 3)), 3, 2, 1),
+        lambda x, weight, bias, out: ops.conv2d_max_pool2d(
+            x, weight, bias, 2, 3, kernel_size=3, pool_stride=2, pool_padding=1, activation="relu", out=out
+        ),
+        (x, weight, bias), 2 * batch * (2 * size) ** 2 * 64 * 147,
+    )  # fmt: skip
+
+
 def avg_pool2d(batch: int, size: int, device: torch.device) -> Operator:
     """DenseNet's transition: 2x2, stride 2."""
     return _operator(
@@ -127,8 +142,8 @@ def linear(batch: int, size: int, device: torch.device) -> Operator:
 OPERATORS: dict[str, Callable[[int, int, torch.device], Operator]] = {
     make.__name__: make
     for make in (
-        channel_affine, residual_add, max_pool2d, avg_pool2d, adaptive_avg_pool2d, local_response_norm,
-        batch_statistics, linear,
+        channel_affine, residual_add, max_pool2d, conv2d_max_pool2d, avg_pool2d, adaptive_avg_pool2d,
+        local_response_norm, batch_statistics, linear,
     )
 }  # fmt: skip
 
@@ -153,6 +168,7 @@ def launch_triton_operator(name: str, batch: int, size: int) -> None:
         "channel_affine": lambda: triton.channel_affine(large, large, floats(256), floats(256), None, "relu"),
         "residual_add": lambda: triton.residual_add(large, large, large, 1.0, "relu"),
         "max_pool2d": lambda: triton.max_pool2d(nhwc(64, size), nhwc(64, 2 * size), (3, 3), (2, 2), (1, 1), (1, 1)),
+        "conv2d_max_pool2d": lambda: _launch_triton_pair(nhwc(64, size), nhwc(64, 2 * size), nhwc(3, 4 * size)),
         "avg_pool2d": lambda: triton.avg_pool2d(
             nhwc(128, half), nhwc(128, size), (2, 2), (2, 2), (0, 0), (0, 0), True, 0
         ),
@@ -164,3 +180,12 @@ def launch_triton_operator(name: str, batch: int, size: int) -> None:
         ),
     }
     launches[name]()
+
+
+def _launch_triton_pair(out: Tensor, between: Tensor, x: Tensor) -> None:
+    from fastcnn.backends import triton
+
+    weight = torch.empty((64, 3, 7, 7), dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    bias = torch.empty(64, dtype=torch.float32, device="meta")
+    triton.conv2d(between, x, weight, None, bias, None, None, None, False, "relu", (2, 2), (3, 3), (1, 1), 1)
+    triton.max_pool2d(out, between, (3, 3), (2, 2), (1, 1), (1, 1))

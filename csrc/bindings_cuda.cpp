@@ -36,13 +36,9 @@ void require_same_shape(const TensorView& input, const TensorView& out) {
   require_shape(input, "input", out.n, out.c, out.h, out.w);
 }
 
-void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias, py::handle residual,
-            py::handle input_scale, py::handle input_shift, bool input_relu, bool relu, Pair stride, Pair padding,
-            Pair dilation, int64_t groups, bool allow_tf32, const std::string& kernel) {
-  const Launch launch(out);
-  const TensorView x = activation(input, "input", launch.place);
-  const TensorView y = activation(out, "out", launch.place, x.dtype);
-  const Imported w(weight, "weight", launch.place);
+// The weight of a convolution from x to k channels, (K, R, S, C/groups) in memory.
+Imported krsc_weight(py::handle weight, const TensorView& x, const TensorView& y, int64_t groups, const Place& place) {
+  const Imported w(weight, "weight", place);
   w.require_dimensions(4);
   w.dtype(x.dtype);
   const int64_t k = w.size(0), c = w.size(1), r = w.size(2), s = w.size(3);
@@ -54,12 +50,38 @@ void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scal
   }
   require_shape(x, "input", y.n, c * groups, x.h, x.w);
   require_shape(y, "out", x.n, k, y.h, y.w);
+  return w;
+}
+
+void conv2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias, py::handle residual,
+            py::handle input_scale, py::handle input_shift, bool input_relu, bool relu, Pair stride, Pair padding,
+            Pair dilation, int64_t groups, bool allow_tf32, const std::string& kernel) {
+  const Launch launch(out);
+  const TensorView x = activation(input, "input", launch.place);
+  const TensorView y = activation(out, "out", launch.place, x.dtype);
+  const Imported w = krsc_weight(weight, x, y, groups, launch.place);
   const Prologue prologue = prologue_of(x, launch.place, input_scale, input_shift, input_relu);
   const Epilogue epilogue = epilogue_of(y, launch.place, scale, bias, residual, relu);
-  const Conv2dGeometry geometry = conv2d_geometry(r, s, groups, stride, padding, dilation);
+  const Conv2dGeometry geometry = conv2d_geometry(w.size(2), w.size(3), groups, stride, padding, dilation);
   if (y.pixels() == 0) return;
   py::gil_scoped_release release;
   cuda::conv2d(y, x, w.data(), prologue, epilogue, geometry, allow_tf32, launch.device, launch.stream, kernel);
+}
+
+// `size`: the convolution's output size.
+void conv2d_max_pool2d(py::handle out, py::handle input, py::handle weight, py::handle scale, py::handle bias,
+                       bool relu, Pair stride, Pair padding, Pair dilation, int64_t groups, Pair size, Pair kernel,
+                       Pair pool_stride, Pair pool_padding, Pair pool_dilation) {
+  const Launch launch(out);
+  const TensorView x = activation(input, "input", launch.place);
+  const TensorView y = activation(out, "out", launch.place, x.dtype);
+  const Imported w = krsc_weight(weight, x, y, groups, launch.place);
+  const Epilogue epilogue = epilogue_of(y, launch.place, scale, bias, py::none(), relu);
+  const Conv2dGeometry geometry = conv2d_geometry(w.size(2), w.size(3), groups, stride, padding, dilation);
+  const Pool2dGeometry pooling = pool2d_geometry(kernel, pool_stride, pool_padding, pool_dilation);
+  if (y.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::conv2d_max_pool2d(y, x, w.data(), epilogue, geometry, size[0], size[1], pooling, launch.device, launch.stream);
 }
 
 void linear(py::handle out, py::handle input, py::handle weight, py::handle bias, bool relu, bool allow_tf32) {
@@ -206,6 +228,7 @@ void bind_cuda(py::module_& m) {
         py::arg("kernel") = "");
   m.def("cuda_conv2d_kernels", &conv2d_kernels);
   m.def("cuda_set_early_starts", &cuda::set_early_starts, py::arg("on"));
+  m.def("cuda_conv2d_max_pool2d", &conv2d_max_pool2d);
   m.def("cuda_linear", &linear);
   m.def("cuda_channel_affine", &channel_affine);
   m.def("cuda_residual_add", &residual_add);

@@ -7,6 +7,7 @@
 
 #include "conv2d_choice.h"
 #include "conv2d_problem.h"
+#include "conv2d_stem_plan.h"
 #include "host.h"
 #include "kernels.h"
 
@@ -156,6 +157,41 @@ void conv2d(const TensorView& out, const TensorView& input, const void* weight_k
         make_problem(out, input, weight_krsc, prologue, epilogue, geometry, first, std::min(images, input.n - first));
     const Choice choice = named(kernel, problem, input.dtype, allow_tf32, device_facts(device));
     launch_as(choice, problem, input.dtype, {device, stream});
+  }
+}
+
+void conv2d_max_pool2d(const TensorView& out, const TensorView& input, const void* weight_krsc,
+                       const Epilogue& epilogue, const Conv2dGeometry& geometry, int64_t conv_h, int64_t conv_w,
+                       const Pool2dGeometry& pooling, int device, void* stream) {
+  const auto need = [](bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(std::string("fastcnn CUDA conv2d_max_pool2d: ") + message);
+  };
+  need(pooling.kernel_h == 3 && pooling.kernel_w == 3 && pooling.stride_h == 2 && pooling.stride_w == 2 &&
+           pooling.dilation_h == 1 && pooling.dilation_w == 1 && pooling.pad_top <= 1 && pooling.pad_left <= 1,
+       "windows must be 3x3 with stride 2, padding 0 or 1 and no dilation");
+  need(conv_h > 0 && conv_w > 0 && out.h <= conv_h && out.w <= conv_w,
+       "out must not be larger than the convolution's output");
+  need(input.dtype != DType::f32 && !epilogue.residual, "input must be bf16 or fp16, and there may be no residual");
+  need(aligned_16(out) && out.c % 8 == 0, "out and its pixels must be aligned to 16 bytes");
+  const DeviceGuard guard(device);
+  TensorView between = out;
+  between.data = nullptr, between.h = conv_h, between.w = conv_w, between.pixel_stride = out.c;
+  const int64_t images = images_per_launch(between, input, geometry);
+  for (int64_t first = 0; first < input.n; first += images) {
+    ConvProblem problem =
+        make_problem(between, input, weight_krsc, {}, epilogue, geometry, first, std::min(images, input.n - first));
+    problem.out = static_cast<char*>(out.data) + first * out.h * out.w * out.pixel_stride * size_in_bytes(out.dtype);
+    problem.out_stride = out.pixel_stride;
+    StemPoolPlan plan;
+    plan.out_h = static_cast<int32_t>(out.h), plan.out_w = static_cast<int32_t>(out.w);
+    plan.pad_top = static_cast<int32_t>(pooling.pad_top), plan.pad_left = static_cast<int32_t>(pooling.pad_left);
+    need(make_stem_pool_plan(plan, problem, device_facts(device)),
+         "the convolution must be one that the kernel 'stem wgmma' serves");
+    if (input.dtype == DType::bf16) {
+      launch_conv2d_stem_pool<__nv_bfloat16>(problem, plan, {device, stream});
+    } else {
+      launch_conv2d_stem_pool<__half>(problem, plan, {device, stream});
+    }
   }
 }
 

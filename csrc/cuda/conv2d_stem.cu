@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(32 * stem_most_warps(kColumns), kStemBlocks)
   unsigned char* bands = reinterpret_cast<unsigned char*>(scales + 2 * kColumns);
 
   int tile = static_cast<int>(blockIdx.x), buffer = 0;
-  load_band<T>(problem, plan, tile, bands, thread, threads);
+  load_band<T>(problem, plan, stem_tile(plan, tile), bands, thread, threads);
   pack_weights<T, kColumns>(problem, plan, first_filter, weights, thread, threads,
                             [](int filter, int pair) { return stem_weight_word(kColumns, filter, pair); });
   fill_tables<kColumns>(problem, plan, first_filter, taps, scales, thread, threads);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(32 * stem_most_warps(kColumns), kStemBlocks)
     __syncthreads();       // for all threads; and all are done reading the other one
     const int next = tile + static_cast<int>(gridDim.x);
     if (next < plan.tiles) {
-      load_band<T>(problem, plan, next, bands + (buffer ^ 1) * plan.band_bytes(), thread, threads);
+      load_band<T>(problem, plan, stem_tile(plan, next), bands + (buffer ^ 1) * plan.band_bytes(), thread, threads);
     }
 
     const StemTile at = stem_tile(plan, tile);

@@ -45,8 +45,9 @@ int64_t room_for_bands(const StemPlan& plan, int64_t room) {
   return room - plan.alignment - plan.weight_bytes - plan.tap_bytes() - plan.coefficient_bytes();
 }
 
-// All but the tiles. False: not even one pixel's bands fit in shared memory.
-bool describe(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma) {
+// All but the tiles, for blocks of `columns` filters; 0: as many as waste least. False: not even one pixel's bands fit
+// in shared memory.
+bool describe(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma, int32_t columns = 0) {
   const ConvShape& shape = problem.shape;
   plan.out_w = static_cast<int32_t>(shape.by_row.divisor);
   plan.out_h = static_cast<int32_t>(shape.by_image.divisor) / plan.out_w;
@@ -60,7 +61,7 @@ bool describe(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& dev
   plan.pairs = static_cast<int32_t>(pairs);
   plan.steps = static_cast<int32_t>(steps);
   const auto padded = [&](int64_t columns) { return ceil_divide(shape.filters, columns) * columns; };
-  plan.columns = shape.filters <= 32 ? 32 : padded(96) < padded(64) ? 96 : 64;
+  plan.columns = columns > 0 ? columns : shape.filters <= 32 ? 32 : padded(96) < padded(64) ? 96 : 64;
   plan.alignment = wgmma ? 1024 : 0;
   plan.weight_bytes = static_cast<int32_t>(plan.columns * (wgmma ? ceil_divide(steps, 4) * 128 : steps * 32));
   return ceil_divide(shape.filters, plan.columns) <= 65535 &&
@@ -121,6 +122,28 @@ bool choose_tile(StemPlan& plan, const ConvShape& shape, int64_t images, int64_t
   }
 }
 
+void order_pixels(StemPlan& plan, const ConvShape& shape) {
+  const bool even_first = kPixelOrder.even_first[static_cast<int64_t>(shape.stride_w) * plan.pixel / 2 % 32];
+  plan.row_step = even_first ? 2 : 1, plan.half_step = even_first ? 1 : 8;
+}
+
+// What follows from the tiles.
+void complete(StemPlan& plan, const ConvProblem& problem) {
+  const ConvShape& shape = problem.shape;
+  const int64_t row_elements = static_cast<int64_t>(shape.width) * shape.channels;
+  plan.vectors = plan.pixel == shape.channels && row_elements % 8 == 0 && aligned_16(problem.input);
+  plan.by_band_row = FastDivisor(plan.band_row / (plan.vectors ? 8 : 2));
+  plan.by_tile_w = FastDivisor(plan.tile_w);
+  plan.by_pairs = FastDivisor(plan.pairs);
+  plan.by_depth = FastDivisor(plan.steps * 8);
+  order_pixels(plan, shape);
+}
+
+constexpr int64_t kStemPoolStrip = kStemWgmmaWarps / 4 * kStemWgmmaChunk / 2 - 1;  // output columns, at most
+constexpr int64_t kStemPoolTile = 4;                                               // convolution rows, at most
+constexpr int64_t kStemPoolFilling = 2;      // what a walk's beginning costs, in rows
+constexpr int64_t kStemPoolMostWalks = 512;  // down an image
+
 }  // namespace
 
 bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma) {
@@ -146,14 +169,51 @@ bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFact
     if (--blocks == 0) return false;
   }
 
-  const int64_t row_elements = static_cast<int64_t>(shape.width) * shape.channels;
-  plan.vectors = plan.pixel == shape.channels && row_elements % 8 == 0 && aligned_16(problem.input);
-  plan.by_band_row = FastDivisor(plan.band_row / (plan.vectors ? 8 : 2));
-  plan.by_tile_w = FastDivisor(plan.tile_w);
-  plan.by_pairs = FastDivisor(plan.pairs);
-  plan.by_depth = FastDivisor(plan.steps * 8);
-  if (kPixelOrder.even_first[static_cast<int64_t>(shape.stride_w) * plan.pixel / 2 % 32])
-    plan.row_step = 2, plan.half_step = 1;
+  complete(plan, problem);
+  return true;
+}
+
+bool make_stem_pool_plan(StemPoolPlan& plan, const ConvProblem& problem, const DeviceFacts& device) {
+  const ConvShape& shape = problem.shape;
+  StemPlan& stem = plan.stem;
+  if (!stem_fits(problem, device, true) || !describe(stem, problem, device, true, kStemPoolColumns)) return false;
+  const int64_t images = shape.rows / static_cast<int64_t>(shape.by_image.divisor);
+  const int64_t strips = ceil_divide(plan.out_w, kStemPoolStrip);
+  plan.columns = static_cast<int32_t>(ceil_divide(plan.out_w, strips));
+  stem.tile_w = 2 * plan.columns + 1;
+  order_pixels(stem, shape);
+  stem.band_row = static_cast<int32_t>(band_row(stem, shape, stem.tile_w + stem.half_step));
+  stem.warps = stem.tile_w <= kStemWgmmaChunk ? 4 : kStemWgmmaWarps;
+
+  // As many blocks on a multiprocessor as find room, each with at least a row's bands.
+  int64_t blocks = kStemBlocks * kStemWgmmaWarps / stem.warps, rows = 0;
+  for (; blocks > 0; --blocks) {
+    const int64_t room = (device.shared_bytes + kReservedBytes) / blocks - kReservedBytes - 2 * plan.staged_bytes();
+    const int64_t fit = room_for_bands(stem, room) / (4 * stem.band_row) - stem.filter_h;
+    rows = fit < 0 ? 0 : std::min<int64_t>(fit / shape.stride_h + 1, kStemPoolTile);
+    if (rows > 0) break;
+  }
+  if (blocks == 0) return false;
+
+  // Walks as long as the device stays evenly busy: their first row is computed twice, and filling takes a while.
+  const int64_t resident =
+      std::max<int64_t>(blocks * device.multiprocessors / ceil_divide(shape.filters, kStemPoolColumns), 1);
+  int64_t best = -1, walks = 1;
+  for (int64_t parts = 1; parts <= std::min<int64_t>(plan.out_h, kStemPoolMostWalks); ++parts) {
+    const int64_t cost =
+        ceil_divide(images * strips * parts, resident) * (2 * ceil_divide(plan.out_h, parts) + 1 + kStemPoolFilling);
+    if (best < 0 || cost < best) best = cost, walks = parts;
+  }
+  plan.rows = static_cast<int32_t>(ceil_divide(plan.out_h, walks));
+  walks = ceil_divide(plan.out_h, plan.rows);
+  plan.walks = static_cast<int32_t>(images * strips * walks);
+  plan.by_strips = FastDivisor(strips);
+  plan.by_walks = FastDivisor(walks);
+  stem.tile_h = static_cast<int32_t>(std::min<int64_t>(rows, 2 * plan.rows + 1));
+  stem.tiles = static_cast<int32_t>(ceil_divide(2 * plan.rows + 1, stem.tile_h));
+  stem.band_rows = (stem.tile_h - 1) * shape.stride_h + stem.filter_h;
+  stem.most_blocks = static_cast<int32_t>(resident);
+  complete(stem, problem);
   return true;
 }
 

@@ -3,6 +3,7 @@
 
 #include "conv2d_problem.h"
 #include "device/stem_layout.h"
+#include "device/stem_pool_layout.h"
 
 namespace fastcnn::cuda {
 
@@ -20,5 +21,11 @@ constexpr int kStemWgmmaWarps = 8;
 
 // False: not a case for the stem kernels.
 bool make_stem_plan(StemPlan& plan, const ConvProblem& problem, const DeviceFacts& device, bool wgmma);
+
+// The same with a max pooling, whose output and padding `plan` says already.
+bool make_stem_pool_plan(StemPoolPlan& plan, const ConvProblem& problem, const DeviceFacts& device);
+
+template <typename T>
+void launch_conv2d_stem_pool(const ConvProblem& problem, const StemPoolPlan& plan, const LaunchTarget& target);
 
 }  // namespace fastcnn::cuda

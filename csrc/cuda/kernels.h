@@ -23,6 +23,13 @@ void conv2d(const TensorView& out, const TensorView& input, const void* weight_k
             const Epilogue& epilogue, const Conv2dGeometry& geometry, bool allow_tf32, int device, void* stream,
             const std::string& kernel = "");
 
+// out = max_pool2d(act(conv(input, weight) * scale[k] + bias[k])) in one kernel, to the bit the result of the two
+// (sm_90a; bf16, fp16). conv_h, conv_w: the convolution's output size. For what conv2d's kernel "stem wgmma" serves,
+// and 3x3 windows with stride 2 and padding 0 or 1.
+void conv2d_max_pool2d(const TensorView& out, const TensorView& input, const void* weight_krsc,
+                       const Epilogue& epilogue, const Conv2dGeometry& geometry, int64_t conv_h, int64_t conv_w,
+                       const Pool2dGeometry& pooling, int device, void* stream);
+
 // The kernels that can serve conv2d, e.g. "wgmma 128x128", the one that it launches by itself first. Launches nothing.
 std::vector<std::string> conv2d_kernel_names(const TensorView& out, const TensorView& input, const void* weight_krsc,
                                              const Prologue& prologue, const Epilogue& epilogue,

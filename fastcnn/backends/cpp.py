@@ -26,7 +26,7 @@ def unsupported(operator: str, device: torch.device, dtype: torch.dtype, **facts
         return f"device {device.type}"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
-    return None
+    return "no kernel for the two" if operator == "conv2d_max_pool2d" else None
 
 
 def _widened(*tensors: Tensor | None) -> list[Tensor | None]:

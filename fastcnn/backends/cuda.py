@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +48,40 @@ def unsupported(operator: str, device: torch.device, dtype: torch.dtype, **facts
         return f"device {device.type}"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
-    return unavailable()
+    reason = unavailable()
+    if reason is None and operator == "conv2d_max_pool2d":
+        reason = no_stem_pool(device, dtype, **facts)  # type: ignore[arg-type]
+    return reason
+
+
+def no_stem_pool(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    weight: Sequence[int],
+    stride: Pair,
+    dilation: Pair,
+    groups: int,
+    pooling: tuple[Pair, Pair, Pair, Pair],
+    dense: bool = True,
+    aligned: bool = True,
+) -> str | None:
+    """Why csrc/cuda/conv2d_stem_pool.cu does not serve a convolution with max pooling."""
+    if dtype.itemsize != 2:
+        return f"dtype {dtype}"
+    if torch.cuda.get_device_capability(device) != (9, 0) or "90a" not in _native.cuda_architectures():
+        return "no wgmma"
+    filters, channels, height, width = weight
+    if groups != 1 or tuple(dilation) != (1, 1) or channels > 4 or not dense:
+        return "a convolution with groups, dilation, more than 4 input channels or something between pixels"
+    if max(height, width) > 11 or max(stride) > 4:
+        return "filters above 11x11, or strides above 4"
+    if filters <= 32 or filters % 8 != 0 or not aligned:
+        return "too few filters, or no whole vectors of them"
+    kernel, pool_stride, padding, pool_dilation = pooling
+    if (kernel, pool_stride, pool_dilation) != ((3, 3), (2, 2), (1, 1)) or max(padding) > 1:
+        return "windows other than 3x3 with stride 2"
+    return None
 
 
 def _krsc(weight: Tensor) -> Tensor:
@@ -147,6 +181,25 @@ def conv2d(
         activation == "relu", stride, padding, dilation, groups,
         input.dtype == torch.float32 and convolutions_use_tf32(), kernel,
     )  # fmt: skip
+
+
+def conv2d_max_pool2d(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    *pooling: Pair,
+) -> None:
+    weight = derived_for_streams(weight, "krsc", _krsc)
+    _native.cuda_conv2d_max_pool2d(
+        out, input, weight, scale, bias, activation == "relu", stride, padding, dilation, groups, *pooling
+    )
 
 
 def kernel_name(operator: str, *args: Any) -> str:

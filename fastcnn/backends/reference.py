@@ -124,6 +124,32 @@ def max_pool2d(out: Tensor, input: Tensor, kernel: Pair, stride: Pair, padding: 
     out.copy_(F.max_pool2d(input, kernel, stride, padding, dilation, ceil_mode))
 
 
+def conv2d_max_pool2d(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    size: Pair,
+    kernel: Pair,
+    pool_stride: Pair,
+    pool_padding: Pair,
+    pool_dilation: Pair,
+) -> None:
+    between = torch.empty(
+        (out.shape[0], out.shape[1], *size), dtype=out.dtype, device=out.device, memory_format=torch.channels_last
+    )
+    conv2d(
+        between, input, weight, scale, bias, None, None, None, False, activation, stride, padding, dilation, groups
+    )  # fmt: skip
+    max_pool2d(out, between, kernel, pool_stride, pool_padding, pool_dilation)
+
+
 def avg_pool2d(
     out: Tensor,
     input: Tensor,

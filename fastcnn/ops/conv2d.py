@@ -1,6 +1,6 @@
 """conv2d: 2-D convolution with a prologue on its input and an epilogue on its output.
 
-    y = act(conv(pro(x), w) * scale[k] + bias[k] + residual),  pro(x) = input_act(x * input_scale[c] + input_shift[c])
+y = act(conv(pro(x), w) * scale[k] + bias[k] + residual),  pro(x) = input_act(x * input_scale[c] + input_shift[c])
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def output_size(
     return sizes[0], sizes[1]
 
 
-def _allocate(
+def output_shape(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -185,7 +185,8 @@ def _allocate(
     input_scale: Tensor | None,
     input_shift: Tensor | None,
     input_relu: bool,
-) -> Tensor:
+) -> tuple[int, int, int, int]:
+    """(N, K, P, Q), once the operator's arguments have been checked."""
     if input.dim() != 4:
         raise ValueError(f"input must have shape (N, C, H, W) or (C, H, W), has {tuple(input.shape)}")
     if weight.dim() != 4:
@@ -211,7 +212,11 @@ def _allocate(
     require_vector(input_scale, "input_scale", input.shape[1], input)
     require_vector(input_shift, "input_shift", input.shape[1], input)
     require_residual(residual, shape, input)
-    return empty_channels_last(shape, input)
+    return shape
+
+
+def _allocate(input: Tensor, *rest: Any) -> Tensor:
+    return empty_channels_last(output_shape(input, *rest), input)
 
 
 def _finish(
@@ -235,7 +240,7 @@ def _finish(
     return _strides.in_strides(out, strides)
 
 
-def _fill(out: Tensor, input: Tensor, weight: Tensor, *rest: Any, fresh: bool = False) -> None:
+def fill(out: Tensor, input: Tensor, weight: Tensor, *rest: Any, fresh: bool = False) -> None:
     arguments, facts = contract(out, input, weight, *rest)
     if input.numel() == 0 or weight.numel() == 0:  # nothing to sum: only the epilogue is left
         backends.backend_module("reference").conv2d(*arguments)
@@ -341,8 +346,8 @@ OPERATOR = Operator(
     SIGNATURE,
     allocate=_allocate,
     finish=_finish,
-    fill=_fill,
-    fill_fresh=functools.partial(_fill, fresh=True),
+    fill=fill,
+    fill_fresh=functools.partial(fill, fresh=True),
     backward=_backward,
     unread=(2, 8),
     autocast=(0, 1, 8),

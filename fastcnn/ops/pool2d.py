@@ -55,7 +55,7 @@ def max_pool2d(
     """
     require_tensor(input, "input")
     require_optional_tensors(out=out)
-    kernel, stride, padding = _window(kernel_size, stride, padding)
+    kernel, stride, padding = window(kernel_size, stride, padding)
     dilation = pair(dilation, "dilation")
     if return_indices:
         require(out is None, "out cannot be given together with return_indices=True")
@@ -78,7 +78,7 @@ def avg_pool2d(
     """:func:`torch.nn.functional.avg_pool2d`. ``input``, ``out``, result and errors as in :func:`max_pool2d`."""
     require_tensor(input, "input")
     require_optional_tensors(out=out)
-    kernel, stride, padding = _window(kernel_size, stride, padding)
+    kernel, stride, padding = window(kernel_size, stride, padding)
     if divisor_override is not None:
         divisor_override = require_int(divisor_override, "divisor_override")
     return _run(AVERAGE, input, (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override), out)
@@ -109,7 +109,7 @@ def global_avg_pool2d(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _window(kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair) -> tuple[Pair, Pair, Pair]:
+def window(kernel_size: IntOrPair, stride: IntOrPair | None, padding: IntOrPair) -> tuple[Pair, Pair, Pair]:
     kernel = pair(kernel_size, "kernel_size")
     if stride is None or (isinstance(stride, Sequence) and len(stride) == 0):
         stride = kernel
@@ -129,18 +129,21 @@ def _require_dimensions(input: Tensor, *allowed: int) -> None:
         raise ValueError(f"input must have shape (N, C, H, W) or (C, H, W), has {tuple(input.shape)}")
 
 
-def _output_shape(
-    input: Tensor,
+def output_shape(
+    shape: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[int, int, int, int]:
-    """(N, C, P, Q): how often the window fits into the padded input; with ceil_mode also where it starts inside."""
-    _require_dimensions(input, 4)
-    if any(size == 0 for size in input.shape[1:]):
-        raise ValueError(f"input must not be empty but for N, has shape {tuple(input.shape)}")
+    """(N, C, P, Q) for an input of a shape: how often the window fits into it with its padding; with ceil_mode also
+    where it starts inside.
+    """
+    if len(shape) != 4:
+        raise ValueError(f"input must have shape (N, C, H, W) or (C, H, W), has {tuple(shape)}")
+    if any(size == 0 for size in shape[1:]):
+        raise ValueError(f"input must not be empty but for N, has shape {tuple(shape)}")
     require_at_least(kernel, 1, "kernel_size")
     require_at_least(stride, 1, "stride")
     require_at_least(padding, 0, "padding")
@@ -149,7 +152,7 @@ def _output_shape(
         raise ValueError(f"padding must be at most half of kernel_size {tuple(kernel)}, is {tuple(padding)}")
     sizes = []
     for i in (0, 1):
-        size = input.shape[2 + i]
+        size = shape[2 + i]
         room = size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
         count = (room + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
         if ceil_mode and (count - 1) * stride[i] >= size + padding[i]:
@@ -157,10 +160,10 @@ def _output_shape(
         if count < 1:
             raise ValueError(
                 f"kernel_size {tuple(kernel)} with dilation {tuple(dilation)} is larger than the padded input "
-                f"{tuple(input.shape[2:])} + 2 * {tuple(padding)}"
+                f"{tuple(shape[2:])} + 2 * {tuple(padding)}"
             )
         sizes.append(count)
-    return input.shape[0], input.shape[1], sizes[0], sizes[1]
+    return shape[0], shape[1], sizes[0], sizes[1]
 
 
 def _finish(out: Tensor, input: Tensor, *rest: object) -> Tensor:
@@ -180,10 +183,10 @@ def _allocate_max(
 ) -> Tensor:
     if input.dtype == torch.bool or input.is_complex():
         raise TypeError(f"input must be floating point or integer, is {input.dtype}")
-    return empty_channels_last(_output_shape(input, kernel, stride, padding, dilation, ceil_mode), input)
+    return empty_channels_last(output_shape(input.shape, kernel, stride, padding, dilation, ceil_mode), input)
 
 
-def _fill_max(
+def fill_max(
     out: Tensor,
     input: Tensor,
     kernel: Sequence[int],
@@ -224,7 +227,7 @@ MAX = Operator(
     "Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode",
     allocate=_allocate_max,
     finish=_finish,
-    fill=_fill_max,
+    fill=fill_max,
     backward=_backward_max,
 )
 
@@ -243,7 +246,7 @@ def _allocate_average(
     if not input.is_floating_point() and input.dtype != torch.int64:
         raise TypeError(f"input must be floating point or int64, is {input.dtype}")
     require(divisor_override is None or divisor_override != 0, "divisor_override must not be 0")
-    return empty_channels_last(_output_shape(input, kernel, stride, padding, (1, 1), ceil_mode), input)
+    return empty_channels_last(output_shape(input.shape, kernel, stride, padding, (1, 1), ceil_mode), input)
 
 
 def _fill_average(

@@ -175,6 +175,36 @@ class EmulatedKernels:
         self._run("conv2d", *arguments, kernel.encode())
         return self.kernels[0]
 
+    def conv2d_max_pool2d(
+        self,
+        out: Pixels,
+        x: Pixels,
+        weight: torch.Tensor,
+        size: Sequence[int],
+        *,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+        scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        relu: bool = False,
+        kernel: Sequence[int] = (3, 3),
+        pool_stride: Sequence[int] = (2, 2),
+        pool_padding: Sequence[int] = (0, 0),
+        pool_dilation: Sequence[int] = (1, 1),
+        device: int = SM90,
+    ) -> None:
+        """``size`` is the convolution's output size."""
+        krsc = weight.permute(0, 2, 3, 1).contiguous()
+        geometry = Conv2dGeometry(weight.shape[2], weight.shape[3], *stride, *padding, *dilation, groups)
+        epilogue = Epilogue(_address(scale), _address(bias), TensorView(), int(relu))
+        pooling = Pool2dGeometry(*kernel, *pool_stride, *pool_padding, *pool_dilation)
+        self._run(
+            "conv2d_max_pool2d", out.view(), x.view(), ctypes.c_void_p(krsc.data_ptr()), epilogue, geometry,
+            *map(ctypes.c_int64, size), pooling, device,
+        )  # fmt: skip
+
     def fast_divide_error(self, divisor: int, tries: int) -> int:
         """The first number whose quotient by `divisor` is wrong, or -1."""
         function = self._library.emulated_fast_divide_error

@@ -221,6 +221,18 @@ def test_stem_on_wgmma_takes_pairs_from_registers(machine_code) -> None:
         assert kernel.registers <= 128, kernel.name  # two blocks of 256 threads
 
 
+def test_a_stem_with_pooling_compares_pairs(machine_code) -> None:
+    kernels = named(machine_code[0], "conv2d_stem_pool", architecture="sm_90a")
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel.count("HGMMA.64x64x16") == 2, kernel.name  # two steps, each with its own pairs
+        # Maxima of two values at once: 16 of a second row, 16 of a third, and 3 columns of 16 bytes.
+        assert kernel.count("HMNMX2") >= 16 + 16 + 3 * 4, kernel.name
+        assert any(o.startswith("STG") and ".128" in o for o in kernel.opcodes), kernel.name
+        assert kernel.count("FENCE.VIEW.ASYNC") > 0, kernel.name
+        assert kernel.registers <= 128, kernel.name  # two blocks of 256 threads
+
+
 def test_wgmma_is_not_serialized(machine_code) -> None:
     """ptxas warns when it must wait for each product in turn."""
     assert "serialized" not in machine_code[1]

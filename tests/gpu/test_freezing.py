@@ -22,9 +22,10 @@ from support.networks import small_input, small_network
 from torch import Tensor, nn
 
 import fastcnn
-from fastcnn.backends import derived
+from fastcnn.backends import backend_module, derived
 from fastcnn.graph.freezing import FrozenOnGpu
 from fastcnn.graph.freezing.gpu import cuda_graph, freeze_on_gpu
+from fastcnn.graph.freezing.gpu import frozen as frozen_module
 from fastcnn.graph.freezing.gpu.cuda_graph import CudaCapturer, Graph
 from fastcnn.verification import calibrate
 
@@ -369,6 +370,39 @@ def test_branches_side_by_side(name: str) -> None:
     for _ in range(50):
         x = torch.randn_like(x)
         assert torch.equal(together(x), apart(x))
+
+
+class PrefersFusions(CudaCapturer):
+    """What is timed first, the new graph, is faster."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._timed = 0.0
+
+    def milliseconds(self, graph: Graph) -> float:
+        self._timed += 1.0
+        return self._timed
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121"])
+def test_a_stem_and_its_pooling_in_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = fastcnn.create_model(name).eval().to("cuda", BF16)
+    x = torch.randn(3, 3, 96, 96, device="cuda", dtype=BF16)
+    together = freeze_on_gpu(model, [x], None, capturer=PrefersFusions(x.device), most_lanes=1)
+    if unavailable := backend_module("cuda").unavailable():
+        pytest.skip(unavailable)
+    assert ["conv2d and max_pool2d in one kernel, 1 times" in note for note in together.fusions] == [True]
+    assert together.recomputed == 0
+    monkeypatch.setattr(frozen_module, "RULES", ())
+    apart = freeze_on_gpu(model, [x], None, most_lanes=1)
+    assert apart.fusions == ()
+    loaded = reloaded(together, tmp_path / "file")
+    for _ in range(3):
+        x = torch.randn_like(x)
+        expected = apart(x)
+        assert torch.equal(together(x), expected)
+        assert torch.equal(loaded(x), expected)
 
 
 @needs_gpu

@@ -57,6 +57,13 @@ def install() -> None:
             input_relu=input_relu, relu=relu, allow_tf32=tf32, device=H100, kernel=kernel,
         )  # fmt: skip
 
+    def conv2d_max_pool2d(out, x, weight, scale, bias, relu, stride, padding, dilation, groups, size, *pooling):
+        names = ("kernel", "pool_stride", "pool_padding", "pool_dilation")
+        kernels.conv2d_max_pool2d(
+            pixels(out), pixels(x), weight, size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            scale=scale, bias=bias, relu=relu, device=H100, **dict(zip(names, pooling, strict=True)),
+        )  # fmt: skip
+
     def conv2d_kernels(out, x, weight, residual, prologue, stride, padding, dilation, groups, tf32):
         geometry = tools.Conv2dGeometry(weight.shape[2], weight.shape[3], *stride, *padding, *dilation, groups)
         krsc = weight.permute(0, 2, 3, 1).contiguous()
@@ -74,6 +81,7 @@ def install() -> None:
     replaced = {
         "cuda_conv2d": conv2d,
         "cuda_conv2d_kernels": conv2d_kernels,
+        "cuda_conv2d_max_pool2d": conv2d_max_pool2d,
         "cuda_architectures": lambda: ["80", "90a"],
         "cuda_linear": lambda out, x, w, bias, relu, tf32: kernels.linear(
             pixels(out), pixels(x), pixels(w), bias, relu, tf32, H100
@@ -95,6 +103,10 @@ def install() -> None:
         setattr(_native, name, function)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.unavailable = lambda: None
-    cuda.unsupported = lambda operator, device, dtype, **facts: (
-        None if dtype in cuda.DTYPES and device == torch.device("cpu") else f"dtype {dtype}"
-    )
+
+    def unsupported(operator: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> str | None:
+        if dtype not in cuda.DTYPES or device != torch.device("cpu"):
+            return f"dtype {dtype}"
+        return cuda.no_stem_pool(device, dtype, **facts) if operator == "conv2d_max_pool2d" else None
+
+    cuda.unsupported = unsupported

@@ -141,6 +141,18 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high) {
   return pair;
 }
 
+// The larger of two values each, in both halves; NaN where either is one.
+template <typename T>
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
+}
+
 }  // namespace fastcnn::cuda
 
 #endif

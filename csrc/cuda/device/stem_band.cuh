@@ -80,12 +80,12 @@ __device__ __forceinline__ void store_band(const ConvProblem& problem, const Ste
 
 // Starts filling one of the two bands; whatever is left in flight is in the copy group that this commits.
 template <typename T>
-__device__ __forceinline__ void load_band(const ConvProblem& problem, const StemPlan& plan, int tile,
+__device__ __forceinline__ void load_band(const ConvProblem& problem, const StemPlan& plan, const StemTile& tile,
                                           unsigned char* band, int thread, int threads) {
   if (plan.vectors) {
-    copy_band<T>(problem, plan, stem_tile(plan, tile), shared_address(band), thread, threads);
+    copy_band<T>(problem, plan, tile, shared_address(band), thread, threads);
   } else {
-    store_band<T>(problem, plan, stem_tile(plan, tile), band, thread, threads);
+    store_band<T>(problem, plan, tile, band, thread, threads);
   }
   copy_async_commit();
 }

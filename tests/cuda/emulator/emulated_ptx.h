@@ -196,6 +196,16 @@ uint32_t round_pair(float low, float high) {
   return half(low) | half(high) << 16;
 }
 
+template <typename T>
+uint32_t max_pair(uint32_t a, uint32_t b) {
+  uint32_t larger = 0;
+  for (int i = 0; i < 2; ++i) {
+    const float x = emulated::half_of<T>(a, i), y = emulated::half_of<T>(b, i);
+    larger |= uint32_t{rounded_bits(x != x || x > y ? x : y, T())} << 16 * i;
+  }
+  return larger;
+}
+
 // Nearest, ties away from zero.
 inline uint32_t round_to_tf32(uint32_t bits) {
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~uint32_t{0x1fff};

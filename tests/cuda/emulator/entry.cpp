@@ -39,6 +39,14 @@ const char* emulated_conv2d(const TensorView* out, const TensorView* input, cons
   });
 }
 
+const char* emulated_conv2d_max_pool2d(const TensorView* out, const TensorView* input, const void* weight,
+                                       const Epilogue* epilogue, const Conv2dGeometry* geometry, int64_t conv_h,
+                                       int64_t conv_w, const Pool2dGeometry* pooling, int device) {
+  return guarded([&] {
+    cuda::conv2d_max_pool2d(*out, *input, weight, *epilogue, *geometry, conv_h, conv_w, *pooling, device, nullptr);
+  });
+}
+
 // The names of the kernels that can serve the case, separated by commas.
 const char* emulated_conv2d_names(const TensorView* out, const TensorView* input, const void* weight,
                                   const Prologue* prologue, const Epilogue* epilogue, const Conv2dGeometry* geometry,

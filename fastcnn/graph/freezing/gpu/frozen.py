@@ -19,11 +19,14 @@ from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.gpu import cuda_graph
 from fastcnn.graph.freezing.gpu.comparing import equal, near
 from fastcnn.graph.freezing.gpu.cuda_graph import Capturer, CudaCapturer, Graph
+from fastcnn.graph.freezing.gpu.fusing import Rule, fused
+from fastcnn.graph.freezing.gpu.fusions import RULES
 from fastcnn.graph.freezing.gpu.hidden import hidden_code
-from fastcnn.graph.freezing.gpu.saving import content_of
+from fastcnn.graph.freezing.gpu.interpreting import Interpreted
+from fastcnn.graph.freezing.gpu.saving import content_of, program_of
 from fastcnn.graph.freezing.gpu.schedule import Schedule
 from fastcnn.graph.freezing.gpu.settings import Settings
-from fastcnn.graph.freezing.gpu.storage import from_bytes
+from fastcnn.graph.freezing.gpu.storage import from_bytes, with_parameters
 from fastcnn.graph.freezing.gpu.watching import CannotBeCaptured, OneLane, Watching
 from fastcnn.graph.optimizing import is_fastcnn, optimize
 
@@ -60,16 +63,17 @@ class FrozenOnGpu(nn.Module):
     """
 
     def __init__(
-        self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, note: str
+        self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, notes: _Notes
     ) -> None:
         super().__init__()
-        self._set(capturer, graph, inputs, result, held, note)
+        self._set(capturer, graph, inputs, result, held, notes)
         self.train(False)
 
     def _set(
-        self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, note: str
+        self, capturer: Capturer, graph: Graph, inputs: Sequence[Tensor], result: Any, held: _Held, notes: _Notes
     ) -> None:
-        self._capturer, self._graph, self._held, self.branches = capturer, graph, held, note
+        self._capturer, self._graph, self._held = capturer, graph, held
+        self.branches, self.fusions = notes
         self._inputs = tuple(inputs)
         self._checks = tuple((i, t, t.shape, t.dtype, t.device) for i, t in enumerate(self._inputs))
         leaves, self._structure = tree_flatten(result)
@@ -85,6 +89,9 @@ class FrozenOnGpu(nn.Module):
 
     #: What was found of the network's branches: whether they run side by side, and the times that decided it.
     branches: str
+
+    #: What was found of operators that one kernel could do together: whether it does, and the times that decided it.
+    fusions: tuple[str, ...]
 
     @property
     def recomputed(self) -> int:
@@ -198,14 +205,14 @@ class FrozenOnGpu(nn.Module):
 
     def extra_repr(self) -> str:
         inputs = ", ".join(str(tuple(tensor.shape)) for tensor in self._inputs)
-        return f"inputs {inputs}; {self.branches}; {self.memory()}"
+        return "; ".join([f"inputs {inputs}", self.branches, *self.fusions, str(self.memory())])
 
 
 # Attributes that the file's bytes stand for.
 _OF_A_FROZEN_MODEL = frozenset(
     {
-        "_capturer", "_graph", "_held", "branches", "_inputs", "_checks", "_structure", "_outputs", "_result", "_lock",
-        "_turn",
+        "_capturer", "_graph", "_held", "branches", "fusions", "_inputs", "_checks", "_structure", "_outputs",
+        "_result", "_lock", "_turn",
     }
 )  # fmt: skip
 
@@ -291,8 +298,13 @@ def _own(model: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype | None) 
     return optimize(own, list(inputs), inplace=True)
 
 
+class _Notes(NamedTuple):
+    branches: str
+    fusions: tuple[str, ...]
+
+
 # What a frozen model is made of.
-_Parts = tuple[Capturer, Graph, Sequence[Tensor], Any, _Held, str]
+_Parts = tuple[Capturer, Graph, Sequence[Tensor], Any, _Held, _Notes]
 
 
 class _Freezing:
@@ -304,11 +316,18 @@ class _Freezing:
         self._early = False  # whether the kernels of the next graph may begin early
 
     def _run(self) -> Any:
-        result = self._model(*self._inputs)
+        with self._settings_of_model():
+            result = self._model(*self._inputs)
         for leaf in tree_flatten(result)[0]:
             if not isinstance(leaf, Tensor):
                 raise ValueError(f"model must return tensors, returned a {type(leaf).__name__}")
         return result
+
+    def _settings_of_model(self) -> contextlib.AbstractContextManager[Any]:
+        """A program's operators are those that autocast called: it must not see them again."""
+        if self._settings.autocast is None or not isinstance(self._model, Interpreted):
+            return contextlib.nullcontext()
+        return self._settings._replace(autocast=None).applied(self._capturer.device)
 
     def parts(self, most_lanes: int) -> _Parts:
         try:
@@ -323,16 +342,20 @@ class _Freezing:
                 "because it depends on what changes from call to call"
             )
         note = "no branches"
+        hidden = hidden_code(self._model)
+        fusions: list[str] = []
+        for rule in RULES if hidden is None else ():
+            graph, result, first, found = self._with_fusions(graph, result, first, rule)
+            fusions += found
         if self._capturer.early_starts and not self._kept.made:
             graph, result = self._with_early_starts(graph, result, first)
-        hidden = hidden_code(self._model)
         if lanes > 1 and hidden is not None:
             note = f"branches run one after the other: {hidden}"
         elif lanes > 1:
             graph, result, note = self._with_branches(graph, result, first, most_lanes)
         self._kept.values = list({id(value): value for value in self._kept.values}.values())
         held = _Held(self._model, self._kept, self._settings)
-        return self._capturer, graph, self._inputs, result, held, note
+        return self._capturer, graph, self._inputs, result, held, _Notes(note, tuple(fusions))
 
     def _warm_up(self, most_lanes: int) -> tuple[list[Tensor], int]:
         """Kernels are compiled, weights are packed, and what a graph would do wrong is found.
@@ -401,6 +424,41 @@ class _Freezing:
             return other, other_result
         self._early = False
         return graph, result
+
+    def _with_fusions(
+        self, graph: Graph, result: Any, results: list[Tensor], rule: Rule
+    ) -> tuple[Graph, Any, list[Tensor], list[str]]:
+        """The graph with groups of operators in one kernel each, where a rule finds any and that is faster; its
+        results, and what was found. The model is then the program that the graph was captured from.
+        """
+        device = self._capturer.device
+        if not rule.possible(device):
+            return graph, result, results, []
+        before = self._model, self._kept
+        try:
+            program, parts = program_of(self._model, self._inputs)
+            found = fused(program, device, rule)
+            if found is None:
+                return graph, result, results, []
+            self._model, self._kept = with_parameters(found[0], parts, device), Kept()
+            self._warm_up(1)
+            other, other_result = self._capture(1)
+            other_results = self._results_of(other, other_result)
+        except Exception as error:  # tracing runs the model's own code, which may raise anything; or no memory is left
+            self._model, self._kept = before
+            reason = str(error) or type(error).__name__
+            logger.info("freeze: %s stay apart: %s", rule.name, reason)
+            return graph, result, results, [f"{rule.name} apart: {reason}"]
+        together, apart = self._capturer.milliseconds(other), self._capturer.milliseconds(graph)
+        times = f"in one kernel {together:.4f} ms, apart {apart:.4f} ms"
+        same = all(map(near, other_results, results))
+        if same and together < apart:
+            return other, other_result, other_results, [f"{rule.name} in one kernel, {found[1]} times: {times}"]
+        self._model, self._kept = before
+        if not same:
+            logger.warning("freeze: %s in one kernel give another result; they stay apart", rule.name)
+            times = "in one kernel they gave another result"
+        return graph, result, results, [f"{rule.name} apart: {times}"]
 
     def _with_branches(
         self, graph: Graph, result: Any, results: Sequence[Tensor], most_lanes: int

@@ -30,7 +30,7 @@ def content_of(
     with torch.inference_mode(False), torch.no_grad():
         try:
             with settings.applied(device):
-                program, parts = _program_of(model, inputs)
+                program, parts = program_of(model, inputs)
                 expected = replay()
             with settings._replace(autocast=None).applied(device):
                 found = tree_flatten(as_loaded(program, parts, device)(*inputs))[0]
@@ -44,7 +44,8 @@ def content_of(
         return as_bytes(program, parts, settings, device)
 
 
-def _program_of(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Program, list[Tensor]]:
+def program_of(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Program, list[Tensor]]:
+    """A model as a program, and the memory in which its constants lie. Raises whatever tracing its code raises."""
     if isinstance(model, Interpreted):
         constants, parts = placed(model.constants)
         return dataclasses.replace(model.program, constants=constants), parts

@@ -112,6 +112,18 @@ def as_loaded(program: Program, parts: Sequence[Tensor], device: torch.device) -
     return Interpreted(again, constants, device)
 
 
+def with_parameters(program: Program, parts: Sequence[Tensor], device: torch.device) -> Interpreted:
+    """A program to be captured: its constants stay where they are, and what kernels derive from them is kept."""
+    constants = [
+        _parameter(_view(parts[constant.part], constant.offset, constant.spec)) for constant in program.constants
+    ]
+    return Interpreted(program, constants, device)
+
+
+def _parameter(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+
+
 def _require_compatible(header: dict[str, Any], name: str, device: torch.device | None) -> torch.device:
     for key, ours in _versions().items():
         if header[key] != ours:
@@ -159,8 +171,7 @@ def _constants(program: Program, payload: memoryview, lengths: Sequence[int], de
         at += length
     constants = []
     for constant in program.constants:
-        tensor = _view(parts[constant.part], constant.offset, constant.spec)
-        constants.append(nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor)
+        constants.append(_parameter(_view(parts[constant.part], constant.offset, constant.spec)))
     return constants
 
 
