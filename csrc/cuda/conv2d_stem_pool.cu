@@ -9,9 +9,9 @@
 //   the last row of a window waits as the first of the next. No row is computed twice but the first of a walk, and no
 //   column but the first of a strip.
 // Registers: accumulators (32), A from the band, the row that waits (16: pairs in the output's dtype).
-// Shared memory: filters, tables and bands as in conv2d_stem_wgmma.cu; two staged rows. Maxima over columns are taken
-// on
-//   the way from there to memory: 16-byte vectors, whole lines.
+// Shared memory: filters, tables and bands as in conv2d_stem_wgmma.cu; two staged rows, on whose way to memory maxima
+//   over columns are taken: 16-byte vectors, whole lines. 98752 bytes for ResNet's stem, so that two blocks share a
+//   multiprocessor and one multiplies while the other stores.
 // Floor: operations of the convolution; input and pooled output once through DRAM (224x224, 7x7/2, 64 filters: 0.3 and
 //   0.4 MB an image, where the convolution's output would be 1.6 written and 1.6 read).
 #include <algorithm>
