@@ -35,7 +35,7 @@ _TRITON_CONV2D = ("pointwise", "implicit_gemm", "stem", "packed_groups", "depthw
 
 # Every GPU kernel there is.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "cuda": (*(f"conv2d {name}" for name in _CUDA_CONV2D), *_OPERATORS),
+    "cuda": (*(f"conv2d {name}" for name in _CUDA_CONV2D), "conv2d_1x1_pair", *_OPERATORS),
     "triton": (*(f"conv2d {name}" for name in _TRITON_CONV2D), *_OPERATORS),
 }
 
