@@ -84,6 +84,67 @@ void conv2d_max_pool2d(py::handle out, py::handle input, py::handle weight, py::
   cuda::conv2d_max_pool2d(y, x, w.data(), epilogue, geometry, size[0], size[1], pooling, launch.device, launch.stream);
 }
 
+// The arguments of a pair of 1x1 convolutions, checked.
+struct Pair1x1 {
+  Launch launch;
+  cuda::Conv1x1Pair pair;
+
+  Pair1x1(py::handle wide, py::handle narrow, py::handle input, py::handle residual, py::handle expand_weight,
+          py::handle expand_scale, py::handle expand_bias, py::handle reduce_weight, py::handle reduce_scale,
+          py::handle reduce_bias)
+      : launch(wide) {
+    const Place& place = launch.place;
+    pair.input = activation(input, "input", place);
+    pair.wide = activation(wide, "wide", place, pair.input.dtype);
+    pair.narrow = activation(narrow, "narrow", place, pair.input.dtype);
+    const TensorView &x = pair.input, &y = pair.wide, &z = pair.narrow;
+    require_shape(y, "wide", x.n, y.c, x.h, x.w);
+    require_shape(z, "narrow", x.n, z.c, x.h, x.w);
+    if (residual.is_none()) throw py::type_error("residual must be a torch.Tensor, not NoneType");
+    pair.residual = residual_of(residual, y, place);
+    pair.expand_weight = matrix_of(expand_weight, "expand_weight", place, x.dtype, y.c, x.c);
+    pair.reduce_weight = matrix_of(reduce_weight, "reduce_weight", place, x.dtype, z.c, y.c);
+    pair.expand_scale = python::vector(expand_scale, "expand_scale", place, y.c);
+    pair.expand_bias = python::vector(expand_bias, "expand_bias", place, y.c);
+    pair.reduce_scale = python::vector(reduce_scale, "reduce_scale", place, z.c);
+    pair.reduce_bias = python::vector(reduce_bias, "reduce_bias", place, z.c);
+  }
+
+  // A contiguous (filters, channels, 1, 1) weight.
+  static const void* matrix_of(py::handle weight, const char* name, const Place& place, DType dtype, int64_t filters,
+                               int64_t channels) {
+    const Imported w(weight, name, place);
+    w.require_dimensions(4);
+    w.dtype(dtype);
+    const bool shape = w.size(0) == filters && w.size(1) == channels && w.size(2) == 1 && w.size(3) == 1;
+    const bool packed = (channels == 1 || w.stride(1) == 1) && (filters == 1 || w.stride(0) == channels);
+    if (!shape || !packed) {
+      throw py::value_error(std::string(name) + " must be contiguous with shape (" + std::to_string(filters) + ", " +
+                            std::to_string(channels) + ", 1, 1)");
+    }
+    return w.data();
+  }
+};
+
+void conv2d_1x1_pair(py::handle wide, py::handle narrow, py::handle input, py::handle residual,
+                     py::handle expand_weight, py::handle expand_scale, py::handle expand_bias,
+                     py::handle reduce_weight, py::handle reduce_scale, py::handle reduce_bias) {
+  const Pair1x1 p(wide, narrow, input, residual, expand_weight, expand_scale, expand_bias, reduce_weight, reduce_scale,
+                  reduce_bias);
+  if (p.pair.input.pixels() == 0) return;
+  py::gil_scoped_release release;
+  cuda::conv2d_1x1_pair(p.pair, p.launch.device, p.launch.stream);
+}
+
+// Why the kernel cannot serve the same arguments; empty when it can.
+std::string conv2d_1x1_pair_unsupported(py::handle wide, py::handle narrow, py::handle input, py::handle residual,
+                                        py::handle expand_weight, py::handle expand_scale, py::handle expand_bias,
+                                        py::handle reduce_weight, py::handle reduce_scale, py::handle reduce_bias) {
+  const Pair1x1 p(wide, narrow, input, residual, expand_weight, expand_scale, expand_bias, reduce_weight, reduce_scale,
+                  reduce_bias);
+  return cuda::conv2d_1x1_pair_unsupported(p.pair, p.launch.device);
+}
+
 void linear(py::handle out, py::handle input, py::handle weight, py::handle bias, bool relu, bool allow_tf32) {
   const Launch launch(out);
   const TensorView x = matrix(input, "input", launch.place), w = matrix(weight, "weight", launch.place),
@@ -229,6 +290,9 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_conv2d_kernels", &conv2d_kernels);
   m.def("cuda_set_early_starts", &cuda::set_early_starts, py::arg("on"));
   m.def("cuda_conv2d_max_pool2d", &conv2d_max_pool2d);
+  m.def("cuda_conv2d_1x1_pair", &conv2d_1x1_pair);
+  m.def("cuda_conv2d_1x1_pair_unsupported", &conv2d_1x1_pair_unsupported);
+  m.def("cuda_conv2d_1x1_pair_weights", &cuda::conv2d_1x1_pair_weights);
   m.def("cuda_linear", &linear);
   m.def("cuda_channel_affine", &channel_affine);
   m.def("cuda_residual_add", &residual_add);

@@ -79,6 +79,16 @@ def torch_conv2d(
     return activate(added(y, residual), activation)
 
 
+def torch_conv2d_1x1_pair(
+    input: Tensor, residual: Tensor, expand_weight: Tensor, reduce_weight: Tensor, expand_scale: Any = None,
+    expand_bias: Any = None, reduce_scale: Any = None, reduce_bias: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if any(weight.shape[2:] != (1, 1) for weight in (expand_weight, reduce_weight)):
+        raise ValueError("the filters are 1x1")
+    wide = torch_conv2d(input, expand_weight, expand_bias, scale=expand_scale, residual=residual, activation="relu")
+    return wide, torch_conv2d(wide, reduce_weight, reduce_bias, scale=reduce_scale, activation="relu")
+
+
 def torch_batch_norm(
     input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
     momentum: Any = 0.1, eps: Any = 1e-5, residual: Any = None, activation: str = "none",
@@ -212,6 +222,23 @@ SUBJECTS = [
         "input: IMAGES weight: WEIGHTS bias: VECTORS scale: VECTORS residual: RESIDUALS input_scale: VECTORS "
         "input_shift: VECTORS activation: ACTIVATIONS input_activation: ACTIVATIONS",
         "fused",
+    ),
+    Subject(
+        "conv2d_1x1_pair",
+        lambda: {
+            "input": image(),
+            "residual": randn(2, 6, 6, 6),
+            "expand_weight": randn(6, 4, 1, 1),
+            "reduce_weight": randn(3, 6, 1, 1),
+            "expand_scale": positive(6),
+            "expand_bias": randn(6),
+            "reduce_scale": positive(3),
+            "reduce_bias": randn(3),
+        },
+        torch_conv2d_1x1_pair,
+        "input: IMAGES residual: RESIDUALS expand_weight: WEIGHTS reduce_weight: WEIGHTS expand_scale: VECTORS "
+        "expand_bias: VECTORS reduce_scale: VECTORS reduce_bias: VECTORS",
+        has_out=False,
     ),
     Subject(
         "linear",

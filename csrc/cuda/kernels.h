@@ -35,6 +35,26 @@ std::vector<std::string> conv2d_kernel_names(const TensorView& out, const Tensor
                                              const Prologue& prologue, const Epilogue& epilogue,
                                              const Conv2dGeometry& geometry, bool allow_tf32, int device);
 
+// Two 1x1 convolutions, the second of the first one's result:
+//   wide = relu(conv(input, expand) * expand_scale + expand_bias + residual)
+//   narrow = relu(conv(wide, reduce) * reduce_scale + reduce_bias)
+// Weights are (J, C) and (K, J), contiguous, in the input's dtype (bf16, fp16); vectors fp32 or null.
+struct Conv1x1Pair {
+  TensorView wide, narrow, input, residual;
+  const void* expand_weight = nullptr;
+  const void* reduce_weight = nullptr;
+  const float* expand_scale = nullptr;
+  const float* expand_bias = nullptr;
+  const float* reduce_scale = nullptr;
+  const float* reduce_bias = nullptr;
+};
+void conv2d_1x1_pair(const Conv1x1Pair& pair, int device, void* stream);
+// Why the kernel cannot serve it; empty when it can. Launches nothing.
+std::string conv2d_1x1_pair_unsupported(const Conv1x1Pair& pair, int device);
+// Where it has the weights for so many channels of input, wide and narrow: "resident" in shared memory, "streamed" from
+// L2, or "" where it cannot serve them.
+std::string conv2d_1x1_pair_weights(int64_t channels, int64_t wide_channels, int64_t narrow_channels, int device);
+
 // out = act(input @ weight.T + bias). A matrix is a view with n rows, h = w = 1, c columns and pixel_stride as its row
 // stride: out (M, K), input (M, C), weight (K, C). bias (K,) fp32 or null.
 void linear(const TensorView& out, const TensorView& input, const TensorView& weight, const float* bias,

@@ -71,15 +71,15 @@ CUtensorMapSwizzle swizzle_of(int row) {
 
 template <int kRank>
 TensorMap tiled_map(void* data, DType dtype, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
-                    const cuuint32_t (&box)[kRank]) {
+                    const cuuint32_t (&box)[kRank], CUtensorMapL2promotion fetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B) {
   static const auto encode =
       reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver_function("cuTensorMapEncodeTiled"));
   cuuint32_t steps[kRank];
   for (cuuint32_t& step : steps) step = 1;
   TensorMap map;
   check_encoded(encode(reinterpret_cast<CUtensorMap*>(&map), type_of(dtype), kRank, data, sizes, strides, box, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(static_cast<int>(box[0])),
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(static_cast<int>(box[0])), fetch,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
                 "cuTensorMapEncodeTiled");
   return map;
 }
@@ -125,9 +125,11 @@ TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {
       {kTensorMapRow, static_cast<cuuint32_t>(box_w), static_cast<cuuint32_t>(box_h), static_cast<cuuint32_t>(box_n)});
 }
 
-TensorMap matrix_map(const TensorView& view, int tile_pixels) {
+TensorMap matrix_map(const TensorView& view, int tile_pixels, bool in_pairs) {
+  const bool lines = bytes(view.pixel_stride) % 256 == 0 && reinterpret_cast<uintptr_t>(view.data) % 256 == 0;
   return tiled_map<2>(view.data, view.dtype, {static_cast<cuuint64_t>(view.c), static_cast<cuuint64_t>(view.pixels())},
-                      {bytes(view.pixel_stride)}, {kTensorMapRow, static_cast<cuuint32_t>(tile_pixels)});
+                      {bytes(view.pixel_stride)}, {kTensorMapRow, static_cast<cuuint32_t>(tile_pixels)},
+                      in_pairs && lines ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 }  // namespace fastcnn::cuda

@@ -41,7 +41,8 @@ TensorMap filter_map(const void* weight, DType dtype, int64_t filters, int64_t t
 // arrive as zero, and are not written.
 TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n);
 
-// The view's pixels as rows of its channels; a copy moves 64 channels of `tile_pixels` pixels.
-TensorMap matrix_map(const TensorView& view, int tile_pixels);
+// The view's pixels as rows of its channels; a copy moves 64 channels of `tile_pixels` pixels. `in_pairs`: the next 64
+// channels follow soon, so that L2 fetches both at once, where they are a line of 256 bytes.
+TensorMap matrix_map(const TensorView& view, int tile_pixels, bool in_pairs = false);
 
 }  // namespace fastcnn::cuda

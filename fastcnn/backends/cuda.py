@@ -122,7 +122,7 @@ def _prepared(weight: Tensor, groups: int, kernel: str = "") -> tuple[Tensor, in
     """The weight as a kernel reads it, and its number of groups."""
     if kernel != "grouped" and _packs_groups(weight, groups):
         return derived_for_streams(weight, "packed groups", _pack_groups), weight.shape[0] // _BLOCK
-    return derived_for_streams(weight, "krsc", _krsc), groups
+    return _packed(weight), groups
 
 
 def _kernels(*args: Any) -> list[str]:
@@ -200,6 +200,67 @@ def conv2d_max_pool2d(
     _native.cuda_conv2d_max_pool2d(
         out, input, weight, scale, bias, activation == "relu", stride, padding, dilation, groups, *pooling
     )
+
+
+def conv2d_1x1_pair(
+    wide: Tensor,
+    narrow: Tensor,
+    input: Tensor,
+    residual: Tensor,
+    expand_weight: Tensor,
+    expand_scale: Tensor | None,
+    expand_bias: Tensor | None,
+    reduce_weight: Tensor,
+    reduce_scale: Tensor | None,
+    reduce_bias: Tensor | None,
+) -> None:
+    """``wide = relu(conv(input, expand) + residual)`` and ``narrow = relu(conv(wide, reduce))``, 1x1, in one kernel.
+
+    No function of the kernel contract: it has two outputs. What it serves, :func:`conv2d_1x1_pair_unsupported` says.
+    """
+    _native.cuda_conv2d_1x1_pair(
+        wide, narrow, input, residual, _packed(expand_weight), expand_scale, expand_bias, _packed(reduce_weight),
+        reduce_scale, reduce_bias,
+    )  # fmt: skip
+
+
+def conv2d_1x1_pair_unsupported(
+    wide: Tensor,
+    narrow: Tensor,
+    input: Tensor,
+    residual: Tensor,
+    expand_weight: Tensor,
+    expand_scale: Tensor | None,
+    expand_bias: Tensor | None,
+    reduce_weight: Tensor,
+    reduce_scale: Tensor | None,
+    reduce_bias: Tensor | None,
+) -> str | None:
+    """Why :func:`conv2d_1x1_pair` cannot serve these arguments, or None when it can."""
+    reason = unsupported("conv2d_1x1_pair", input.device, input.dtype)
+    if reason is not None:
+        return reason
+    return (
+        _native.cuda_conv2d_1x1_pair_unsupported(
+            wide, narrow, input, residual, _packed(expand_weight), expand_scale, expand_bias, _packed(reduce_weight),
+            reduce_scale, reduce_bias,
+        )
+        or None
+    )  # fmt: skip
+
+
+def conv2d_1x1_pair_weights(device: torch.device, dtype: torch.dtype, channels: tuple[int, int, int]) -> str:
+    """Where the kernel would have weights for so many channels of input, wide and narrow: "resident" in shared memory,
+    "streamed" from L2, or "" where it cannot serve them.
+    """
+    if dtype.itemsize != 2 or unsupported("conv2d_1x1_pair", device, dtype) is not None:
+        return ""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _native.cuda_conv2d_1x1_pair_weights(*channels, index)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return derived_for_streams(weight, "krsc", _krsc)
 
 
 def kernel_name(operator: str, *args: Any) -> str:

@@ -4,6 +4,7 @@ from fastcnn.ops.batch_norm import batch_norm, fold_batch_norm
 from fastcnn.ops.batch_statistics import batch_statistics
 from fastcnn.ops.channel_affine import channel_affine
 from fastcnn.ops.conv2d import conv2d
+from fastcnn.ops.conv2d_1x1_pair import conv2d_1x1_pair
 from fastcnn.ops.conv2d_max_pool2d import conv2d_max_pool2d
 from fastcnn.ops.fused import bottleneck_projection, conv_bn_relu, dense_concat, inception_concat
 from fastcnn.ops.linear import linear
@@ -19,6 +20,7 @@ __all__ = [
     "bottleneck_projection",
     "channel_affine",
     "conv2d",
+    "conv2d_1x1_pair",
     "conv2d_max_pool2d",
     "conv_bn_relu",
     "dense_concat",

@@ -91,6 +91,7 @@ class Operator:
     ) -> None:
         self.name = name
         self._allocate, self._finish, self._fill, self._backward = allocate, finish, fill, backward
+        self.allocate, self.finish, self.fill = allocate, finish, fill  # for operators made of this one
         self._fill_fresh = fill_fresh or fill
         self._needs_output, self._unread = needs_output or _ends_in_relu, frozenset(unread)
         self._autocast, self._autocast_dtype = tuple(autocast), autocast_dtype

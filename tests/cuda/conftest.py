@@ -65,6 +65,18 @@ class Epilogue(ctypes.Structure):
     )
 
 
+class Conv1x1Pair(ctypes.Structure):
+    _fields_ = (
+        *((name, TensorView) for name in ("wide", "narrow", "input", "residual")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "expand_weight", "reduce_weight", "expand_scale", "expand_bias", "reduce_scale", "reduce_bias",
+            )
+        ),
+    )  # fmt: skip
+
+
 class Pool2dGeometry(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -204,6 +216,24 @@ class EmulatedKernels:
             "conv2d_max_pool2d", out.view(), x.view(), ctypes.c_void_p(krsc.data_ptr()), epilogue, geometry,
             *map(ctypes.c_int64, size), pooling, device,
         )  # fmt: skip
+
+    def conv2d_1x1_pair(
+        self,
+        wide: Pixels,
+        narrow: Pixels,
+        x: Pixels,
+        residual: Pixels,
+        expand: torch.Tensor,
+        reduce: torch.Tensor,
+        factors: Sequence[torch.Tensor | None] = (None,) * 4,
+        device: int = SM90,
+    ) -> None:
+        """Weights (J, C) and (K, J), contiguous; factors: scale and bias of the first, of the second."""
+        assert expand.is_contiguous()
+        assert reduce.is_contiguous()
+        views = [pixels.view() for pixels in (wide, narrow, x, residual)]
+        pair = Conv1x1Pair(*views, expand.data_ptr(), reduce.data_ptr(), *map(_address, factors))
+        self._run("conv2d_1x1_pair", pair, device)
 
     def fast_divide_error(self, divisor: int, tries: int) -> int:
         """The first number whose quotient by `divisor` is wrong, or -1."""

@@ -293,3 +293,16 @@ def test_split_kernels_meet_in_clusters(machine_code) -> None:
         assert kernel.opcodes["UCGABAR_WAIT"] >= 4, kernel.name
         assert kernel.count("LD.E.128") >= 2 * (2 + 4 + 8), kernel.name  # 8 columns from each of the cluster's blocks
         assert kernel.registers <= 168, kernel.name  # 65536 for 384 threads
+
+
+def test_pair_kernels_multiply_twice(machine_code) -> None:
+    kernels = named(machine_code[0], "conv2d_1x1_pair", architecture="sm_90a")
+    assert len(kernels) == 6
+    for kernel in kernels:
+        _, columns, groups = kernel.name.rstrip(">").split(", ")
+        # Four steps of 64 channels: 64 columns in product 1, those of the narrow result, at most 128 at once, in 2.
+        second = min(int(columns), 128)
+        counts = {size: kernel.count(f"HGMMA.64x{size}x16") for size in (64, second)}
+        assert counts == ({64: 8} if second == 64 else {64: 4, second: 4 * int(columns) // second}), kernel.name
+        assert kernel.registers <= 65536 // (128 * (int(groups) + 1)), kernel.name
+        assert kernel.count("FENCE.VIEW.ASYNC") > 0, kernel.name

@@ -78,8 +78,20 @@ def install() -> None:
         for target, value in zip((mean, var), kernels.batch_statistics(pixels(x)), strict=True):
             target.copy_(value)
 
+    def pair(wide, narrow, x, residual, expand, expand_scale, expand_bias, reduce, reduce_scale, reduce_bias):
+        views = [pixels(tensor).view() for tensor in (wide, narrow, x, residual)]
+        factors = [tools._address(vector) for vector in (expand_scale, expand_bias, reduce_scale, reduce_bias)]
+        return tools.Conv1x1Pair(*views, expand.data_ptr(), reduce.data_ptr(), *factors)
+
     replaced = {
         "cuda_conv2d": conv2d,
+        "cuda_conv2d_1x1_pair": lambda *args: kernels._run("conv2d_1x1_pair", pair(*args), H100),
+        "cuda_conv2d_1x1_pair_unsupported": lambda *args: kernels._call(
+            "conv2d_1x1_pair_unsupported", pair(*args), H100
+        ),
+        "cuda_conv2d_1x1_pair_weights": lambda *channels: kernels._call(
+            "conv2d_1x1_pair_weights", *map(tools.ctypes.c_int64, channels[:3]), H100
+        ),
         "cuda_conv2d_kernels": conv2d_kernels,
         "cuda_conv2d_max_pool2d": conv2d_max_pool2d,
         "cuda_architectures": lambda: ["80", "90a"],

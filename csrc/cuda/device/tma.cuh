@@ -104,9 +104,10 @@ __device__ __forceinline__ void store_box_4d(const TensorMap& map, uint32_t sour
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
-// This thread's stores have read their shared memory, which may be written again.
+// This thread's stores, but for the last kPending groups, have read their shared memory, which may be written again.
+template <int kPending = 0>
 __device__ __forceinline__ void store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void store_wait() {
   asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");

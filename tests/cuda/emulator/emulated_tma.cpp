@@ -24,6 +24,7 @@ std::vector<std::unique_ptr<Map>> maps;
 
 struct Store {
   const emulator::Thread* thread;
+  int group;  // of the thread's groups of stores
   std::function<void()> run;
 };
 std::vector<Store> stores;
@@ -204,7 +205,7 @@ void store_box(const Map& map, uint32_t source, int x, int y, int z, int u) {
   if (emulator::eager) {
     run();
   } else {
-    stores.push_back({emulator::current, run});
+    stores.push_back({emulator::current, emulator::current->store_groups, run});
   }
 }
 
@@ -219,13 +220,20 @@ void multipliers_barrier() {
   while (meeting.generation == mine) emulator::yield();
 }
 
-void store_wait() {
-  for (const Store& store : stores) {
-    if (store.thread == emulator::current) store.run();
-  }
+void store_commit() {
+  ++emulator::current->store_groups;
+}
+
+// Runs what this thread has committed, but for the last `pending` groups.
+void store_wait(int pending) {
+  const int last = emulator::current->store_groups - pending;
   std::vector<Store> left;
   for (Store& store : stores) {
-    if (store.thread != emulator::current) left.push_back(std::move(store));
+    if (store.thread == emulator::current && store.group < last) {
+      store.run();
+    } else {
+      left.push_back(std::move(store));
+    }
   }
   stores = std::move(left);
 }
@@ -290,7 +298,7 @@ TensorMap image_map(const TensorView& view, int box_w, int box_h, int box_n) {
   return emulated::remember(map);
 }
 
-TensorMap matrix_map(const TensorView& view, int tile_pixels) {
+TensorMap matrix_map(const TensorView& view, int tile_pixels, bool) {
   emulated::Map map = {};
   map.row = kTensorMapRow;
   map.data = view.data;

@@ -35,7 +35,8 @@ void copy_pixels(uint32_t destination, const Map& map, uint32_t barrier, int c, 
 void copy_box(uint32_t destination, const Map& map, uint32_t barrier, int x, int y, int z, int u);
 void store_box(const Map& map, uint32_t source, int x, int y, int z, int u);
 void multipliers_barrier();
-void store_wait();
+void store_commit();
+void store_wait(int pending);
 
 }  // namespace emulated
 
@@ -74,12 +75,15 @@ inline void store_box_4d(const TensorMap& map, uint32_t source, int x, int y, in
 inline void store_box_2d(const TensorMap& map, uint32_t source, int x, int y) {
   store_box_4d(map, source, x, y, 0, 0);
 }
-inline void store_commit() {}
-inline void store_wait_read() {
-  emulated::store_wait();
+inline void store_commit() {
+  emulated::store_commit();
+}
+template <int kPending = 0>
+void store_wait_read() {
+  emulated::store_wait(kPending);
 }
 inline void store_wait() {
-  emulated::store_wait();
+  emulated::store_wait(0);
 }
 
 inline int uniform(int value) {

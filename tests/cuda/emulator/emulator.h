@@ -59,6 +59,7 @@ struct Thread {
   unsigned long cluster_generation = 0;  // of the cluster barrier that it arrived at
   Asynchronous<Copy> copies;
   Asynchronous<Product> products;
+  int store_groups = 0;   // of bulk stores, committed
   bool unfenced = false;  // copies have landed that the async proxy may not see yet
 };
 

@@ -59,6 +59,21 @@ const char* emulated_conv2d_names(const TensorView* out, const TensorView* input
   return message.c_str();
 }
 
+const char* emulated_conv2d_1x1_pair(const cuda::Conv1x1Pair* pair, int device) {
+  return guarded([&] { cuda::conv2d_1x1_pair(*pair, device, nullptr); });
+}
+
+// Empty where the kernel can serve the pair.
+const char* emulated_conv2d_1x1_pair_unsupported(const cuda::Conv1x1Pair* pair, int device) {
+  message = cuda::conv2d_1x1_pair_unsupported(*pair, device);
+  return message.c_str();
+}
+
+const char* emulated_conv2d_1x1_pair_weights(int64_t channels, int64_t wide, int64_t narrow, int device) {
+  message = cuda::conv2d_1x1_pair_weights(channels, wide, narrow, device);
+  return message.c_str();
+}
+
 const char* emulated_linear(const TensorView* out, const TensorView* input, const TensorView* weight, const float* bias,
                             int relu, int allow_tf32, int device) {
   return guarded([&] {
