@@ -119,7 +119,7 @@ def work(connection: Connection, task: Task) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
     if any(name in one.COMPILED for case in task.cases for name in case.candidates):
         importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()  # its processes take a while
-    torch.set_num_threads(share)
+    torch.set_num_threads(1)  # there are processes enough
     torch.backends.cudnn.benchmark = True
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = 64  # batches and modes of one network are copies of the same code
