@@ -115,7 +115,7 @@ def work(connection: Connection, task: Task) -> None:
 
     signal.signal(signal.SIGUSR1, too_late)
     connection.send(("trying", "begin"))
-    share = -(-(os.cpu_count() or 1) // task.processes)
+    share = -(-len(os.sched_getaffinity(0)) // task.processes)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
     if any(name in one.COMPILED for case in task.cases for name in case.candidates):
         importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()  # its processes take a while
