@@ -115,13 +115,13 @@ def work(connection: Connection, task: Task) -> None:
 
     signal.signal(signal.SIGUSR1, too_late)
     connection.send(("trying", "begin"))
-    share = -(-(os.cpu_count() or 1) // task.processes)
+    share = -(-len(os.sched_getaffinity(0)) // task.processes)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
     if any(name in one.COMPILED for case in task.cases for name in case.candidates):
-        importlib.import_module("torch._inductor.async_compile")  # starts its processes, which takes them a while
-    torch.set_num_threads(share)
+        importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()  # its processes take a while
+    torch.set_num_threads(1)  # there are processes enough
     torch.backends.cudnn.benchmark = True
-    dynamo = importlib.import_module("torch._dynamo.config")
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = 64  # batches and modes of one network are copies of the same code
     dynamo.fail_on_recompile_limit_hit = True  # instead of eager mode in silence
     with torch.no_grad():
