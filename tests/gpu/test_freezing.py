@@ -406,6 +406,33 @@ def test_a_stem_and_its_pooling_in_one_kernel(name: str, monkeypatch: pytest.Mon
 
 
 @needs_gpu
+def test_pairs_of_1x1_convolutions_in_one_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not backend_module("cuda").conv2d_1x1_pair_weights(device, BF16, (64, 256, 64)):
+        pytest.skip("no kernel for pairs of 1x1 convolutions here")
+    torch.manual_seed(0)
+    model = calibrate(torchvision_model("resnet50").eval(), torch.randn(4, 3, 96, 96)).to(device, BF16)
+    x = torch.randn(5, 3, 96, 96, device=device, dtype=BF16)
+    together = freeze_on_gpu(model, [x], None, capturer=PrefersFusions(device), most_lanes=1)
+    pairs = [note.split(":")[0] for note in together.fusions if note.startswith("pairs")]
+    assert pairs == [
+        "pairs of 1x1 conv2d (resident weights) in one kernel, 3 times",
+        "pairs of 1x1 conv2d (streamed weights) in one kernel, 4 times",
+    ]
+    assert together.recomputed == 0
+    monkeypatch.setattr(frozen_module, "RULES", ())
+    apart = freeze_on_gpu(model, [x], None, most_lanes=1)
+    loaded, exact = reloaded(together, tmp_path / "file"), copy.deepcopy(model).double()
+    for _ in range(3):
+        x = torch.randn_like(x)
+        ours = together(x)
+        with torch.no_grad(), fastcnn.use_backend("reference"):
+            assert_accurate(ours, apart(x), exact(x.double()))
+        assert torch.equal(together(x), ours), "the same call must give the same bits"
+        assert torch.equal(loaded(x), ours)
+
+
+@needs_gpu
 def test_in_inference_mode_and_under_autocast() -> None:
     model, x = small_network().cuda().eval(), small_input().cuda()
     with torch.inference_mode():

@@ -24,7 +24,7 @@ from fastcnn.graph.freezing.gpu.saving import program_of
 from fastcnn.graph.freezing.gpu.storage import with_parameters
 
 CPU = torch.device("cpu")
-(STEM_POOL,) = fusions.RULES
+STEM_POOL = fusions.RULES[0]
 aten, fast = torch.ops.aten, torch.ops.fastcnn
 
 
