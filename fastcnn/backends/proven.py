@@ -37,7 +37,7 @@ _TRITON_CONV2D = ("pointwise", "implicit_gemm", "stem", "packed_groups", "depthw
 KERNELS: dict[str, tuple[str, ...]] = {
     "cuda": (
         *(f"conv2d {name}" for name in _CUDA_CONV2D), "conv2d_1x1_pair", "conv2d_max_pool2d", *_OPERATORS,
-    ),  # fmt: skip
+    ),
     "triton": (*(f"conv2d {name}" for name in _TRITON_CONV2D), *_OPERATORS),
 }
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 _FASTCNN = (
-    "adaptive_avg_pool2d avg_pool2d batch_norm batch_statistics channel_affine conv2d conv2d_1x1_pair conv2d_max_pool2d "
-    "linear local_response_norm max_pool2d residual_add"
+    "adaptive_avg_pool2d avg_pool2d batch_norm batch_statistics channel_affine conv2d conv2d_1x1_pair "
+    "conv2d_max_pool2d linear local_response_norm max_pool2d residual_add"
 )
 
 # With the form that writes its first argument (relu and relu_), each overload below that exists.
