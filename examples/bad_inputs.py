@@ -89,6 +89,15 @@ def torch_conv2d_1x1_pair(
     return wide, torch_conv2d(wide, reduce_weight, reduce_bias, scale=reduce_scale, activation="relu")
 
 
+def torch_conv2d_max_pool2d(
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: Any = 1, kernel_size: Any = 3, pool_stride: Any = None, pool_padding: Any = 0, pool_dilation: Any = 1,
+    scale: Any = None, activation: str = "none",
+) -> Tensor:  # fmt: skip
+    y = torch_conv2d(input, weight, bias, stride, padding, dilation, groups, scale, activation=activation)
+    return F.max_pool2d(y, kernel_size, pool_stride, pool_padding, pool_dilation)
+
+
 def torch_batch_norm(
     input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
     momentum: Any = 0.1, eps: Any = 1e-5, residual: Any = None, activation: str = "none",
@@ -239,6 +248,23 @@ SUBJECTS = [
         "input: IMAGES residual: RESIDUALS expand_weight: WEIGHTS reduce_weight: WEIGHTS expand_scale: VECTORS "
         "expand_bias: VECTORS reduce_scale: VECTORS reduce_bias: VECTORS",
         has_out=False,
+    ),
+    Subject(
+        "conv2d_max_pool2d",
+        lambda: {
+            "input": image(),
+            "weight": randn(6, 4, 3, 3),
+            "bias": randn(6),
+            "kernel_size": 2,
+            "pool_stride": 1,
+            "pool_padding": 1,
+            "scale": positive(6),
+            "activation": "relu",
+        },
+        torch_conv2d_max_pool2d,
+        "input: IMAGES weight: WEIGHTS bias: VECTORS scale: VECTORS stride: STEPS padding: PADDINGS dilation: STEPS "
+        "groups: GROUPS kernel_size: STEPS pool_stride: STEPS pool_padding: PADDINGS pool_dilation: STEPS "
+        "activation: ACTIVATIONS",
     ),
     Subject(
         "linear",

@@ -45,6 +45,8 @@ _POOLING = {
     "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation", "input": "convolution's output",
 }  # fmt: skip
 
+_LARGEST = 2**30  # that kernels take
+
 
 def conv2d_max_pool2d(
     input: Tensor,
@@ -96,6 +98,9 @@ def conv2d_max_pool2d(
         pool_dilation = pair(pool_dilation, "dilation")
     except (TypeError, ValueError) as error:
         raise renamed(error, _POOLING) from error
+    for name, values in (("kernel_size", kernel), ("pool_stride", pool_stride), ("pool_dilation", pool_dilation)):
+        if max(values) > _LARGEST:
+            raise ValueError(f"{name} must not exceed 2^30, is {values}")
     if out is None and records_gradient((input, weight, bias, scale)):
         between = conv2d(input, weight, bias, stride, padding, dilation, groups, scale=scale, activation=activation)
         return max_pool2d(between, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode)  # type: ignore[return-value]
