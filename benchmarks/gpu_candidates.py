@@ -95,7 +95,10 @@ def build(candidate: str, net: Network, x: Tensor, note: dict[str, Any]) -> Runn
             frozen = fastcnn.freeze(net.ours, x)
         note["frozen"] = {"memory": frozen.memory()._asdict()}
         if x.is_cuda:
-            note["frozen"] |= {"branches": frozen.branches, "streams": frozen.lanes, "recomputed": frozen.recomputed}
+            note["frozen"] |= {
+                "branches": frozen.branches, "streams": frozen.lanes, "recomputed": frozen.recomputed,
+                "early_starts": frozen.early_starts, "fusions": list(frozen.fusions),
+            }  # fmt: skip
         return lambda: frozen(x)
     faster = torch.compile(copy.deepcopy(net.twin), dynamic=False, mode=COMPILE_MODES.get(candidate, "max-autotune"))
     if candidate != "compile_freezing":

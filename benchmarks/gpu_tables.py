@@ -60,6 +60,8 @@ def gpu_page(files: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         text, picture = networks_section(stem, rows)
         parts.append(text)
         written |= {f"images/{stem}.svg": picture} if picture else {}
+    for stem, rows in of_kind(lambda row: row.get("what") == "gpu_early_starts").items():
+        parts.append(early_starts_section(stem, rows))
     for stem, rows in of_kind(lambda row: row.get("what") == "gpu_layer").items():
         text, pictures = layers_section(stem, rows, ceilings(files[stem]))
         parts.append(text)
@@ -99,6 +101,29 @@ def ceilings(rows: Sequence[Row]) -> str:
             found.setdefault(kind, []).append(f"{name} {row['per_second'] / unit[1]:.{digits}f} {unit[0]}")
     titles = {"bytes": "Memory, read plus written", "flops": "Matrix product"}
     return " ".join(f"{titles.get(kind, kind)}: {', '.join(texts)}." for kind, texts in found.items()) + "\n"
+
+
+# ---- early starts ----------------------------------------------------------------------------------------------------
+
+EARLY_STARTS = """Milliseconds a replay of a CUDA graph, by fastcnn's own choice of kernels, medians: as ever, and with
+early starts, where a kernel begins before the one ahead of it has ended. `freeze` measures both and keeps the faster.
+*Split*: whether the rule already chose kernels that split a reduction over a cluster. All four graphs of a line gave
+the same bits for other inputs in each of the compared replays.
+"""
+
+
+def early_starts_section(stem: str, rows: Sequence[Row]) -> str:
+    text = [f"# Early starts: {stem}\n", conditions(rows), EARLY_STARTS]
+    text.append("| network | batch | split | one stream | early | branches on streams | early |\n" + "|---" * 7 + "|")
+    lines: dict[tuple[str, int, bool], dict[tuple[bool, bool], Row]] = {}
+    for row in rows:
+        key = row["model"], row["batch"], row.get("split_rule", True)
+        lines.setdefault(key, {})[row["most_streams"] > 1, row["early_starts"]] = row
+    for (model, batch, split), found in lines.items():
+        kinds = [found.get((streams, early)) for streams in (False, True) for early in (False, True)]
+        cells = [f"{row['median_ms']:.4g}" if row and "median_ms" in row else "" for row in kinds]
+        text.append(f"| `{model}` | {batch} | {'yes' if split else 'no'} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ _CUDA_FIRST = (Rule(_has_16_bits, ("cuda", "triton")),)
 RULES: dict[tuple[str, str], Sequence[Rule]] = {
     ("cuda", "conv2d"): _CUDA_FIRST,
     ("cuda", "linear"): _CUDA_FIRST,
-    ("cuda", "adaptive_avg_pool2d"): _CUDA_FIRST,
     ("cuda", "batch_statistics"): _CUDA_FIRST,
     ("cuda", "local_response_norm"): _CUDA_FIRST,
+    # adaptive_avg_pool2d: the CUDA kernel was ahead, and was rewritten since. Again when it is in proven.json.
 }
 
 
