@@ -36,6 +36,19 @@ struct PoolProblem {
   float divisor;  // 0: the window's size
 };
 
+// A thread's chunk of channels, and its place among the `rows` of threads that have the same: `lanes` chunks side by
+// side.
+struct ThreadChunk {
+  int row, rows;
+  int64_t channel;
+  __device__ __forceinline__ ThreadChunk(int lanes, int width) {
+    const int thread = static_cast<int>(threadIdx.x);
+    row = thread / lanes;
+    rows = kThreads / lanes;
+    channel = (static_cast<int64_t>(blockIdx.y) * lanes + thread % lanes) * width;
+  }
+};
+
 struct Maximum {
   static constexpr bool kMean = false;
   static __device__ __forceinline__ float start() { return -INFINITY; }
@@ -68,14 +81,13 @@ template <typename T, int kWidth, typename Reduction>
 __global__ void __launch_bounds__(kThreads, 4) pool2d(const __grid_constant__ PoolProblem problem, int lanes) {
   let_next_kernel_begin();
   wait_for_earlier_kernels();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
-  if (lane_row >= rows || c >= problem.channels) return;
-  const T* input = static_cast<const T*>(problem.input) + c;
-  T* out = static_cast<T*>(problem.out) + c;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
-  for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * rows + lane_row; pixel < problem.pixels; pixel += step) {
+  const ThreadChunk chunk(lanes, kWidth);
+  if (chunk.row >= chunk.rows || chunk.channel >= problem.channels) return;
+  const T* input = static_cast<const T*>(problem.input) + chunk.channel;
+  T* out = static_cast<T*>(problem.out) + chunk.channel;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * chunk.rows;
+  for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * chunk.rows + chunk.row; pixel < problem.pixels;
+       pixel += step) {
     int32_t in_image, q;
     const int32_t n = problem.by_image.divide(static_cast<int32_t>(pixel), in_image);
     const int32_t p = problem.by_row.divide(in_image, q);
@@ -110,15 +122,14 @@ template <typename T, int kWidth, typename Reduction, int kSize>
 __global__ void __launch_bounds__(kThreads, 4) pool2d_small(const __grid_constant__ PoolProblem problem, int lanes) {
   let_next_kernel_begin();
   wait_for_earlier_kernels();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
-  if (lane_row >= rows || c >= problem.channels) return;
-  const T* input = static_cast<const T*>(problem.input) + c;
-  T* out = static_cast<T*>(problem.out) + c;
+  const ThreadChunk chunk(lanes, kWidth);
+  if (chunk.row >= chunk.rows || chunk.channel >= problem.channels) return;
+  const T* input = static_cast<const T*>(problem.input) + chunk.channel;
+  T* out = static_cast<T*>(problem.out) + chunk.channel;
   const PoolAxis &vertical = problem.vertical, &horizontal = problem.horizontal;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
-  for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * rows + lane_row; pixel < problem.pixels; pixel += step) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * chunk.rows;
+  for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * chunk.rows + chunk.row; pixel < problem.pixels;
+       pixel += step) {
     int32_t in_image, q;
     const int32_t n = problem.by_image.divide(static_cast<int32_t>(pixel), in_image);
     const int32_t p = problem.by_row.divide(in_image, q);
@@ -162,20 +173,23 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4) global_mean(const __grid_constant__ PoolProblem problem, int lanes) {
   let_next_kernel_begin();
   wait_for_earlier_kernels();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % lanes, lane_row = thread / lanes, rows = kThreads / lanes;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * kWidth;
+  const ThreadChunk chunk(lanes, kWidth);
+  const int thread = static_cast<int>(threadIdx.x), lane_row = chunk.row, rows = chunk.rows;
+  const int64_t c = chunk.channel;
   const bool active = lane_row < rows && c < problem.channels;
-  const int32_t image = problem.vertical.size * problem.horizontal.size;
+  const int64_t image = static_cast<int64_t>(problem.vertical.size) * problem.horizontal.size;
   float sum[kWidth] = {};
   if (active) {
     constexpr int kBatch = 8;  // loads in flight
-    const T* at = static_cast<const T*>(problem.input) + c + blockIdx.x * image * problem.input_stride;
-    for (int first = lane_row; first < image; first += kBatch * rows) {
+    const T* at =
+        static_cast<const T*>(problem.input) + c + static_cast<int64_t>(blockIdx.x) * image * problem.input_stride;
+    for (int64_t first = lane_row; first < image; first += kBatch * rows) {
       Raw<kWidth, T> raw[kBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        raw[u] = load_raw_cached<kWidth>(at + inside(first + u * rows, image) * problem.input_stride);
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t pixel = first + u * rows;
+        raw[u] = load_raw_cached<kWidth>(at + (pixel < image ? pixel : image - 1) * problem.input_stride);
+      }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         float x[kWidth];
@@ -192,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 4) global_mean(const __grid_constant
   if (!active || lane_row != 0) return;
   for (int row = 1; row < rows; ++row) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] += partial[i * kThreads + row * lanes + lane];
+    for (int i = 0; i < kWidth; ++i) sum[i] += partial[i * kThreads + row * lanes + thread];
   }
   const float factor = reciprocal(static_cast<float>(image));
 #pragma unroll
