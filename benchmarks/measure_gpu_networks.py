@@ -372,7 +372,15 @@ def shown(row: Row) -> str:
         f"{start} {timing['median_ms']:9.4f} ms {row['images_per_s']:10.1f} images/s{latency}, "
         f"off by {row['error']:.1e} (eager {row['eager_error']:.1e}), first call {row['first_call_s']:.1f} s"
         + (f", WITHOUT {row['graphs_skipped']} CUDA graphs" if row.get("graphs_skipped") else "")
+        + _choices(row.get("frozen", {}))
     )
+
+
+def _choices(frozen: Row) -> str:
+    """What freezing on a GPU chose by its own times."""
+    if "branches" not in frozen:
+        return ""
+    return "; ".join(["; early starts" if frozen["early_starts"] else "", frozen["branches"], *frozen["fusions"]])
 
 
 def names(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 # One whole visit to a GPU machine, stage by stage. Works from a checkout, without a network, with what is installed there
 # (torch >= 2.11, triton >= 3.6, nvcc, cmake, ninja, pybind11, pytest, pytest-benchmark).
 #
-#   benchmarks/run_gpu.sh [--dry-run] [stage ...]        stages: build tests verify tune sanitize layers bench networks;
+#   benchmarks/run_gpu.sh [--dry-run] [stage ...]        stages: build tests fusions verify tune sanitize layers bench networks;
 #                                                        default: all
 #
 # Everything goes to $OUT (default: gpu-results/), one log a stage, written as it happens. A stage has nine minutes; one that
@@ -16,11 +16,11 @@ stages=()
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=1 ;;
-    build | tests | verify | tune | sanitize | layers | bench | networks) stages+=("$argument") ;;
-    *) echo "unknown stage '$argument': build tests verify tune sanitize layers bench networks" >&2; exit 2 ;;
+    build | tests | fusions | verify | tune | sanitize | layers | bench | networks) stages+=("$argument") ;;
+    *) echo "unknown stage '$argument': build tests fusions verify tune sanitize layers bench networks" >&2; exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || stages=(build tests verify tune sanitize layers bench networks)
+[ ${#stages[@]} -gt 0 ] || stages=(build tests fusions verify tune sanitize layers bench networks)
 
 export OUT="${OUT:-$PWD/gpu-results}"
 mkdir -p "$OUT"
@@ -52,6 +52,21 @@ stage_tests() {
   fi
   pytest "${selection[@]}" "${parallel[@]}" -p no:benchmark -p no:cacheprovider -q --tb=short --durations=20 \
     --junitxml="$OUT/gpu-tests.xml"
+}
+
+# What freezing chooses by its own times: operators in one kernel, early starts, branches on streams.
+stage_fusions() {
+  export PYTHONPATH="$PWD/benchmarks"
+  local status=0
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then
+    python benchmarks/measure_gpu_pairs.py --rehearse --out "$OUT/gpu-pairs.json"
+    return
+  fi
+  python benchmarks/measure_gpu_networks.py --networks resnet50,densenet121 --candidates eager_graph,fastcnn_frozen \
+    --deadline 60 --output "$OUT/gpu-frozen.json" || status=1
+  python benchmarks/measure_gpu_pairs.py --batches 256 --rounds 5 --out "$OUT/gpu-pairs.json" || status=1
+  python benchmarks/measure_gpu_early_starts.py --output "$OUT/gpu-early-starts.json" || status=1
+  return $status
 }
 
 # One process for each backend, dtype and network: most of the time goes into compiling Triton kernels.
@@ -160,7 +175,7 @@ stage_networks() {
 # ---- the visit ----------------------------------------------------------------------------------------------------
 
 export FASTCNN_REHEARSE=${FASTCNN_REHEARSE:-0}
-export -f stage_build stage_tests stage_verify verify_one stage_tune stage_sanitize stage_bench stage_layers stage_networks
+export -f stage_build stage_tests stage_fusions stage_verify verify_one stage_tune stage_sanitize stage_bench stage_layers stage_networks
 {
   echo "commit ${FASTCNN_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}, $(date -u +%FT%TZ), rehearsal: $FASTCNN_REHEARSE"
 } >"$OUT/summary.txt"
