@@ -94,10 +94,10 @@ static void transform_few(const WinogradProblem& problem, const TileBlock& tiles
   for (int64_t i = 0; i < tiles.count; ++i, place = place_after(problem, place)) {
     for (int v = 0; v < In; ++v) {
       float* to = panel + (v * kFewTiles + i) * kVectorWidth;
-      transform_vector<float, kFewSide>(problem, place, v * kVectorWidth, [&](int row, int column, Vector value)
-                                            __attribute__((always_inline)) {
-                                              store(to + (row * kFewSide + column) * few_point_stride(In), value);
-                                            });
+      transform_vector<float, kFewSide>(problem, place, v * kVectorWidth,
+                                        [&](int row, int column, Vector value) __attribute__((always_inline)) {
+                                          store(to + (row * kFewSide + column) * few_point_stride(In), value);
+                                        });
     }
   }
 }
