@@ -17,8 +17,7 @@
 // Of the tma kernels:
 //   tma .. split 2, 4, 8   reductions split over a cluster, for grids that leave most of the device idle
 //   tma .. by 32           stages of two blocks of 32 channels, for 96, 160 ... channels
-//   tma .. by 96           or of one block of 96: only the tuner chooses them, as the estimate cannot tell where they
-//   win
+//   tma .. by 96           or of one block of 96: for the tuner, as the estimate cannot tell where they win
 //
 // "Aligned": the input, its pixel stride, C/g and the filters are multiples of 16 bytes.
 #include <cuda_bf16.h>

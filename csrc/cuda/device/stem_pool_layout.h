@@ -3,12 +3,10 @@
 // Windows are 3x3 with stride 2, padding 0 or 1: output row p takes convolution rows 2p - pad, +1 and +2, and its last
 //   row is the next one's first.
 // Walk: some output rows of a strip of columns of one image, from top to bottom: 2 * rows + 1 convolution rows. Only
-// the
-//   first of them belongs to another walk as well. It is cut into tiles of `stem.tile_h` convolution rows, each with a
-//   band of input rows.
+//   the first of them belongs to another walk as well. It is cut into tiles of `stem.tile_h` convolution rows, each
+//   with a band of input rows.
 // Strip: convolution columns 2 * first - pad and on, stem.tile_w of them, 64 for each warpgroup. A column or row may
-// lie
-//   outside the convolution's output, before its start or behind its end: then no window counts it.
+//   lie outside the convolution's output, before its start or behind its end: then no window counts it.
 // Staged row: the maxima over three convolution rows, 128 bytes of 64 filters for each column of the strip.
 #pragma once
 
