@@ -24,7 +24,7 @@ from fastcnn.graph import calls, concatenation, roles
 from fastcnn.graph.aliases import Aliases
 from fastcnn.graph.patterns import MERGED
 from fastcnn.nn import fusing
-from fastcnn.nn.merging import joined, writes_in_place
+from fastcnn.nn.merging import is_as_in_a_call, joined, writes_in_place
 from fastcnn.ops._layout import is_channels_last
 
 Branch = tuple[calls.ConvLayer, calls.NormLayer | None, fusing.Activation]
@@ -39,7 +39,7 @@ def pointwise(x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, ...] | Non
         x: (N, C, H, W).
         branches: 1x1 convolution, batch norm or None, activation.
     """
-    if type(x) not in PLAIN_TENSORS or x.dim() != 4 or not x.numel() or x.is_meta or not is_channels_last(x):
+    if not is_as_in_a_call(x) or x.dim() != 4 or not x.numel() or x.is_meta or not is_channels_last(x):
         return None
     activation = fusing._fusable_name(branches[0][2])
     stride: Any = None

@@ -5,10 +5,13 @@ The modules keep their parameters; the joined weight is a derived value, kept un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from fastcnn import ops
@@ -21,16 +24,35 @@ from fastcnn.ops._registration import autocasts, records_gradient
 Unit = tuple[nn.Conv2d, nn.BatchNorm2d | None]
 _TENSORS_A_UNIT = 6  # weight and bias of the convolution; mean, variance, weight and bias of the batch norm
 
+_traced_as_run: ContextVar[bool] = ContextVar("fastcnn_traced_as_run", default=False)
+
+
+@contextmanager
+def traced_as_run() -> Iterator[None]:
+    """Inside, a trace holds what a call without a tracer would run: it is for inputs of these very shapes only."""
+    token = _traced_as_run.set(True)
+    try:
+        yield
+    finally:
+        _traced_as_run.reset(token)
+
 
 def writes_in_place(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
-    """Whether branches may write into slices of one output: no gradient, no autocast, no tracer, no module hooks."""
+    """Whether branches may write into slices of one output: no gradient, no autocast, no module hooks, and no
+    tracer but in :func:`traced_as_run`.
+    """
     return not (
-        operations_are_replaced()
+        (operations_are_replaced() and not _traced_as_run.get())
         or _is_watched()
         or autocasts(input.device.type)
         or forward_ad._current_level >= 0
         or records_gradient((input, *parameters))
     )
+
+
+def is_as_in_a_call(tensor: object) -> bool:
+    """Whether it is a plain tensor, or stands for one in :func:`traced_as_run`."""
+    return type(tensor) in PLAIN_TENSORS or (_traced_as_run.get() and isinstance(tensor, FakeTensor))
 
 
 def can_merge(units: Sequence[Unit]) -> bool:
@@ -75,6 +97,8 @@ def joined(
 
     first, *others = tensors
     assert first is not None
+    if operations_are_replaced():
+        return merge(*tensors)
     return derived(first, ("merged_pointwise", epsilons), merge, *others)
 
 

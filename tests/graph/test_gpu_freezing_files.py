@@ -9,7 +9,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from support.fake_capture import FakeCapturer
 from support.networks import small_input, small_network
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcnn
 from fastcnn.graph.freezing import FrozenOnGpu
 from fastcnn.graph.freezing.gpu import cuda_graph, freeze_on_gpu
 from fastcnn.graph.freezing.gpu.frozen import load_on_gpu
 from fastcnn.graph.freezing.gpu.operators import allowed
+from fastcnn.graph.freezing.gpu.saving import program_of
 from fastcnn.graph.freezing.gpu.settings import Settings
 from fastcnn.verification import calibrate
 
@@ -88,6 +90,30 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "densenet_bc100_k12_cifar": lambda: fastcnn.create_model("densenet_bc100_k12_cifar"),
     "googlenet": lambda: fastcnn.create_model("googlenet"),
 }
+
+
+class Counting(TorchDispatchMode):
+    """Counts fastcnn's operators in :attr:`calls`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[operator] += getattr(operator, "namespace", "") == "fastcnn"
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_program_calls_what_the_model_calls(name: str) -> None:
+    """Merged convolutions stay merged, and what is written into slices is not concatenated."""
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    frozen = freeze(NETWORKS[name]().eval(), x)
+    with torch.no_grad(), Counting() as counting:
+        frozen._held.model(*frozen.inputs)
+    program = program_of(frozen._held.model, frozen.inputs)[0]
+    steps = Counter(step.operator for step in program.steps)
+    assert {k: n for k, n in steps.items() if k.namespace == "fastcnn"} == +counting.calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)

@@ -127,6 +127,17 @@ def test_what_is_slower_stays_apart() -> None:
 
 
 @pytest.mark.usefixtures("as_on_an_h100")
+def test_weights_stay_packed_where_operators_stay_apart() -> None:
+    """A graph is captured after the model was traced in vain."""
+    capturer = Times(1.0, 2.0, 0.5)
+    capturer.early_starts = True
+    model = freeze(fastcnn.create_model("resnet18").eval(), torch.randn(1, 3, 64, 64), capturer)
+    assert "apart: in one kernel 2.0000 ms" in model.fusions[0]
+    assert model.early_starts
+    assert model.recomputed == 0
+
+
+@pytest.mark.usefixtures("as_on_an_h100")
 def test_another_result_stays_apart(caplog: pytest.LogCaptureFixture) -> None:
     class Wrong(Times):
         def capture(self, run: Callable[[], Any], most_lanes: int, early: bool = False) -> tuple[FakeGraph, Any]:

@@ -70,7 +70,8 @@ def _captured(model: nn.Module, inputs: Sequence[Tensor], suspects: set[Any]) ->
         return leaves
 
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):  # fastcnn's modules forget their packed weights when their mode is set
+        model.eval()
     token = capturing.set(True)
     try:
         with torch.no_grad():

@@ -16,6 +16,7 @@ from fastcnn.graph.freezing.gpu.making import make_program, placed
 from fastcnn.graph.freezing.gpu.program import Program
 from fastcnn.graph.freezing.gpu.settings import Settings
 from fastcnn.graph.freezing.gpu.storage import as_bytes, as_loaded
+from fastcnn.nn.merging import traced_as_run
 
 
 def content_of(
@@ -50,4 +51,6 @@ def program_of(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Program, lis
         constants, parts = placed(model.constants)
         return dataclasses.replace(model.program, constants=constants), parts
     blank = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-    return make_program(capture(model, blank), inputs[0].device)
+    with traced_as_run():
+        captured = capture(model, blank)
+    return make_program(captured, inputs[0].device)
