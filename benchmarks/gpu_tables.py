@@ -62,6 +62,8 @@ def gpu_page(files: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         written |= {f"images/{stem}.svg": picture} if picture else {}
     for stem, rows in of_kind(lambda row: row.get("what") == "gpu_early_starts").items():
         parts.append(early_starts_section(stem, rows))
+    for stem, rows in of_kind(lambda row: row.get("what") == "gpu_pair").items():
+        parts.append(pairs_section(stem, rows))
     for stem, rows in of_kind(lambda row: row.get("what") == "gpu_layer").items():
         text, pictures = layers_section(stem, rows, ceilings(files[stem]))
         parts.append(text)
@@ -123,6 +125,31 @@ def early_starts_section(stem: str, rows: Sequence[Row]) -> str:
         kinds = [found.get((streams, early)) for streams in (False, True) for early in (False, True)]
         cells = [f"{row['median_ms']:.4g}" if row and "median_ms" in row else "" for row in kinds]
         text.append(f"| `{model}` | {batch} | {'yes' if split else 'no'} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+# ---- pairs of 1x1 convolutions ---------------------------------------------------------------------------------------
+
+PAIRS = """Microseconds of an expanding 1x1 convolution with residual and ReLU and the reducing one behind it, in one
+kernel and in two. *Floor*: the bytes that one kernel must move, at 3.0 TB/s. *Weights*: whether a block keeps all of
+them in shared memory or streams them. `freeze` measures both ways for a network and keeps the faster.
+"""
+
+
+def pairs_section(stem: str, rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.get("times", {})))
+    headings = ["channels", "picture", "batch", "where", "weights", "floor", *names, "speed-up"]
+    text = [f"# Pairs of 1x1 convolutions: {stem}\n", conditions(rows), PAIRS]
+    text.append("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
+    for row in rows:
+        times = {name: timing["median_ms"] for name, timing in row.get("times", {}).items()}
+        together = times.pop("one kernel", None)
+        apart = min(times.values(), default=None)
+        cells = [" -> ".join(map(str, row["channels"])), f"{row['size']}x{row['size']}", str(row["batch"]), row["note"]]
+        cells += [row["weights"] or "not served", microseconds(row["floor_ms"])]
+        cells += [microseconds(together if name == "one kernel" else times.get(name)) for name in names]
+        cells.append(f"{apart / together:.2f}x" if together and apart else "; ".join(row.get("wrong", [])))
+        text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
 
@@ -376,11 +403,25 @@ def networks_section(stem: str, rows: Sequence[Row]) -> tuple[str, str | None]:
                 ratio = f"{peers[best] / min(ours):.2f}x"
             lines.append(f"| `{network}` | " + " | ".join(cells) + f" | {ratio} |")
         text += [f"## {dtype}, batch {batch}\n", "\n".join(lines) + "\n"]
-    text += latencies(rows)
+    text += [chosen(rows), *latencies(rows)]
     if not found:
         return "\n".join(text), None
     text.insert(3, f"![Speed-up over the best of the others](images/{stem}.svg)\n")
     return "\n".join(text), bars_picture(found, titles, "the best of the others")
+
+
+def chosen(rows: Sequence[Row]) -> str:
+    """What `freeze` chose for each network by times of its own."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["batch"]):
+        if gpu_ms(row) is not None and "early_starts" in (found := row.get("frozen", {})):
+            notes = "; ".join([*found["fusions"], found["branches"]])
+            early = "yes" if found["early_starts"] else "no"
+            lines.append(f"| `{row['model']}` | {row['batch']} | {early} | {found['streams']} | {notes} |")
+    if not lines:
+        return ""
+    heading = "| network | batch | early starts | streams | operators in one kernel, branches |\n" + "|---" * 5 + "|"
+    return "\n".join(["## What `freeze` chose, by times of its own\n", heading, *lines]) + "\n"
 
 
 def gpu_ms(row: Row) -> float | None:

@@ -4,21 +4,24 @@
     python benchmarks/measure_gpu_pairs.py --batches 256 --rounds 5
     python benchmarks/measure_gpu_pairs.py --rehearse           the same on a CPU with tiny sizes: no figures
 
-Prints a row a pair, and writes them as JSON. A pair whose results break the accuracy rule, with those of two calls as
-the reference, is not timed. How calls are timed: gpu_replay.py. The floor is the time for the bytes that one kernel
-must move at 3.0 TB/s.
+Writes a row a pair to gpu-pairs.json in $OUT or in benchmarks/results. A pair whose results break the accuracy rule,
+with those of two calls as the reference, is not timed. How calls are timed: gpu_replay.py. The floor is the time for
+the bytes that one kernel must move at 3.0 TB/s.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from gpu_replay import Replay, in_turns, sets_against_cache
+from measure_gpu_layers import commit, nvidia_smi
+from raw_rows import RESULTS, Row, write_rows
 from torch import Tensor
 
 from fastcnn import backends, ops
@@ -81,11 +84,16 @@ def main() -> int:
     parser.add_argument("--batches", default="256,32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("gpu-pairs.json"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS) / "gpu-pairs.json")
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.rehearse else "cuda")
-    described = conditions(device, torch.bfloat16).to_dict()
-    rows, faults = [], 0
+    facts = {
+        **conditions(device, torch.bfloat16).to_dict(), "commit": commit(), "driver": nvidia_smi("driver_version"),
+        "dtype": "bf16", "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "rehearsal": arguments.rehearse,
+    }  # fmt: skip
+    rows: list[Row] = []
+    faults = 0
     for batch in map(int, arguments.batches.split(",")):
         for channels, size, note in PAIRS:
             batch, size = (1, 5) if arguments.rehearse else (batch, size)
@@ -106,7 +114,10 @@ def main() -> int:
                     if not difference < 8e-3
                 ]
                 del ours, theirs
-                row = {"channels": channels, "batch": batch, "size": size, "note": note, "weights": served}
+                row: Row = {
+                    **facts, "what": "gpu_pair", "channels": channels, "batch": batch, "size": size, "note": note,
+                    "weights": served,
+                }  # fmt: skip
                 pixels = batch * size * size
                 c, j, k = channels
                 row["floor_ms"] = 2e3 * pixels * (c + 2 * j + k) / BANDWIDTH
@@ -128,7 +139,7 @@ def main() -> int:
                 times = {name: round(t["median_ms"], 4) for name, t in row.get("times", {}).items()}
                 print(batch, channels, served or "not served", f"floor {row['floor_ms']:.4f}", row.get("wrong", times))
                 sys.stdout.flush()
-            arguments.out.write_text(json.dumps({"conditions": described, "rows": rows}, indent=1))
+            write_rows(arguments.out, rows)
     return 1 if faults else 0
 
 
