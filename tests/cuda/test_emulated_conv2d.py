@@ -153,7 +153,8 @@ CASES = [
     Case("patch 256x64", BF16, SM90_TWO, 16, 72, (4, 4), padding=(2, 2, 1, 1), image=(3, 7, 70), asked=True),
     Case("patch 256x64", F16, SM90_TWO, 64, 64, (3, 2), padding=(0, 1, 3, 0), image=(5, 5, 6), asked=True),
     Case("patch 256x64", BF16, SM90_TWO, 128, 128, groups=2, image=(2, 6, 9), residual_extra=8, asked=True),
-    # The same with the filters in registers.
+    # The same with the filters in registers, by choice where there are many tiles.
+    Case("patch held", BF16, SM90, 64, 64, image=(2, 28, 28)),
     Case("patch held", BF16, SM90, 64, 64, image=(2, 9, 11), asked=True),
     Case("patch held", F16, SM90_TWO, 56, 120, image=(1, 19, 61), out_start=8, out_extra=16, asked=True),
     Case("patch held", BF16, SM90_TWO, 16, 72, padding=(0, 2, 1, 0), image=(5, 7, 70), asked=True),
