@@ -189,7 +189,7 @@ double split_cycles(const ConvProblem& problem, const Choice& choice) {
 // Where the rule may split: long reductions, whose blocks are all at work at once. Clusters do not find room on all
 // multiprocessors (of 8 blocks, 16 do not), hence the eighth that is left free.
 bool worth_splitting(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
-  return stages_of(problem.shape) >= (problem.has_prologue() ? 4 : 24) &&
+  return stages_of(problem.shape) >= (problem.has_prologue() ? 7 : 24) &&
          tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 7 / 8;
 }
 

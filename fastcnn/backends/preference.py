@@ -30,13 +30,16 @@ def _has_16_bits(dtype: torch.dtype, args: tuple[Any, ...]) -> bool:
 _CUDA_FIRST = (Rule(_has_16_bits, ("cuda", "triton")),)
 
 # By (kind of device, operator). Measured on an H100 in bf16 (docs/performance-gpu.md): the CUDA kernels are ahead of
-# the Triton ones on nearly every convolution and where a result is small; Triton's where only bandwidth counts.
+# the Triton ones on nearly every convolution and where a result is small; Triton's where only bandwidth counts. The two
+# are level in max_pool2d, but CUDA kernels can begin early in a frozen model.
 RULES: dict[tuple[str, str], Sequence[Rule]] = {
     ("cuda", "conv2d"): _CUDA_FIRST,
     ("cuda", "linear"): _CUDA_FIRST,
     ("cuda", "batch_statistics"): _CUDA_FIRST,
     ("cuda", "local_response_norm"): _CUDA_FIRST,
-    # adaptive_avg_pool2d: the CUDA kernel was ahead, and was rewritten since. Again when it is in proven.json.
+    ("cuda", "max_pool2d"): _CUDA_FIRST,
+    ("cuda", "avg_pool2d"): _CUDA_FIRST,
+    ("cuda", "adaptive_avg_pool2d"): _CUDA_FIRST,
 }
 
 
