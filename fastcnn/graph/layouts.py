@@ -7,7 +7,8 @@ anything else reads a value, or the model returns it, it has PyTorch's layout ag
 
 In each call a flag goes with what came of a value that entered: whether PyTorch has it in contiguous memory, where here
 it is channels-last. Where values of different entries meet, and not all of them are contiguous in PyTorch, they get
-PyTorch's layouts back first (``meet``), so that the result has the layout that follows from these.
+PyTorch's layouts back first (``meet``), so that the result has the layout that follows from these. An operator in place
+takes them as they are (``meet_in_place``): its result is the value that it writes into.
 
 A conversion is a copy. A value is not converted where a write into it could be missed by one of its two forms.
 """
@@ -56,6 +57,13 @@ def meet(*values: tuple[Any, bool]) -> tuple[Any, ...]:
             return (*(x for x, _ in values), True)
         return (*(leave(*value) for value in values), False)
     return (*(x for x, _ in values), False)
+
+
+def meet_in_place(*values: tuple[Any, bool]) -> tuple[Any, ...]:
+    """The same of an operator that writes into the first: other readers of that must see it, so it is not copied."""
+    if not isinstance(values[0][0], Tensor):  # `number += tensor` makes a new one
+        return meet(*values)
+    return (*(x for x, _ in values), values[0][1])
 
 
 def _is_contiguous(x: Any) -> bool:
@@ -152,8 +160,10 @@ def _flag_of(
         operands[image] = _flag_of_convolution(graph, at, operands[image], layer, modules, assumed)
     given = list(dict.fromkeys(operands.values()))
     if len(given) > 1:
+        in_place = next(iter(operands)) is image and roles.may_write(node, modules)
+        values = tuple((operand, flag or False) for operand, flag in operands.items())
         with graph.inserting_before(at):
-            met = graph.call_function(meet, tuple((operand, flag or False) for operand, flag in operands.items()))
+            met = graph.call_function(meet_in_place if in_place else meet, values)
             for i, operand in enumerate(operands):
                 one = graph.call_function(_item, (met, i))
                 for reader in {at, node}:
@@ -229,6 +239,8 @@ def _follows(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return False
     if node.target in _FUSED or node.target in _READ_SHAPES or node.target is concatenation.end:
         return True
+    if node.kwargs.get("out") is not None:
+        return False  # the result is that one, whatever is read
     origin = str(getattr(node.target, "__module__", None) or "torch").split(".")[0]
     return origin in ("torch", "_operator") and getattr(node.target, "__name__", "") in _FOLLOW
 

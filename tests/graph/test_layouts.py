@@ -150,7 +150,16 @@ def parts_of_what_is_written(m: Any, x: Tensor) -> Any:
     return z.view(z.size(0), -1), y
 
 
-@pytest.mark.parametrize("body", [written_in, written_out, concatenated, parts_of_what_is_written])
+def written_where_layouts_meet(m: Any, x: Tensor) -> Any:
+    y = m.conv[1](x)
+    y.add_((-x).contiguous(memory_format=torch.channels_last))
+    return m.conv[2](y), y * y
+
+
+BODIES = [written_in, written_out, concatenated, parts_of_what_is_written, written_where_layouts_meet]
+
+
+@pytest.mark.parametrize("body", BODIES)
 @torch.no_grad()
 def test_writes_reach_both_forms(body: Callable[[Any, Tensor], Any]) -> None:
     class Body(Net):

@@ -250,6 +250,12 @@ def test_the_same_results(steps: list[Step], size: tuple[int, ...], returned: in
 
 @hypothesis.settings(max_examples=EXAMPLES or 8, deadline=None, derandomize=not EXAMPLES, database=None)
 @hypothesis.given(steps=steps, size=sizes, returned=st.integers(1, 8), channels_last=st.booleans())
+@hypothesis.example(  # layouts meet in a sum that is written into a value which is read again
+    steps=[("gate", 0, 0), ("iadd", 0, 5), ("iadd", 1, 4), ("add", 0, 3), ("dropout", 0, 2)],
+    size=(2, C, 4, 7),
+    returned=1,
+    channels_last=True,
+)
 @torch.no_grad()
 def test_the_same_results_of_compiled_graphs(
     steps: list[Step], size: tuple[int, ...], returned: int, channels_last: bool
