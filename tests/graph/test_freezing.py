@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,6 +261,7 @@ def test_exact_rules_winograd_out_of_a_frozen_model() -> None:
 def test_tuning_takes_the_fastest_algorithm_that_is_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {"direct": 3.0, "winograd4": 1.0, "winograd2": 2.0, "winograd4_plain": 2.5}
     monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: taken[layer.algorithm])
+    monkeypatch.setattr(choosing, "is_faster", lambda candidate, usual: True)
     model = _Convolution(16, 24).to(dtype)
     x = images(1, 16, 12).to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -317,6 +319,7 @@ def test_winograd_with_a_stride_gives_the_models_own_bits(
 def test_tuning_measures_strided_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {"direct": 3.0, "winograd4s2": 2.0, "winograd2s2": 1.0, "winograd1x4s2": 1.5}
     monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: taken[layer.algorithm])
+    monkeypatch.setattr(choosing, "is_faster", lambda candidate, usual: True)
     model, x = nn.Conv2d(16, 24, 5, 2, 2).eval(), images(1, 16, 12)
 
     def chosen(strided: nn.Conv2d) -> list[str]:
@@ -330,6 +333,33 @@ def test_tuning_measures_strided_convolutions_too(monkeypatch: pytest.MonkeyPatc
     taken["direct"] = 0.1
     assert chosen(model) == ["direct"]
     assert chosen(nn.Conv2d(16, 24, 5, (2, 1), 2).eval()) == ["direct"]
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_tuned_model_is_taken_where_it_is_faster_as_a_whole(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _Convolution(16, 24), images(1, 16, 12).contiguous(memory_format=torch.channels_last)
+    usual = fastcnn.freeze(model, x)
+    taken = {algorithm: 2.0 for algorithm in ("direct", "winograd4", "winograd2", "winograd4_plain")}
+    other = "direct" if "winograd" in usual._recipe.weights[0][2] else "winograd4"
+    monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: (taken | {other: 1.0})[layer.algorithm])
+    compared: list[Any] = []
+
+    def is_faster(candidate: Callable[[], Any], usual: Callable[[], Any]) -> bool:
+        compared.append((candidate(), usual()))
+        return faster
+
+    monkeypatch.setattr(choosing, "is_faster", is_faster)
+    tuned = fastcnn.freeze(model, x, tune=True)
+    if faster:
+        assert {algorithm for _, _, algorithm, *_ in tuned._recipe.weights} == {other}
+    else:
+        assert tuned._recipe == usual._recipe
+    ((ours, theirs),) = compared
+    assert relative_error(ours, theirs) <= 1e-5
+    # Where measuring a layer changes nothing, there is nothing to compare.
+    monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: 1.0)
+    fastcnn.freeze(model, x, tune=True)
+    assert len(compared) == 1
 
 
 def test_a_tuned_model_computes_the_same_within_the_stated_error() -> None:

@@ -14,9 +14,10 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
+from fastcnn.graph.freezing import choosing
 from fastcnn.graph.freezing.aten import aten_rules
-from fastcnn.graph.freezing.capture import capture
-from fastcnn.graph.freezing.choosing import ByMeasurement, by_rule
+from fastcnn.graph.freezing.capture import Captured, capture
+from fastcnn.graph.freezing.choosing import ByMeasurement, Choose, by_rule
 from fastcnn.graph.freezing.gpu import FrozenOnGpu, freeze_on_gpu
 from fastcnn.graph.freezing.gpu.frozen import load_on_gpu
 from fastcnn.graph.freezing.gpu.storage import DTYPES as GPU_DTYPES
@@ -282,8 +283,8 @@ def freeze(
             inputs of this dtype.
         tune: on the CPU, measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles, Strassen) is fastest here for
             each 1x1, 3x3, 5x5 or strided convolution, for the number of threads now set, instead of going by the
-            backend's estimate. Takes some seconds. Results may then differ from the unfrozen model's within what fast
-            algorithms may be off.
+            backend's estimate, and whether the model is then faster as a whole; if not, it stays as estimated. Takes
+            some seconds. Results may then differ from the unfrozen model's within what fast algorithms may be off.
 
     Raises:
         ValueError: an example is empty, of another dtype, or on another device than the rest; on the CPU, the model
@@ -315,8 +316,19 @@ def freeze(
     # Memory of their own each, with the same strides: values do not matter, and no two inputs may share a storage.
     blank = [torch.empty_strided(e.shape, e.stride(), dtype=dtype or e.dtype) for e in examples]
     captured = capture(_prepared(model, blank, dtype), blank)
+    usual = _lowered(captured, by_rule)
+    if not tune:
+        return usual
+    tuned = _lowered(captured, ByMeasurement())
+    if tuned._recipe == usual._recipe:
+        return usual
+    inputs = [b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(0))) for b in blank]
+    return tuned if choosing.is_faster(lambda: tuned(*inputs), lambda: usual(*inputs)) else usual
+
+
+def _lowered(captured: Captured, choose: Choose) -> FrozenModel:
+    """The captured model with an algorithm for each convolution."""
     with torch.inference_mode(False), torch.no_grad():
-        choose = ByMeasurement() if tune else by_rule
         program = Lowering(captured, {**fastcnn_rules(), **aten_rules()}, choose).run()
         recipe, constants = make_recipe(program, captured.spec)
     return FrozenModel(recipe, constants, packed(program.weights), captured.spec)
