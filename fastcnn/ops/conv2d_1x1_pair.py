@@ -75,7 +75,8 @@ def conv2d_1x1_pair(
         input, residual, expand_weight, expand_scale, expand_bias, reduce_weight, reduce_scale, reduce_bias
     )  # fmt: skip
     if out is None:
-        if torch._C._are_functorch_transforms_active():
+        # On the CPU no kernel does both, and graphs know what the two are.
+        if input.device.type == "cpu" or torch._C._are_functorch_transforms_active():
             _require_weights(*args)
             return _two_calls(*args)
         return FUNCTIONAL(*args)
@@ -102,8 +103,14 @@ def _reduction(wide: Tensor, *args: Any) -> tuple[Any, ...]:
 
 
 def _two_calls(*args: Any) -> Outputs:
-    wide = OPERATOR(*_expansion(*args))
-    return wide, OPERATOR(*_reduction(wide, *args))
+    try:
+        wide = OPERATOR(*_expansion(*args))
+    except (ValueError, TypeError) as error:
+        raise renamed(error, _FIRST_NAMES) from error
+    try:
+        return wide, OPERATOR(*_reduction(wide, *args))
+    except (ValueError, TypeError) as error:
+        raise renamed(error, _SECOND_NAMES) from error
 
 
 def _require_weights(input: Tensor, residual: Tensor, expand_weight: Tensor, *rest: Any) -> None:

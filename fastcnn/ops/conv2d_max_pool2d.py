@@ -101,9 +101,13 @@ def conv2d_max_pool2d(
     for name, values in (("kernel_size", kernel), ("pool_stride", pool_stride), ("pool_dilation", pool_dilation)):
         if max(values) > _LARGEST:
             raise ValueError(f"{name} must not exceed 2^30, is {values}")
-    if out is None and records_gradient((input, weight, bias, scale)):
+    # On the CPU no kernel does both, and graphs know what the two are.
+    if out is None and (input.device.type == "cpu" or records_gradient((input, weight, bias, scale))):
         between = conv2d(input, weight, bias, stride, padding, dilation, groups, scale=scale, activation=activation)
-        return max_pool2d(between, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode)  # type: ignore[return-value]
+        try:
+            return max_pool2d(between, kernel, pool_stride, pool_padding, pool_dilation, ceil_mode)  # type: ignore[return-value]
+        except (TypeError, ValueError) as error:
+            raise renamed(error, _POOLING) from error
     convolution = operator_arguments(
         input, weight, bias, stride, padding, dilation, groups, scale, None, activation, None, None, "none"
     )

@@ -9,7 +9,7 @@ import torch
 from support.accuracy import assert_accurate
 from support.gradients import assert_gradients, leaf
 from support.layout import LAYOUTS, GuardedSlice, sliced
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastcnn
 from fastcnn import ops
@@ -212,3 +212,19 @@ def test_out_refuses_gradients() -> None:
     values["reduce_weight"].requires_grad_()
     with pytest.raises(RuntimeError, match="automatic differentiation"):
         pair(values, out=(torch.empty(2, 40, 5, 7), torch.empty(2, 24, 5, 7)))
+
+
+@torch.no_grad()
+def test_models_that_call_it_freeze_on_the_cpu() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand, self.reduce = nn.Conv2d(16, 40, 1, bias=False), nn.Conv2d(40, 24, 1, bias=False)
+
+        def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.conv2d_1x1_pair(x, residual, self.expand.weight, self.reduce.weight)
+
+    model, values = Pair().eval(), arguments()
+    inputs = (values["input"], values["residual"])
+    for ours, expected in zip(fastcnn.freeze(model, inputs)(*inputs), model(*inputs), strict=True):
+        assert torch.equal(ours, expected)

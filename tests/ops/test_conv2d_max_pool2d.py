@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layout import GuardedSlice
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastcnn
 from fastcnn import backends, ops
 from fastcnn.backends import cuda
+from fastcnn.measurement.flops import count_flops
 
 POOL: dict[str, Any] = {"kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
 
@@ -182,3 +184,20 @@ def test_float64_of_the_pair_is_the_reference() -> None:
     x, weight, bias, scale = operands(torch.float64)
     y = F.conv2d(x, weight, None, (2, 1), (1, 2)) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
     torch.testing.assert_close(together(x, weight, bias, scale, **POOL), F.max_pool2d(F.relu(y), 3, 2, 1))
+
+
+@torch.no_grad()
+def test_models_that_call_it_freeze_on_the_cpu_and_are_summarised() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 40, 7, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.conv2d_max_pool2d(x, self.conv.weight, self.conv.bias, 2, 3, activation="relu", **POOL)
+
+    model, x = Stem().eval(), torch.randn(1, 3, 40, 36)
+    assert torch.equal(fastcnn.freeze(model, x)(x), model(x))
+    summary = fastcnn.summary(model, (3, 40, 36))
+    assert summary.macs == 40 * 3 * 49 * 20 * 18
+    assert count_flops(model, x) == 2 * summary.macs
