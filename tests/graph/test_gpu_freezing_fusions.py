@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 import fastcnn
 from fastcnn import ops
 from fastcnn.graph.freezing.gpu import cuda_graph, freeze_on_gpu, frozen, fusions
+from fastcnn.graph.freezing.gpu.comparing import near
 from fastcnn.graph.freezing.gpu.frozen import FrozenOnGpu
 from fastcnn.graph.freezing.gpu.fusing import Fusion, Rule, View, argument, fused
-from fastcnn.graph.freezing.gpu.interpreting import Interpreted
+from fastcnn.graph.freezing.gpu.interpreting import Interpreted, run_substituted
 from fastcnn.graph.freezing.gpu.program import Program, Step, Value
 from fastcnn.graph.freezing.gpu.saving import program_of
 from fastcnn.graph.freezing.gpu.storage import with_parameters
@@ -147,6 +149,48 @@ def test_another_result_stays_apart(caplog: pytest.LogCaptureFixture) -> None:
     assert "another result" in model.fusions[0]
     assert "another result" in caplog.text
     assert torch.equal(model(IMAGES), model._held.model(IMAGES))
+
+
+@pytest.fixture
+def inexact(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets the operator that does both be so far off, and not the two."""
+    module = sys.modules["fastcnn.ops.conv2d_max_pool2d"]
+    exact = module.fill_max
+
+    def by(off: float) -> None:
+        monkeypatch.setattr(module, "fill_max", lambda out, *args: (exact(out, *args), out.mul_(1 + off)))
+
+    return by
+
+
+@pytest.mark.usefixtures("as_on_an_h100")
+@pytest.mark.parametrize(("off", "is_taken"), [(2e-4, True), (2e-2, False)])
+def test_kernels_are_judged_where_they_are(off: float, is_taken: bool, inexact: Callable[[float], None]) -> None:
+    """Not by the model's results, which may make much of little."""
+
+    class Chaotic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(1e6 * x)
+
+    model = stem().append(Chaotic())
+    apart = freeze(model, IMAGES, Times(1.0, 2.0))(IMAGES)
+    inexact(off)
+    found = freeze(model, IMAGES)
+    assert ("in one kernel, 1 times" if is_taken else "another result") in found.fusions[0]
+    assert near(found(IMAGES), apart) != is_taken
+
+
+@pytest.mark.usefixtures("as_on_an_h100")
+def test_a_kernel_that_writes_into_the_same_memory_is_judged_too(inexact: Callable[[float], None]) -> None:
+    program, parts = program_of(Slice(), [IMAGES])
+    found = fused(program, CPU, STEM_POOL)
+    assert found is not None
+    given = (IMAGES, *with_parameters(program, parts, CPU).constants)
+    for off, expected in ((0.0, True), (2e-2, False)):
+        inexact(off)
+        (result,), same = run_substituted(program, given, CPU, found[1], near)
+        assert same == expected
+        assert torch.equal(result, with_parameters(found[0], parts, CPU)(IMAGES))
 
 
 @pytest.mark.usefixtures("as_on_an_h100")

@@ -19,10 +19,10 @@ from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing.gpu import cuda_graph
 from fastcnn.graph.freezing.gpu.comparing import equal, near
 from fastcnn.graph.freezing.gpu.cuda_graph import Capturer, CudaCapturer, Graph
-from fastcnn.graph.freezing.gpu.fusing import Rule, fused
+from fastcnn.graph.freezing.gpu.fusing import Fusion, Rule, fused
 from fastcnn.graph.freezing.gpu.fusions import RULES
 from fastcnn.graph.freezing.gpu.hidden import hidden_code
-from fastcnn.graph.freezing.gpu.interpreting import Interpreted
+from fastcnn.graph.freezing.gpu.interpreting import Interpreted, run_substituted
 from fastcnn.graph.freezing.gpu.saving import content_of, program_of
 from fastcnn.graph.freezing.gpu.schedule import Schedule
 from fastcnn.graph.freezing.gpu.settings import Settings
@@ -440,10 +440,13 @@ class _Freezing:
             found = fused(program, device, rule)
             if found is None:
                 return graph, result, results, []
-            self._model, self._kept = with_parameters(found[0], parts, device), Kept()
+            together_program, groups = found
+            self._model, self._kept = with_parameters(together_program, parts, device), Kept()
             self._warm_up(1)
             other, other_result = self._capture(1)
             other_results = self._results_of(other, other_result)
+            expected, same = self._substituted(with_parameters(program, parts, device), groups)
+            same = same and all(map(near, other_results, expected))
         except Exception as error:  # tracing runs the model's own code, which may raise anything; or no memory is left
             self._model, self._kept = before
             reason = str(error) or type(error).__name__
@@ -451,14 +454,23 @@ class _Freezing:
             return graph, result, results, [f"{rule.name} apart: {reason}"]
         together, apart = self._capturer.milliseconds(other), self._capturer.milliseconds(graph)
         times = f"in one kernel {together:.4f} ms, apart {apart:.4f} ms"
-        same = all(map(near, other_results, results))
         if same and together < apart:
-            return other, other_result, other_results, [f"{rule.name} in one kernel, {found[1]} times: {times}"]
+            return other, other_result, other_results, [f"{rule.name} in one kernel, {len(groups)} times: {times}"]
         self._model, self._kept = before
         if not same:
             logger.warning("freeze: %s in one kernel give another result; they stay apart", rule.name)
             times = "in one kernel they gave another result"
         return graph, result, results, [f"{rule.name} apart: {times}"]
+
+    def _substituted(self, apart: Interpreted, groups: Sequence[Fusion]) -> tuple[list[Tensor], bool]:
+        """A program's results with groups in one kernel each, and whether each gave what its group's steps do."""
+
+        def run() -> tuple[list[Tensor], bool]:
+            with self._settings_of_model():
+                given = (*self._inputs, *apart.constants)
+                return run_substituted(apart.program, given, self._capturer.device, groups, near)
+
+        return self._capturer.warm_up(run)
 
     def _with_branches(
         self, graph: Graph, result: Any, results: Sequence[Tensor], most_lanes: int

@@ -70,17 +70,17 @@ class Rule(NamedTuple):
     find: Callable[[View, int], Fusion | None]  # the group that a step begins
 
 
-def fused(program: Program, device: torch.device, rule: Rule) -> tuple[Program, int] | None:
-    """The program with all groups that a rule finds in one kernel each, and their number; None where there are none."""
+def fused(program: Program, device: torch.device, rule: Rule) -> tuple[Program, list[Fusion]] | None:
+    """The program with all groups that a rule finds in one kernel each, and the groups; None where there are none."""
     view = View(program, device)
     taken: dict[int, Fusion] = {}
-    fusions = []
+    fusions: list[Fusion] = []
     for i in range(len(view.steps)):
         found = None if i in taken else rule.find(view, i)
         if found is not None and taken.keys().isdisjoint(found.steps) and _may_wait(view, found):
             fusions.append(found)
             taken.update(dict.fromkeys(found.steps, found))
-    return (_rewritten(view, taken), len(fusions)) if fusions else None
+    return (_rewritten(view, taken), fusions) if fusions else None
 
 
 def _may_wait(view: View, fusion: Fusion) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fastcnn.graph.freezing.gpu.program import DEVICE, Program, Spec, Value, values_in
+from fastcnn.graph.freezing.gpu.fusing import Fusion
+from fastcnn.graph.freezing.gpu.program import DEVICE, Program, Spec, Step, Value, values_in
 from fastcnn.graph.freezing.structures import filled
 
 
@@ -36,15 +38,15 @@ class Interpreted(nn.Module):
         return filled(self.program.structure, [values[number] for number in self.program.outputs])
 
 
-def _last_reads(program: Program) -> list[list[int]]:
-    """For each step the values that nothing reads after it."""
+def _last_reads(program: Program, also: Mapping[int, Iterable[int]] = MappingProxyType({})) -> list[list[int]]:
+    """For each step the values that nothing reads after it. ``also``: what else is to be read behind steps."""
     first = len(program.inputs) + len(program.constants)
     last: dict[int, int] = {}
     for i, step in enumerate(program.steps):
         for number in range(first, first + len(step.results)):
             last[number] = i
         first += len(step.results)
-        last.update(dict.fromkeys(values_in([step.args, list(step.kwargs.values())]), i))
+        last.update(dict.fromkeys([*_values_of(step), *also.get(i, ())], i))
     dying: list[list[int]] = [[] for _ in program.steps]
     for number, i in last.items():
         if number not in program.outputs:
@@ -52,29 +54,78 @@ def _last_reads(program: Program) -> list[list[int]]:
     return dying
 
 
+def run_substituted(
+    program: Program,
+    given: Sequence[Tensor],
+    device: torch.device,
+    fusions: Sequence[Fusion],
+    same: Callable[[Tensor, Tensor], bool],
+) -> tuple[list[Tensor], bool]:
+    """The program's results when each group's own step takes the steps' place, and whether that gave the same as they.
+
+    Each group is judged on the values that it has here: a deep network makes much of the last bit of a value, and its
+    results say little of a step. What is behind a group reads the results of the group's own step.
+    """
+    groups = {fusion.steps[-1]: fusion for fusion in fusions}
+    reads = {i: [*_values_of(fusion.step), *fusion.values] for i, fusion in groups.items()}
+    verdicts: list[bool] = []
+
+    def substitute(i: int, values: dict[int, Tensor]) -> None:
+        if i in groups:
+            step, numbers = groups[i].step, groups[i].values
+            written = _written_by(step)  # by the group's steps before, so that it holds what they gave
+            expected = [values[number].clone() for number in (*numbers, *written)]
+            values.update(zip(numbers, _called(step, values, device), strict=True))
+            verdicts.extend(map(same, [values[number] for number in (*numbers, *written)], expected))
+
+    values = _run(program, given, device, _last_reads(program, reads), substitute)
+    return [values[number] for number in program.outputs], all(verdicts)
+
+
+def _values_of(step: Step) -> list[int]:
+    return list(values_in([step.args, list(step.kwargs.values())]))
+
+
+def _written_by(step: Step) -> list[int]:
+    """The values that its operator writes into."""
+    described = step.operator._schema.arguments
+    given = {described[i].name: arg for i, arg in enumerate(step.args)} | step.kwargs
+    return [
+        number for one in described if one.alias_info is not None and one.alias_info.is_write
+        for number in values_in([given.get(one.name)])
+    ]  # fmt: skip
+
+
+def _called(step: Step, values: Mapping[int, Tensor], device: torch.device) -> list[Tensor]:
+    args = [_with(values, arg, device) for arg in step.args]
+    result = step.operator(*args, **{key: _with(values, arg, device) for key, arg in step.kwargs.items()})
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    if len(leaves) != len(step.results):
+        raise ValueError(f"{step.operator} gives {len(leaves)} tensors, not {len(step.results)}")
+    return leaves
+
+
 def _run(
-    program: Program, given: Sequence[Tensor], device: torch.device, last_reads: Sequence[Sequence[int]] = ()
+    program: Program,
+    given: Sequence[Tensor],
+    device: torch.device,
+    last_reads: Sequence[Sequence[int]] = (),
+    behind: Callable[[int, dict[int, Tensor]], None] = lambda i, values: None,
 ) -> dict[int, Tensor]:
-    """The values that live at the end, by number."""
+    """The values that live at the end, by number. ``behind`` is called behind each step, before any value is freed."""
     values = dict(enumerate(given))
     first = len(values)
     for i, step in enumerate(program.steps):
-        args = [_with(values, arg, device) for arg in step.args]
-        result = step.operator(*args, **{key: _with(values, arg, device) for key, arg in step.kwargs.items()})
-        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if len(leaves) != len(step.results):
-            raise ValueError(f"{step.operator} gives {len(leaves)} tensors, not {len(step.results)}")
-        for leaf in leaves:
-            values[first] = leaf
-            first += 1
-        del args, result, leaves
+        values.update(enumerate(_called(step, values, device), first))
+        first += len(step.results)
+        behind(i, values)
         if last_reads:
             for number in last_reads[i]:
                 del values[number]
     return values
 
 
-def _with(values: dict[int, Tensor], argument: Any, device: torch.device) -> Any:
+def _with(values: Mapping[int, Tensor], argument: Any, device: torch.device) -> Any:
     if isinstance(argument, Value):
         return values[argument.number]
     if isinstance(argument, list):
