@@ -69,23 +69,38 @@ stage_fusions() {
   return $status
 }
 
-# One process for each backend, dtype and network: most of the time goes into compiling Triton kernels.
+# Every network in four precisions by fastcnn's own choice of kernels, each precision in three processes; then some by each
+# backend, where most of the time goes into compiling Triton kernels.
 stage_verify() {
-  local networks=(resnet50 resnext50_32x4d resnet18 resnet20_cifar) dtypes=(bf16 fp32 fp16) backends=(triton cuda)
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then networks=(resnet20_cifar) dtypes=(fp32) backends=(cpp); fi
+  local networks=(resnet50 resnext50_32x4d resnet18 resnet20_cifar) backends=(triton cuda) parts=3 part
+  export NAMES="$(fastcnn list --json | python -c 'import json, sys; print(*(one["name"] for one in json.load(sys.stdin)))')"
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then
+    networks=(resnet20_cifar) backends=(cpp) parts=1 NAMES="resnet20_cifar plain20_cifar"
+  fi
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-  for backend in "${backends[@]}"; do
-    for network in "${networks[@]}"; do
-      for dtype in "${dtypes[@]}"; do echo "$backend $dtype $network"; done
+  {
+    for precision in fp32 tf32 bf16 fp16; do
+      for ((part = 0; part < parts; part++)); do echo "any $precision all-$part-$parts"; done
     done
-  done | xargs -L 1 -P "${VERIFY_PROCESSES:-12}" bash -c 'verify_one "$@"' _
+    for backend in "${backends[@]}"; do
+      for network in "${networks[@]}"; do
+        for precision in fp32 bf16 fp16; do echo "$backend $precision $network"; done
+      done
+    done
+  } | xargs -L 1 -P "${VERIFY_PROCESSES:-12}" bash -c 'verify_one "$@"' _
 }
 
-verify_one() {  # backend dtype network
-  local size=() file="$OUT/verify-$1-$2-$3"
-  if [ "$FASTCNN_REHEARSE" = 1 ]; then size=(--size 16); fi
-  if fastcnn verify "$3" --backend "$1" --dtype "$2" "${size[@]}" --json >"$file.json" 2>"$file.txt"; then
-    echo "ok: $*"
+verify_one() {  # backend precision network; or any precision all-PART-PARTS
+  local options=(--dtype "$2" --no-tf32) networks=("$3") file="$OUT/verify-$1-$2-$3" part parts
+  if [ "$2" = tf32 ]; then options=(--dtype fp32 --tf32); fi
+  if [ "$1" != any ]; then options+=(--backend "$1"); fi
+  if [ "$FASTCNN_REHEARSE" = 1 ]; then options+=(--size 16); fi
+  if [[ "$3" == all-* ]]; then
+    IFS=- read -r _ part parts <<<"$3"
+    mapfile -t networks < <(tr ' ' '\n' <<<"$NAMES" | awk -v part="$part" -v parts="$parts" 'NR % parts == part')
+  fi
+  if fastcnn verify "${networks[@]}" "${options[@]}" --json >"$file.json" 2>"$file.txt"; then
+    echo "ok: $*: ${#networks[@]} networks"
     rm -f "$file.txt"
   else
     echo "FAILED: $*: $(tail -n 1 "$file.txt") $file.json"
@@ -175,7 +190,7 @@ stage_networks() {
   mkdir -p "$TORCHINDUCTOR_CACHE_DIR/cache" && cp -n benchmarks/inductor_autotuned/* "$TORCHINDUCTOR_CACHE_DIR/cache/"
   python benchmarks/measure_gpu_networks_in_waves.py --waves all:1,32 "${halves[@]}" --candidates "$compared" \
     --seconds 1.5 --prepare "$prepare" --deadline "${NETWORKS_SECONDS:-360}" || status=1
-  python benchmarks/measure_gpu_networks_in_waves.py --waves resnet50:256 --candidates "$compared,compile_max_autotune" \
+  python benchmarks/measure_gpu_networks_in_waves.py --waves resnet50:256 --candidates "$compared,compile,compile_max_autotune" \
     --seconds 1.5 --prepare 140 --deadline "${AUTOTUNE_SECONDS:-160}" || status=1
   return $status
 }

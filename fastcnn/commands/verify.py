@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--exact", action="store_true", help="use no fast algorithm (Winograd), grant no allowance")
     parser.add_argument("--strict", action="store_true", help="fail where a kernel does not cover a call")
     parser.add_argument("--layers", action="store_true", help="show every operator call")
+    parser.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction,
+        help="on a GPU, whether TF32 may serve fp32 (as PyTorch's settings say: convolutions, not matrix products)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
         for i, name in enumerate(names):
             shown.stage(f"verifying {name} ({i + 1} of {len(names)})")
             try:
-                found.append(verify_network(name, options, device, shown))
+                with allowing_tf32(options.tf32):
+                    found.append(verify_network(name, options, device, shown))
             except common.UsageError:
                 raise
             except Exception as error:  # one broken network must not hide the others
@@ -50,6 +57,21 @@ def run(options: argparse.Namespace) -> int:
     else:
         print_text(found, failures, layers=options.layers)
     return 0 if passed else 1
+
+
+@contextlib.contextmanager
+def allowing_tf32(allowed: bool | None) -> Iterator[None]:
+    """PyTorch's settings inside; None leaves them as they are."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if allowed is None:
+        yield
+        return
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def verify_network(

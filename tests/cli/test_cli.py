@@ -10,6 +10,7 @@ import torch
 
 import fastcnn
 from fastcnn.backends import cpp
+from fastcnn.commands import verify as verify_command
 from fastcnn.tuning import shipping
 
 SMALL = ("resnet20_cifar", "--batch", "2")
@@ -110,6 +111,19 @@ def test_verify_other_dtypes(cli, dtype):
     result = cli("verify", *SMALL, "--dtype", dtype, "--json")
     assert result.code == 0, result.out
     assert result.json["results"][0]["dtype"] in ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize(("option", "allowed"), [("--tf32", True), ("--no-tf32", False), (None, None)])
+def test_verify_sets_tf32_and_leaves_it_as_it_was(cli, monkeypatch, option, allowed):
+    def settings():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before, seen = settings(), []
+    verify_network = verify_command.verify_network
+    monkeypatch.setattr(verify_command, "verify_network", lambda *args: (seen.append(settings()), verify_network(*args))[1])
+    assert cli("verify", *SMALL, *([option] if option else [])).code == 0
+    assert seen == [before if allowed is None else (allowed, allowed)]
+    assert settings() == before
 
 
 def test_verify_several(cli):
