@@ -119,8 +119,8 @@ def test_verify_sets_tf32_and_leaves_it_as_it_was(cli, monkeypatch, option, allo
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
     before, seen = settings(), []
-    verify_network = verify_command.verify_network
-    monkeypatch.setattr(verify_command, "verify_network", lambda *args: (seen.append(settings()), verify_network(*args))[1])
+    usual = verify_command.verify_network
+    monkeypatch.setattr(verify_command, "verify_network", lambda *args: (seen.append(settings()), usual(*args))[1])
     assert cli("verify", *SMALL, *([option] if option else [])).code == 0
     assert seen == [before if allowed is None else (allowed, allowed)]
     assert settings() == before
