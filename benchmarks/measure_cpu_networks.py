@@ -158,7 +158,7 @@ def time_network(name: str, case: Case, only: list[str], options: argparse.Names
 
 
 def memory_of(name: str, case: Case, candidate: str) -> dict[str, Any]:
-    imported = status_mib("VmRSS")
+    (imported,) = status_mib("VmRSS")
     model, images = network(name, case, calibrated=False)
     twin = torchvision_twin(name, model) if candidate == CHANNELS_LAST else None
     runners, left_out = candidates(
@@ -170,14 +170,15 @@ def memory_of(name: str, case: Case, candidate: str) -> dict[str, Any]:
     with torch.no_grad():
         for _ in range(MEMORY_RUNS):
             runners[candidate]()
-    return {"peak_mib": status_mib("VmHWM"), "after_mib": status_mib("VmRSS"), "imported_mib": imported}
+    peak, after = status_mib("VmHWM", "VmRSS")
+    return {"peak_mib": peak, "after_mib": after, "imported_mib": imported}
 
 
-def status_mib(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return round(int(line.split()[1]) / 1024, 1)
-    raise RuntimeError(f"/proc/self/status has no {key}")
+def status_mib(*keys: str) -> list[float]:
+    """Of this process, at one moment."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    values = {words[0]: words[1] for words in lines if len(words) > 1}
+    return [round(int(values[key + ":"]) / 1024, 1) for key in keys]
 
 
 def child(options: argparse.Namespace) -> None:

@@ -177,8 +177,8 @@ def test_one_network_is_measured_for_real(tmp_path, monkeypatch):
     assert 0 <= times["busy_elsewhere"] <= 1
     memory = {row["candidate"]: row for row in entries if row["what"] == "memory"}
     assert set(memory) == {"fastcnn", "fastcnn_frozen", "channels_last"}
-    assert all(
-        row["peak_mib"] >= row["after_mib"] > 0 and row["peak_mib"] > row["imported_mib"] for row in memory.values()
-    )
+    for row in memory.values():
+        assert row["peak_mib"] >= row["after_mib"] > 0
+        assert row["peak_mib"] >= row["imported_mib"] > 0
     text, _ = sections("x", entries)
     assert "### bf16, batch 1" in text
