@@ -187,10 +187,12 @@ double split_cycles(const ConvProblem& problem, const Choice& choice) {
 }
 
 // Where the rule may split: long reductions, whose blocks are all at work at once. Clusters do not find room on all
-// multiprocessors (of 8 blocks, 16 do not), hence the eighth that is left free.
+// multiprocessors (of 8 blocks, 16 do not), hence the eighth that is left free; those of 2 blocks do, on a pair that
+// belongs together.
 bool worth_splitting(const ConvProblem& problem, const Choice& choice, int64_t multiprocessors) {
+  const int64_t room = choice.split == 2 ? multiprocessors : multiprocessors * 7 / 8;
   return stages_of(problem.shape) >= (problem.has_prologue() ? 7 : 24) &&
-         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= multiprocessors * 7 / 8;
+         tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= room;
 }
 
 // The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for

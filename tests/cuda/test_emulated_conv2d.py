@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import proven
 
-SM80, SM80_LARGE, SM90, SM90_TWO, SM90_LARGE = 0, 7, 16, 17, 23
+SM80, SM80_LARGE, SM90, SM90_TWO, SM90_EIGHT, SM90_LARGE = 0, 7, 16, 17, 19, 23
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ONE, NONE = (1, 1), (0, 0, 0, 0)
 
@@ -129,6 +129,8 @@ CASES = [
          asked=True),
     Case("tma 128x64 staged split 8", BF16, SM90_LARGE, 520, 40, ONE, padding=NONE, image=(1, 15, 15), prologue=True,
          stride=(2, 2), asked=True),
+    # By choice, in two parts on all eight multiprocessors.
+    Case("tma 128x64 split 2", BF16, SM90_EIGHT, 1536, 200, ONE, padding=NONE, image=(1, 10, 10)),
     # Stages of two blocks of 32 channels: an odd number of blocks, blocks of two taps in one stage, channel tails.
     Case("tma 256x128 by 32", BF16, SM90, 96, 128, image=(3, 9, 11), asked=True),
     Case("tma 256x128 by 32", F16, SM90_TWO, 24, 136, (5, 3), padding=(2, 1, 2, 1), image=(3, 14, 15), asked=True),
