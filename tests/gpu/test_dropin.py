@@ -60,3 +60,19 @@ def test_optimized_in_both_layouts(backend, device):
         ours, plain = optimized(laid), model(laid)
         assert_accurate(ours, plain, exact)
         assert ours.stride() == plain.stride()
+
+
+@torch.no_grad()
+def test_an_optimized_model_moves_to_the_gpu_and_back(device):
+    """What was folded and packed for one device is not used on the other."""
+    torch.manual_seed(0)
+    model = small_network().eval()
+    optimized, x = fastcnn.optimize(model), small_input()
+    exact = copy.deepcopy(model).double()(x.double())
+    with fastcnn.exact():
+        here = optimized(x)
+        assert_accurate(here, model(x), exact)
+        there = optimized.to(device)(x.to(device))
+        assert there.device.type == device.type
+        assert_accurate(there.cpu(), copy.deepcopy(model).to(device)(x.to(device)).cpu(), exact)
+        assert torch.equal(optimized.to("cpu")(x), here)
