@@ -30,6 +30,8 @@ from fastcnn.tuning.store import Entry
 
 LEAST_BATCH = 64
 
+_layers_of = functools.cache(layers_of)
+
 
 def candidates_of(row: Row) -> dict[str, float]:
     """Milliseconds by the tuner's names: fastcnn's backends and their kernels, and cuDNN's fused call."""
@@ -71,8 +73,7 @@ def described(layer: Layer, batch: int) -> Tensors:
 
 
 def layer_of(row: Row) -> Layer:
-    layers = functools.cache(layers_of)
-    found = {layer for network in row["networks"] for layer in layers(network) if layer.name == row["layer"]}
+    found = {layer for network in row["networks"] for layer in _layers_of(network) if layer.name == row["layer"]}
     if len(found) != 1:
         raise SystemExit(f"{len(found)} layers are called {row['layer']!r} in {', '.join(row['networks'])}")
     return found.pop()
