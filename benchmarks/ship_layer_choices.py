@@ -28,18 +28,21 @@ from fastcnn.tuning import shipping, store
 from fastcnn.tuning.key import key_of
 from fastcnn.tuning.store import Entry
 
-LEAST_BATCH = 64
+LEAST_BATCH, CUDNN = 64, "cudnn:benchmark"
 
 _layers_of = functools.cache(layers_of)
 
 
 def candidates_of(row: Row) -> dict[str, float]:
-    """Milliseconds by the tuner's names: fastcnn's backends and their kernels, and cuDNN's fused call."""
+    """Milliseconds by the tuner's names: fastcnn's backends and their kernels, and cuDNN's fused call.
+
+    The latter was timed with `torch.backends.cudnn.benchmark`, and must be run so.
+    """
     times = {name: timing["median_ms"] for name, timing in row["timings"].items() if name not in PEERS}
     if "cuda" in times:
         times[f"cuda:{row['kernels']['cuda']}"] = times.pop("cuda")  # whatever a later rule says
     if not row["prologue"] and PEER in row["timings"]:
-        times["cudnn"] = row["timings"][PEER]["median_ms"]
+        times[CUDNN] = row["timings"][PEER]["median_ms"]
     return times
 
 
@@ -97,7 +100,7 @@ def main() -> None:
     new = [entry for row in rows for entry in entries_of(row, layer_of(row))]
     entries = {entry.key: entry for entry in (*old, *new)}
     store.replace_file(target, shipping.exported(json.loads(text)["measured_with"], entries.values()))
-    ours = sum(entry.choice != "cudnn" for entry in new)
+    ours = sum(entry.choice != CUDNN for entry in new)
     print(f"{target}: {len(entries)} choices, {len(new)} of them from these files, {ours} fastcnn's own kernels")
 
 

@@ -8,7 +8,8 @@ The scale is multiplied into a copy of the weight, which is kept while both live
 one rounding, where the reference rounds the sums before it scales them. The fused calls return a tensor of their own.
 Where the operator has just made `out` (`fresh`, docs/internals.md), `out` takes over that memory, else it is copied.
 
-`torch.backends.cudnn.benchmark`, `.deterministic` and TF32 hold as for PyTorch's own convolutions. PyTorch runs the
+`torch.backends.cudnn.benchmark`, `.deterministic` and TF32 hold as for PyTorch's own convolutions. The variant
+"benchmark" (`cudnn:benchmark`, for the tuner) lets cuDNN's algorithms be timed whatever the setting. PyTorch runs the
 fused calls without regard to `deterministic`, so under it, and where cuDNN has no engine for the fused form, the same
 is computed by the convolution and in-place operations behind it.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,35 @@ def conv2d(
     else:  # strides of size-1 dimensions
         out.untyped_storage().resize_(nbytes)
         out.copy_(result)
+
+
+# ---- algorithms by their times ---------------------------------------------------------------------------------------
+
+
+def variants(operator: str, *args: object) -> list[str]:
+    return ["benchmark"] if operator == "conv2d" and not torch.backends.cudnn.benchmark else []
+
+
+def variant(name: str) -> ModuleType:
+    """This backend where algorithms are timed at the first call of a form, as `torch.backends.cudnn.benchmark` does."""
+    if name != "benchmark":
+        raise ValueError(f"the cudnn backend has the variant 'benchmark', not {name!r}")
+    return _Benchmarking()  # type: ignore[return-value]
+
+
+class _Benchmarking:
+    REPLACES_OUTPUT = REPLACES_OUTPUT
+
+    def conv2d(self, *args: Any, fresh: bool = False) -> None:
+        before = torch._C._get_cudnn_benchmark()
+        torch._C._set_cudnn_benchmark(True)  # as the flag is set, which PyTorch can forbid
+        try:
+            conv2d(*args, fresh=fresh)
+        finally:
+            torch._C._set_cudnn_benchmark(before)
+
+    def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype, **facts: object) -> str | None:
+        return unsupported(operator, device, dtype, **facts)
 
 
 # ---- the folded weight ---------------------------------------------------------------------------------------------

@@ -241,6 +241,36 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + x)
 
 
+def test_the_variant_that_times_algorithms(calls, set_flag, monkeypatch):
+    x, weight, scale, bias, residual = problem()
+    seen = []
+    fused = torch.cudnn_convolution_add_relu
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_add_relu",
+        lambda *args: (seen.append(torch.backends.cudnn.benchmark), fused(*args))[1],
+    )  # fmt: skip
+
+    def run(call):
+        call._replace(backend="cudnn:benchmark").run()
+
+    set_flag("benchmark", False)
+    assert cudnn.variants("conv2d") == ["benchmark"]
+    assert cudnn.variants("linear") == []
+    expected = ops.conv2d(x, weight, bias, *GEOMETRY, scale=scale, residual=residual, activation="relu")
+    with backends.intercept(run):
+        ours = ops.conv2d(x, weight, bias, *GEOMETRY, scale=scale, residual=residual, activation="relu")
+        assert torch.equal(ours, expected)
+        assert seen == [False, True]
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", lambda *args: exec("raise RuntimeError('broken')"))
+        with pytest.raises(RuntimeError, match="broken"):
+            ops.conv2d(x, weight, bias, *GEOMETRY, scale=scale, residual=residual, activation="relu")
+    assert not torch.backends.cudnn.benchmark
+    set_flag("benchmark", True)
+    assert cudnn.variants("conv2d") == []
+    with pytest.raises(ValueError, match="has the variant 'benchmark', not 'fast'"):
+        backends.backend_module("cudnn:fast")
+
+
 def test_a_network_verifies(calls):
     model = Block().eval()
     result = fastcnn.verify(fastcnn.optimize(model), nhwc(2, 4, 6, 6), backend="cudnn", reference=model, strict=True)
