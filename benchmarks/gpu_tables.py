@@ -143,11 +143,11 @@ def pairs_section(stem: str, rows: Sequence[Row]) -> str:
     text.append("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
     for row in rows:
         times = {name: timing["median_ms"] for name, timing in row.get("times", {}).items()}
-        together = times.pop("one kernel", None)
-        apart = min(times.values(), default=None)
+        together = times.get("one kernel")
+        apart = min((ms for name, ms in times.items() if name != "one kernel"), default=None)
         cells = [" -> ".join(map(str, row["channels"])), f"{row['size']}x{row['size']}", str(row["batch"]), row["note"]]
         cells += [row["weights"] or "not served", microseconds(row["floor_ms"])]
-        cells += [microseconds(together if name == "one kernel" else times.get(name)) for name in names]
+        cells += [microseconds(times.get(name)) for name in names]
         cells.append(f"{apart / together:.2f}x" if together and apart else "; ".join(row.get("wrong", [])))
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"

@@ -50,29 +50,12 @@ def entries_of(row: Row, layer: Layer) -> Iterator[Entry]:
     """One for each memory format that the filters may have: kernels read them packed."""
     times = candidates_of(row)
     device = torch.device("cuda")  # of the key: nothing is computed
-    tensors = described(layer, row["batch"])
+    tensors = Tensors.random(layer, row["batch"], torch.device("meta"))
     out, x, weight, *others = contract_arguments(layer, tensors)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         filters = weight.contiguous(memory_format=memory_format)
         key = key_of("conv2d", device, torch.bfloat16, (out, x, filters, *others))
         yield Entry(key, min(times, key=times.__getitem__), times)
-
-
-def described(layer: Layer, batch: int) -> Tensors:
-    """Operands without values."""
-
-    def image(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
-
-    x = image(batch, layer.in_channels, layer.height, layer.width)
-    weight = image(layer.out_channels, layer.in_channels // layer.groups, *layer.filter)
-    out = image(batch, layer.out_channels, *layer.out_size)
-    filters, channels = torch.empty(layer.out_channels), torch.empty(layer.in_channels)
-    return Tensors(
-        x, weight, weight, filters if layer.scale else None, filters if layer.bias else None,
-        out if layer.residual else None, channels if layer.prologue else None, channels if layer.prologue else None,
-        out, None,
-    )  # fmt: skip
 
 
 def layer_of(row: Row) -> Layer:

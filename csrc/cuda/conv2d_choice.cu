@@ -195,24 +195,26 @@ bool worth_splitting(const ConvProblem& problem, const Choice& choice, int64_t m
          tiles(problem, choice.tile_rows, choice.tile_columns) * choice.split <= room;
 }
 
+// Tiles that a block walks over, at most.
+double tiles_of_a_block(const PatchPlan& plan, const DeviceFacts& device) {
+  const int64_t blocks = std::max(device.multiprocessors / plan.column_tiles, 1);
+  return static_cast<double>(ceil_divide(plan.tiles, blocks));
+}
+
 // The same for the kernel with patches: a product of 64 rows waits for the tensor cores or, with few columns, for
 // shared memory; a block first brings its filters.
 double patch_cycles(const ConvProblem& problem, int columns, const DeviceFacts& device) {
   const PatchPlan plan = patch_plan(problem, columns, device);
-  const int64_t blocks = std::max(device.multiprocessors / plan.column_tiles, 1);
-  const double waves = static_cast<double>(ceil_divide(plan.tiles, blocks));
   const int64_t taps = problem.shape.reduction / problem.shape.channels;
   const double products = static_cast<double>(taps * ceil_divide(problem.shape.channels, 16) * (kPatchRows / 64));
-  return plan.filter_bytes / 32.0 + waves * (products * (columns == 64 ? 42 : 25) + 1000);
+  return plan.filter_bytes / 32.0 + tiles_of_a_block(plan, device) * (products * (columns == 64 ? 42 : 25) + 1000);
 }
 
 // The same with the filters in registers, where shared memory serves the pixels alone; a block first brings the filters
 // there. 64 channels, 3x3 at batch 256: 103 us instead of 133 at 56x56, 1554 instead of 2116 at 224x224.
 double held_patch_cycles(const ConvProblem& problem, const DeviceFacts& device) {
   const PatchPlan plan = patch_plan(problem, kHeldPatchColumns, device, true);
-  const int64_t blocks = std::max(device.multiprocessors / plan.column_tiles, 1);
-  const double waves = static_cast<double>(ceil_divide(plan.tiles, blocks));
-  return 4000 + waves * 6330;  // of a tile 4608 are products
+  return 4000 + tiles_of_a_block(plan, device) * 6330;  // of a tile 4608 are products
 }
 
 Choice best_tma(const ConvProblem& problem, int64_t multiprocessors) {
@@ -241,22 +243,22 @@ Choice best_variant(const ConvProblem& problem, const Choice& tma, int64_t multi
 }
 
 Choice best_bulk(const ConvProblem& problem, DType dtype, const DeviceFacts& device) {
-  const Choice tma = best_tma(problem, device.multiprocessors);
+  Choice best = best_tma(problem, device.multiprocessors);
+  double cycles = tma_cycles(problem, best, device.multiprocessors);
+  const auto consider = [&](Kernel kernel, int columns, double estimate) {
+    if (estimate >= cycles) return;
+    best = {kernel, LoadPath::async_vectors, kPatchRows, columns};
+    cycles = estimate;
+  };
   if (held_patch_fits(problem, dtype, device)) {
-    const double held = held_patch_cycles(problem, device);
-    const bool other_is_faster = patch_fits(problem, dtype, kHeldPatchColumns, device) &&
-                                 patch_cycles(problem, kHeldPatchColumns, device) < held;
-    if (!other_is_faster && held < tma_cycles(problem, tma, device.multiprocessors)) {
-      return {Kernel::patch_held, LoadPath::async_vectors, kPatchRows, kHeldPatchColumns};
-    }
+    consider(Kernel::patch_held, kHeldPatchColumns, held_patch_cycles(problem, device));
   }
   for (const int columns : {32, 64}) {
-    if (patch_fits(problem, dtype, columns, device) &&
-        patch_cycles(problem, columns, device) < tma_cycles(problem, tma, device.multiprocessors)) {
-      return {Kernel::patch, LoadPath::async_vectors, kPatchRows, columns};
+    if (patch_fits(problem, dtype, columns, device)) {
+      consider(Kernel::patch, columns, patch_cycles(problem, columns, device));
     }
   }
-  return best_variant(problem, tma, device.multiprocessors);
+  return best.kernel == Kernel::tma ? best_variant(problem, best, device.multiprocessors) : best;
 }
 
 }  // namespace

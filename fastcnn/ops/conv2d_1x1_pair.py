@@ -10,7 +10,7 @@ under an interceptor, whose calls have one output each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,12 +103,17 @@ def _reduction(wide: Tensor, *args: Any) -> tuple[Any, ...]:
 
 
 def _two_calls(*args: Any) -> Outputs:
+    return _one_by_one(OPERATOR, *args)
+
+
+def _one_by_one(convolution: Callable[..., Tensor], *args: Any) -> Outputs:
+    """A function of conv2d's arguments for the first convolution, then for the second. Errors name our arguments."""
     try:
-        wide = OPERATOR(*_expansion(*args))
+        wide = convolution(*_expansion(*args))
     except (ValueError, TypeError) as error:
         raise renamed(error, _FIRST_NAMES) from error
     try:
-        return wide, OPERATOR(*_reduction(wide, *args))
+        return wide, convolution(*_reduction(wide, *args))
     except (ValueError, TypeError) as error:
         raise renamed(error, _SECOND_NAMES) from error
 
@@ -132,14 +137,7 @@ _SECOND_NAMES = {"weight": "reduce_weight", "scale": "reduce_scale", "bias": "re
 def _allocate(*args: Any) -> Outputs:
     """Checks the arguments; both outputs, empty and in channels-last memory. Runs on fake tensors too."""
     _require_weights(*args)
-    try:
-        wide = OPERATOR.allocate(*_expansion(*args))
-    except (ValueError, TypeError) as error:
-        raise renamed(error, _FIRST_NAMES) from error
-    try:
-        return wide, OPERATOR.allocate(*_reduction(wide, *args))
-    except (ValueError, TypeError) as error:
-        raise renamed(error, _SECOND_NAMES) from error
+    return _one_by_one(OPERATOR.allocate, *args)
 
 
 def _finish(wide: Tensor, narrow: Tensor, *args: Any) -> Outputs:

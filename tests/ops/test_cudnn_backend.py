@@ -250,6 +250,9 @@ def test_the_variant_that_times_algorithms(calls, set_flag, monkeypatch):
         lambda *args: (seen.append(torch.backends.cudnn.benchmark), fused(*args))[1],
     )  # fmt: skip
 
+    def fails(*args):
+        raise RuntimeError("broken")
+
     def run(call):
         call._replace(backend="cudnn:benchmark").run()
 
@@ -261,7 +264,7 @@ def test_the_variant_that_times_algorithms(calls, set_flag, monkeypatch):
         ours = ops.conv2d(x, weight, bias, *GEOMETRY, scale=scale, residual=residual, activation="relu")
         assert torch.equal(ours, expected)
         assert seen == [False, True]
-        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", lambda *args: exec("raise RuntimeError('broken')"))
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fails)
         with pytest.raises(RuntimeError, match="broken"):
             ops.conv2d(x, weight, bias, *GEOMETRY, scale=scale, residual=residual, activation="relu")
     assert not torch.backends.cudnn.benchmark

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcnn.commands.verify import allowing_tf32
 from fastcnn.verification.tf32 import round_to_tf32
 from support.accuracy import assert_accurate, relative_error
 
@@ -35,12 +36,8 @@ class Precision:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """PyTorch's settings for it, which fastcnn follows as cuDNN and cuBLAS do."""
-        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        try:
+        with allowing_tf32(self.tf32):
             yield
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 FP32 = Precision("fp32", torch.float32)

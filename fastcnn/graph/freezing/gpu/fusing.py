@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastcnn.graph.freezing.gpu.program import Program, Spec, Step, Value, values_in
+from fastcnn.graph.freezing.gpu.program import Program, Spec, Step, Value
 
 
 class Fusion(NamedTuple):
@@ -38,7 +38,7 @@ class View:
         self.results: list[tuple[int, ...]] = []  # of each step
         self._readers: dict[int, list[int]] = {}
         for i, step in enumerate(program.steps):
-            for number in values_in([step.args, list(step.kwargs.values())]):
+            for number in step.reads():
                 self._readers.setdefault(number, []).append(i)
             self.results.append(tuple(range(len(specs), len(specs) + len(step.results))))
             specs += step.results

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fastcnn.graph.freezing.gpu.fusing import Fusion
+from fastcnn.graph.freezing.gpu.fusing import Fusion, argument
 from fastcnn.graph.freezing.gpu.program import DEVICE, Program, Spec, Step, Value, values_in
 from fastcnn.graph.freezing.structures import filled
 
@@ -46,7 +46,7 @@ def _last_reads(program: Program, also: Mapping[int, Iterable[int]] = MappingPro
         for number in range(first, first + len(step.results)):
             last[number] = i
         first += len(step.results)
-        last.update(dict.fromkeys([*_values_of(step), *also.get(i, ())], i))
+        last.update(dict.fromkeys([*step.reads(), *also.get(i, ())], i))
     dying: list[list[int]] = [[] for _ in program.steps]
     for number, i in last.items():
         if number not in program.outputs:
@@ -67,7 +67,7 @@ def run_substituted(
     results say little of a step. What is behind a group reads the results of the group's own step.
     """
     groups = {fusion.steps[-1]: fusion for fusion in fusions}
-    reads = {i: [*_values_of(fusion.step), *fusion.values] for i, fusion in groups.items()}
+    reads = {i: [*fusion.step.reads(), *fusion.values] for i, fusion in groups.items()}
     verdicts: list[bool] = []
 
     def substitute(i: int, values: dict[int, Tensor]) -> None:
@@ -82,17 +82,11 @@ def run_substituted(
     return [values[number] for number in program.outputs], all(verdicts)
 
 
-def _values_of(step: Step) -> list[int]:
-    return list(values_in([step.args, list(step.kwargs.values())]))
-
-
 def _written_by(step: Step) -> list[int]:
     """The values that its operator writes into."""
-    described = step.operator._schema.arguments
-    given = {described[i].name: arg for i, arg in enumerate(step.args)} | step.kwargs
     return [
-        number for one in described if one.alias_info is not None and one.alias_info.is_write
-        for number in values_in([given.get(one.name)])
+        number for one in step.operator._schema.arguments if one.alias_info is not None and one.alias_info.is_write
+        for number in values_in(argument(step, one.name))
     ]  # fmt: skip
 
 

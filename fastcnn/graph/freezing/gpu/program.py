@@ -91,6 +91,10 @@ class Step(NamedTuple):
     kwargs: dict[str, Any]
     results: tuple[Spec, ...]
 
+    def reads(self) -> list[int]:
+        """The numbers of the tensors among its arguments."""
+        return list(values_in([self.args, list(self.kwargs.values())]))
+
 
 class _Device:
     """Stands for the program's device among arguments."""
