@@ -131,15 +131,17 @@ def early_starts_section(stem: str, rows: Sequence[Row]) -> str:
 # ---- pairs of 1x1 convolutions ---------------------------------------------------------------------------------------
 
 PAIRS = """Microseconds of an expanding 1x1 convolution with residual and ReLU and the reducing one behind it, in one
-kernel and in two. *Floor*: the bytes that one kernel must move, at 3.0 TB/s. *Weights*: whether a block keeps all of
-them in shared memory or streams them. `freeze` measures both ways for a network and keeps the faster.
+kernel and in two. *Floor*: the bytes that one kernel must move, at {rate:.1f} TB/s. *Weights*: whether a block keeps
+all of them in shared memory or streams them. `freeze` measures both ways for a network and keeps the faster.
 """
+FORMER_RATE = 3.0e12  # bytes a second, of rows that do not give it
 
 
 def pairs_section(stem: str, rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.get("times", {})))
     headings = ["channels", "picture", "batch", "where", "weights", "floor", *names, "speed-up"]
-    text = [f"# Pairs of 1x1 convolutions: {stem}\n", conditions(rows), PAIRS]
+    rate = rows[0].get("bytes_per_second", FORMER_RATE) / 1e12
+    text = [f"# Pairs of 1x1 convolutions: {stem}\n", conditions(rows), PAIRS.format(rate=rate)]
     text.append("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
     for row in rows:
         times = {name: timing["median_ms"] for name, timing in row.get("times", {}).items()}

@@ -13,7 +13,6 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import statistics
 from pathlib import Path
@@ -21,12 +20,11 @@ from typing import Any
 
 import torch
 from gpu_candidates import NETWORKS, network
-from measure_gpu_layers import commit, nvidia_smi
+from gpu_facts import gpu_facts
 from raw_rows import RESULTS, Row, write_rows
 from torch import Tensor
 
 from fastcnn.graph.freezing.gpu.cuda_graph import CudaCapturer, CudaGraph
-from fastcnn.measurement.conditions import conditions
 
 COMPARED, ROUNDS = 10, 15
 ROUND_MS = 2.0
@@ -101,12 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         parser.error("needs an NVIDIA GPU of sm_90 or newer")
-    described = conditions(torch.device("cuda"), torch.bfloat16).to_dict()
-    del described["batch"]
-    facts = {
-        **described, "commit": commit(), "driver": nvidia_smi("driver_version"),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-    }  # fmt: skip
+    facts = gpu_facts(torch.device("cuda"), torch.bfloat16)
     rows: list[Row] = []
     for name in options.networks:
         for batch in options.batches:

@@ -17,11 +17,9 @@ best bandwidth and the matrix rate that the same run measured.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_facts import gpu_facts, nvidia_smi
 from gpu_layers import NETWORKS, Job, Layer, jobs
 from gpu_operators import OPERATORS, launch_triton_operator
 from gpu_problems import Call, Tensors, chunks, conv_calls, kernel_names, launch_triton, on_backend
@@ -38,32 +37,12 @@ from torch import Tensor
 from triton_ahead import AheadCompiler
 
 from fastcnn import backends, ops
-from fastcnn.measurement.conditions import conditions
 from fastcnn.verification.accuracy import judge, relative_error
 
 BATCHES = (256, 32, 1)
 PEER_LIMIT = 1e-2  # relative error of a peer's bf16 result above which the comparison itself is broken
 MEMORY_LIMIT = 24 << 30  # what PyTorch may hold between two layers
 WRITE_SECONDS = 5.0
-
-
-def commit() -> str:
-    given = os.environ.get("FASTCNN_COMMIT")
-    if given:
-        return given
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-@functools.cache
-def nvidia_smi(field: str) -> str | None:
-    """One fact about the first GPU, without using CUDA in this process."""
-    try:
-        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-        return lines[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
 
 
 class Measurement:
@@ -79,15 +58,7 @@ class Measurement:
         self._written = 0.0
         wanted = ("cpp",) if self.rehearsal else ("triton", "cuda")
         self.ours = tuple(name for name in wanted if backends.unavailable(name) is None)
-        described = conditions(device, torch.bfloat16).to_dict()
-        del described["batch"]
-        self.conditions = described | {
-            "commit": commit(),
-            "driver": nvidia_smi("driver_version"),
-            "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        }
-        if self.rehearsal:
-            self.conditions["rehearsal"] = True
+        self.conditions = gpu_facts(device, torch.bfloat16)
 
     def clocked(self, what: str, started: float) -> float:
         now = time.perf_counter()

@@ -36,11 +36,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -61,10 +59,10 @@ from gpu_candidates import (
     build,
     network,
 )
+from gpu_facts import gpu_facts
 from raw_rows import RESULTS, Row, read_rows, write_rows
 from torch import Tensor
 
-from fastcnn.measurement.conditions import conditions
 from fastcnn.measurement.timing import Timing, interleave
 
 BESIDE_COMPILED = ["eager_graph", "fastcnn_frozen"]
@@ -276,7 +274,7 @@ class Session:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._facts = {**all_facts(options), "driver": driver()}
+        self._facts = all_facts(options)
         self._measuring = Measuring(options, self._facts)
         self._results = Results(options.output, self._facts["commit"])
         self.clock = Clock(options.deadline, self._results.tried)
@@ -323,28 +321,12 @@ class Session:
         self._results.tried()
 
 
-def driver() -> str | None:
-    """The version of NVIDIA's."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
-        return found or None
-    return None
-
-
-def commit() -> str | None:
-    return os.environ.get("FASTCNN_COMMIT") or conditions(torch.device("cpu"), torch.float32).commit
-
-
 def all_facts(options: argparse.Namespace) -> Row:
     """What each row says of where and how it was measured."""
     device = torch.device("cpu" if options.rehearse else "cuda")
-    facts = conditions(device, DTYPES[options.dtype]).to_dict()
-    del facts["batch"]
     return {
-        **facts, "dtype": options.dtype, "commit": commit(), "cudnn_benchmark": device.type == "cuda",
+        **gpu_facts(device, DTYPES[options.dtype]), "dtype": options.dtype, "cudnn_benchmark": device.type == "cuda",
         "image": options.size, "rehearsal": options.rehearse,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 

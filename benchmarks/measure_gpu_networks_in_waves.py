@@ -34,6 +34,7 @@ from typing import Any
 
 import gpu_wave
 import measure_gpu_networks as one
+from gpu_facts import commit, nvidia_smi
 from raw_rows import Row
 
 LARGE = (
@@ -77,7 +78,7 @@ class Waves:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._known: Row = {
-            "commit": one.commit(), "driver": None if options.rehearse else one.driver(), "method": METHOD,
+            "commit": commit(), "driver": None if options.rehearse else nvidia_smi("driver_version"), "method": METHOD,
             "image": options.size, "rehearsal": options.rehearse,
         }  # fmt: skip
         self._results = one.Results(options.output, self._known["commit"])

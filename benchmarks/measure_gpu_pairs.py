@@ -6,27 +6,25 @@
 
 Writes a row a pair to gpu-pairs.json in $OUT or in benchmarks/results. A pair whose results break the accuracy rule,
 with those of two calls as the reference, is not timed. How calls are timed: gpu_replay.py. The floor is the time for
-the bytes that one kernel must move at 3.0 TB/s.
+the bytes that one kernel must move, at the rate at which the same run moved memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu_facts import gpu_facts
 from gpu_replay import Replay, in_turns, sets_against_cache
-from measure_gpu_layers import commit, nvidia_smi
 from raw_rows import RESULTS, Row, write_rows
 from torch import Tensor
 
 from fastcnn import backends, ops
 from fastcnn.backends import cuda
-from fastcnn.measurement.conditions import conditions
 from fastcnn.verification.accuracy import judge
 
 # Channels of input, wide and narrow, picture size, and how often a network has it.
@@ -38,7 +36,6 @@ PAIRS = (
     ((128, 256, 128), 56, "wide_resnet50_2, resnext50 stage 1, twice"),
     ((128, 256, 256), 56, "wide_resnet50_2, resnext50 stage 1 to 2"),
 )
-BANDWIDTH = 3.0e12
 
 
 class Tensors:
@@ -79,68 +76,71 @@ def on(backend: str, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def bytes_per_second(device: torch.device, rounds: int) -> float:
+    """Read and written, by PyTorch's fastest way to move more than caches hold."""
+    x = torch.ones(1 << (20 if device.type == "cpu" else 30), dtype=torch.bfloat16, device=device)
+    y = torch.empty_like(x)
+    times = in_turns({"neg": Replay([lambda: torch.neg(x, out=y)], device)}, rounds)["neg"]
+    return 2 * x.numel() * x.element_size() / times["median_ms"] * 1e3
+
+
+class Measurement:
+    def __init__(self, device: torch.device, rounds: int) -> None:
+        self._device, self._rounds = device, rounds
+        self._backends = ("cpp",) if device.type == "cpu" else ("cuda", "triton")  # the first has the one kernel
+        self._facts = gpu_facts(device, torch.bfloat16) | {"dtype": "bf16", "rehearsal": device.type == "cpu"}
+        self._bytes_per_second = bytes_per_second(device, rounds)
+
+    @torch.no_grad()
+    def pair(self, channels: tuple[int, int, int], batch: int, size: int, note: str) -> Row:
+        tensors = Tensors(channels, batch, size, self._device)
+        bytes_moved = 2 * batch * size * size * (channels[0] + 2 * channels[1] + channels[2])
+        row: Row = self._facts | {
+            "what": "gpu_pair", "channels": channels, "batch": batch, "size": size, "note": note,
+            "weights": cuda.conv2d_1x1_pair_weights(self._device, torch.bfloat16, channels),
+            "bytes_per_second": self._bytes_per_second, "floor_ms": bytes_moved / self._bytes_per_second * 1e3,
+        }  # fmt: skip
+        wrong = self._faults(tensors)
+        if wrong:
+            return row | {"wrong": wrong}
+        count = min(8, sets_against_cache(bytes_moved, self._device))
+        sets = [tensors] + [Tensors(channels, batch, size, self._device) for _ in range(count - 1)]
+        candidates = {"one kernel": [on(self._backends[0], one.one_kernel) for one in sets]}
+        for name in self._backends:
+            candidates[f"two calls {name}"] = [on(name, one.two_calls) for one in sets]
+        replays = {name: Replay(calls, self._device) for name, calls in candidates.items()}
+        return row | {"times": in_turns(replays, self._rounds)}
+
+    def _faults(self, tensors: Tensors) -> list[str]:
+        """What is wrong with the one kernel's results."""
+        ours, theirs = (on(self._backends[0], call)() for call in (tensors.one_kernel, tensors.two_calls))
+        verdicts = [judge(a[:1], b[:1], exact) for a, b, exact in zip(ours, theirs, tensors.double(), strict=True)]
+        differences = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(ours, theirs, strict=True)]
+        return [str(verdict) for verdict in verdicts if not verdict.passed] + [
+            f"images beyond the first differ from two calls: {difference:.1e}"
+            for difference in differences
+            if not difference < 8e-3
+        ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", default="256,32")
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[256, 32])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS) / "gpu-pairs.json")
-    arguments = parser.parse_args()
-    device = torch.device("cpu" if arguments.rehearse else "cuda")
-    facts = {
-        **conditions(device, torch.bfloat16).to_dict(), "commit": commit(), "driver": nvidia_smi("driver_version"),
-        "dtype": "bf16", "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "rehearsal": arguments.rehearse,
-    }  # fmt: skip
+    options = parser.parse_args()
+    measurement = Measurement(torch.device("cpu" if options.rehearse else "cuda"), options.rounds)
     rows: list[Row] = []
-    faults = 0
-    for batch in map(int, arguments.batches.split(",")):
+    for batch in options.batches:
         for channels, size, note in PAIRS:
-            batch, size = (1, 5) if arguments.rehearse else (batch, size)
-            tensors = Tensors(channels, batch, size, device)
-            served = cuda.conv2d_1x1_pair_weights(device, torch.bfloat16, channels)
-            backend = "cpp" if arguments.rehearse else "cuda"
-            with torch.no_grad():
-                ours, theirs = on(backend, tensors.one_kernel)(), on(backend, tensors.two_calls)()
-                wrong = [
-                    str(verdict)
-                    for a, b, exact in zip(ours, theirs, tensors.double(), strict=True)
-                    for verdict in [judge(a[:1], b[:1], exact)]
-                    if not verdict.passed
-                ] + [
-                    f"images beyond the first differ from two calls: {difference:.1e}"
-                    for a, b in zip(ours, theirs, strict=True)
-                    for difference in [((a - b).float().norm() / b.float().norm()).item()]
-                    if not difference < 8e-3
-                ]
-                del ours, theirs
-                row: Row = {
-                    **facts, "what": "gpu_pair", "channels": channels, "batch": batch, "size": size, "note": note,
-                    "weights": served,
-                }  # fmt: skip
-                pixels = batch * size * size
-                c, j, k = channels
-                row["floor_ms"] = 2e3 * pixels * (c + 2 * j + k) / BANDWIDTH
-                if wrong:
-                    faults += 1
-                    row["wrong"] = wrong
-                else:
-                    bytes_of_set = 2 * pixels * (c + 2 * j + k)
-                    sets = [tensors]
-                    count = min(8, sets_against_cache(bytes_of_set, device))
-                    sets += [Tensors(channels, batch, size, device) for _ in range(count - 1)]
-                    candidates = {"one kernel": [on(backend, s.one_kernel) for s in sets]}
-                    for name in (backend,) if arguments.rehearse else ("cuda", "triton"):
-                        candidates[f"two calls {name}"] = [on(name, s.two_calls) for s in sets]
-                    replays = {name: Replay(calls, device) for name, calls in candidates.items()}
-                    row["times"] = in_turns(replays, arguments.rounds)
-                    del replays, sets
-                rows.append(row)
-                times = {name: round(t["median_ms"], 4) for name, t in row.get("times", {}).items()}
-                print(batch, channels, served or "not served", f"floor {row['floor_ms']:.4f}", row.get("wrong", times))
-                sys.stdout.flush()
-            write_rows(arguments.out, rows)
-    return 1 if faults else 0
+            row = measurement.pair(channels, *((1, 5) if options.rehearse else (batch, size)), note)
+            rows.append(row)
+            times = {name: round(t["median_ms"], 4) for name, t in row.get("times", {}).items()}
+            weights, floor = row["weights"] or "not served", f"floor {row['floor_ms']:.4f}"
+            print(row["batch"], channels, weights, floor, row.get("wrong", times), flush=True)
+            write_rows(options.out, rows)
+    return 1 if any("wrong" in row for row in rows) else 0
 
 
 if __name__ == "__main__":
