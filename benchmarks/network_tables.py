@@ -23,8 +23,9 @@ METHOD = """Medians of runs in one process a network; in brackets the quartiles.
 fastcnn. *Of peak* counts the operations of direct convolution, against the multiply-adds a second
 that a loop in registers reaches in the same process: Winograd's algorithm may pass 100 %. PyTorch is torchvision's
 network in channels-last memory where it has the network, else this network on PyTorch's operators. OpenVINO runs bf16
-by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights are random. A network whose frozen form
-was left out has no speed-up.
+by a precision hint to an fp32 model; ONNX Runtime has no bf16 on a CPU. Weights and input are random: of
+AlexNet's and VGG16's fully connected weights 38 and 40 % meet zeros, which a frozen fp32 network does not read. A
+network whose frozen form was left out has no speed-up.
 """
 
 

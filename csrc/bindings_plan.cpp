@@ -153,6 +153,9 @@ class PyPlan {
     require_shape(xv, "input", yv.n, weight->depth, 1, 1);
     require_one_dtype({y, x});
     if (xv.dtype != weight->dtype) throw py::type_error("input must have the dtype of the weight that was packed");
+    if (weight->layout == cpu::ShortLayout::by_input && xv.n != 1) {
+      throw py::value_error("input must have one row where the weight was packed by input");
+    }
     const Operand b = vector(bias, "bias", yv.c);
     plan_->add({y, x}, [=](const cpu::Plan::Bases& at, int threads) {
       return cpu::linear_short_work(placed(yv, y, at), placed(xv, x, at), *weight, floats(b, at), activation_of(relu),
@@ -525,24 +528,30 @@ bool conv2d_may_pool(const cpu::PackedConv2dWeight& weight, const std::vector<in
       y, x, weight, conv2d_geometry(weight.filter_h, weight.filter_w, weight.groups, stride, padding, dilation));
 }
 
-std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight(py::handle weight) {
+cpu::ShortLayout short_layout(bool by_input) {
+  return by_input ? cpu::ShortLayout::by_input : cpu::ShortLayout::by_output;
+}
+
+std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight(py::handle weight, bool by_input) {
   const TensorView view = matrix(weight, "weight", kDLCPU);
   require_short_weights(view.dtype);
   if (view.n < 1 || view.c < 1) throw py::value_error("weight must not be empty");
   py::gil_scoped_release release;
-  return std::make_shared<cpu::ShortLinearWeight>(view);
+  return std::make_shared<cpu::ShortLinearWeight>(view, short_layout(by_input));
 }
 
 std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight_from(const py::buffer& packed, int64_t columns,
-                                                                 int64_t depth, const std::string& dtype) {
+                                                                 int64_t depth, const std::string& dtype,
+                                                                 bool by_input) {
   const py::buffer_info info = packed.request();
   const int64_t bytes = info.size * info.itemsize;
-  require_short_weights(dtype_named(dtype));
+  const DType type = dtype_named(dtype);
+  require_short_weights(type);
   // A bound that keeps the sizes' product within 64 bits.
   if (columns < 1 || depth < 1 || columns > bytes || depth > bytes) {
     throw py::value_error("packed must hold the weight's values");
   }
-  return std::make_shared<cpu::ShortLinearWeight>(dtype_named(dtype), columns, depth, info.ptr, bytes);
+  return std::make_shared<cpu::ShortLinearWeight>(type, columns, depth, short_layout(by_input), info.ptr, bytes);
 }
 
 }  // namespace
@@ -553,9 +562,9 @@ void bind_plan(py::module_& m) {
   m.def("cpu_conv2d_may_pool", &conv2d_may_pool, py::arg("weight"), py::arg("out"), py::arg("pixel_stride"),
         py::arg("input"), py::arg("dtype"), py::arg("stride"), py::arg("padding"), py::arg("dilation"));
   py::class_<cpu::ShortLinearWeight, std::shared_ptr<cpu::ShortLinearWeight>>(m, "ShortLinearWeight")
-      .def(py::init(&short_linear_weight), py::arg("weight"))
+      .def(py::init(&short_linear_weight), py::arg("weight"), py::arg("by_input") = false)
       .def_static("from_packed", &short_linear_weight_from, py::arg("packed"), py::arg("columns"), py::arg("depth"),
-                  py::arg("dtype"))
+                  py::arg("dtype"), py::arg("by_input") = false)
       .def("packed", [](const cpu::ShortLinearWeight& weight) { return py::bytes(weight.data(), weight.bytes()); })
       .def_property_readonly("bytes", &cpu::ShortLinearWeight::bytes);
   py::class_<PyPlan>(m, "Plan")

@@ -1,13 +1,16 @@
-// Packing of short weights and the cut of their layers into tasks. The arithmetic is in isa/linear_short.h.
+// Packing of short weights and the cut of their layers into tasks. The arithmetic is in isa/linear_short.h and
+// isa/linear_by_input.cpp.
 #include "linear_short.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include "isa/conv2d_bf16.h"
 #include "isa/table.h"
+#include "linear_by_input.h"
 #include "preparation.h"
 
 namespace fastcnn::cpu {
@@ -60,15 +63,15 @@ uint32_t best_window(const TensorView& weight, const Format& format, int threads
   return best;
 }
 
-// One value in its block.
-void put(uint8_t* block, const Format& format, int row, int lane, uint32_t bits, int code) {
-  const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
-  const int width = format.item == 4 ? 3 : 1;  // bytes of a sign and fraction
-  const uint32_t value = bits >> (8 * format.item - 1) << format.fraction_bits | fraction;
-  uint8_t* to = block + (row * format.lanes + lane) * width;
-  for (int i = 0; i < width; ++i) to[i] = static_cast<uint8_t>(value >> (8 * i));
-  uint8_t& pair = block[(kLinearShortRows * width + row / 2) * format.lanes + lane];
-  pair = static_cast<uint8_t>(pair | code << (row % 2 * 4));
+constexpr int64_t kPairColumns = 2 * kLinearShortLanes;
+constexpr int64_t kMostBlockColumns = 1024, kLeastBlockColumns = 512, kBlocks = 2;  // by input
+
+int64_t pairs_of(int64_t columns) {
+  return ceil_div(columns, kPairColumns);
+}
+
+void require(bool holds) {
+  if (!holds) throw std::invalid_argument("packed must be what a packed weight of this shape gave");
 }
 
 }  // namespace
@@ -79,115 +82,192 @@ bool reads_short_weights(DType dtype) {
   return dtype == DType::bf16 && table.bf16 != nullptr;
 }
 
-void ShortLinearWeight::set_sizes() {
-  const Format format = format_of(dtype);
-  groups_ = ceil_div(columns, kLinearShortRows);
-  group_bytes_ = ceil_div(depth, format.lanes) * format.block_bytes;
+// ---- where a value lies
+// -----------------------------------------------------------------------------------------------
+
+struct ShortLinearWeight::Place {
+  int64_t group, block;
+  int row, lane;  // of the block; by input, a row is a vector of columns
+};
+
+int64_t ShortLinearWeight::group_columns() const {
+  if (layout == ShortLayout::by_output) return kLinearShortRows;
+  // As long as they can be, so that memory is read in long runs, and some for threads to share.
+  const int64_t blocks =
+      std::max(ceil_div(columns, kMostBlockColumns), std::min(kBlocks, ceil_div(columns, kLeastBlockColumns)));
+  return pairs_of(ceil_div(columns, blocks)) * kPairColumns;
+}
+
+int64_t ShortLinearWeight::groups() const {
+  return ceil_div(columns, group_columns());
+}
+
+int64_t ShortLinearWeight::block_bytes(int64_t group) const {
+  if (layout == ShortLayout::by_output) return format_of(dtype).block_bytes;
+  return pairs_of(std::min(group_columns(), columns - group * group_columns())) * kLinearPairBytes;
+}
+
+int64_t ShortLinearWeight::blocks_in_group() const {
+  return layout == ShortLayout::by_output ? ceil_div(depth, format_of(dtype).lanes) : depth;
+}
+
+int64_t ShortLinearWeight::blocks_bytes() const {
+  const int64_t last = groups() - 1;
+  return (last * block_bytes(0) + block_bytes(last)) * blocks_in_group();
 }
 
 int64_t ShortLinearWeight::blocks_at(int64_t exceptions) const {
-  const int64_t before = static_cast<int64_t>(sizeof(Header)) + (groups_ + 1) * 4 +
+  const int64_t before = static_cast<int64_t>(sizeof(Header)) + (groups() + 1) * 4 +
                          exceptions * static_cast<int64_t>(sizeof(LinearException));
   return ceil_div(before, 64) * 64;
 }
 
-ShortLinearWeight::ShortLinearWeight(const TensorView& weight)
-    : dtype(weight.dtype), columns(weight.n), depth(weight.c) {
-  set_sizes();
+ShortLinearWeight::Place ShortLinearWeight::place_of(int64_t column, int64_t value) const {
+  const int64_t group = column / group_columns_, within = column % group_columns_;
+  if (layout == ShortLayout::by_output) {
+    return {group, value / lanes_, static_cast<int>(within), static_cast<int>(value % lanes_)};
+  }
+  const int64_t position = first_position_[value % lanes_] + value / lanes_;
+  return {group, position, static_cast<int>(within / lanes_), static_cast<int>(within % lanes_)};
+}
+
+// One value among its group's blocks.
+void ShortLinearWeight::put(uint8_t* blocks, const Place& place, uint32_t bits, int code) const {
   const Format format = format_of(dtype);
+  const int width = format.item == 4 ? 3 : 1;  // bytes of a sign and fraction
+  const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
+  const uint32_t value = bits >> (8 * format.item - 1) << format.fraction_bits | fraction;
+  uint8_t* block = blocks + place.block * block_bytes(place.group);
+  int row = place.row, rows = kLinearShortRows;  // rows: whose exponents lie behind their fractions
+  if (layout == ShortLayout::by_input) {
+    block += row / 2 * kLinearPairBytes;
+    row %= 2, rows = 2;
+  }
+  uint8_t* to = block + (row * format.lanes + place.lane) * width;
+  for (int i = 0; i < width; ++i) to[i] = static_cast<uint8_t>(value >> (8 * i));
+  uint8_t& pair = block[(rows * width + row / 2) * format.lanes + place.lane];
+  pair = static_cast<uint8_t>(pair | code << (row % 2 * 4));
+}
+
+// ---- packing
+// ----------------------------------------------------------------------------------------------------------
+
+void ShortLinearWeight::set_places() {
+  lanes_ = format_of(dtype).lanes;
+  group_columns_ = group_columns();
+  int64_t position = 0;
+  for (const int lane : kLinearLaneOrder) {
+    first_position_[lane] = position;
+    position += std::max<int64_t>(0, ceil_div(depth - lane, kLinearShortLanes));
+  }
+}
+
+ShortLinearWeight::ShortLinearWeight(const TensorView& weight, ShortLayout layout)
+    : dtype(weight.dtype), columns(weight.n), depth(weight.c), layout(layout) {
+  const Format format = format_of(dtype);
+  if (layout == ShortLayout::by_input && dtype != DType::f32) {
+    throw std::invalid_argument("weight must be float32 where it is stored by input");
+  }
+  set_places();
   const int threads = default_threads();
   const uint32_t first_exponent = best_window(weight, format, threads);
-  std::vector<std::vector<LinearException>> found(static_cast<size_t>(groups_));
+  std::vector<std::vector<LinearException>> found(static_cast<size_t>(groups()));
+  std::atomic<bool> finite{true};
   const auto each_value = [&](int64_t group, auto visit) {
-    for (int64_t k = group * kLinearShortRows; k < std::min(columns, (group + 1) * kLinearShortRows); ++k) {
+    for (int64_t k = group * group_columns_; k < std::min(columns, (group + 1) * group_columns_); ++k) {
       for (int64_t c = 0; c < depth; ++c) {
         const uint32_t bits = bits_of(weight.data, format.item, k * weight.pixel_stride + c);
-        visit(static_cast<int>(k % kLinearShortRows), c, bits, code_of(exponent_of(bits, format), first_exponent));
+        visit(place_of(k, c), bits, code_of(exponent_of(bits, format), first_exponent));
       }
     }
   };
-  parallel_tasks(groups_, threads, 0, [&](int64_t group, void*) {
-    each_value(group, [&](int row, int64_t c, uint32_t bits, int code) {
+  parallel_tasks(groups(), threads, 0, [&](int64_t group, void*) {
+    auto& list = found[static_cast<size_t>(group)];
+    each_value(group, [&](const Place& place, uint32_t bits, int code) {
       if (code >= 0) return;
-      found[static_cast<size_t>(group)].push_back({static_cast<uint32_t>(c / format.lanes), static_cast<uint16_t>(row),
-                                                   static_cast<uint16_t>(c % format.lanes), bits});
+      if (exponent_of(bits, format) == 255) finite = false;
+      list.push_back({static_cast<uint32_t>(place.block), static_cast<uint16_t>(place.row),
+                      static_cast<uint16_t>(place.lane), bits});
     });
-    std::stable_sort(found[static_cast<size_t>(group)].begin(), found[static_cast<size_t>(group)].end(),
+    std::stable_sort(list.begin(), list.end(),
                      [](const LinearException& a, const LinearException& b) { return a.block < b.block; });
   });
+  if (layout == ShortLayout::by_input && !finite) {
+    throw std::invalid_argument("weight must be finite where it is stored by input");
+  }
   int64_t exceptions = 0;
   for (const auto& of_group : found) exceptions += static_cast<int64_t>(of_group.size());
-  bytes_ = blocks_at(exceptions) + groups_ * group_bytes_;
+  bytes_ = blocks_at(exceptions) + blocks_bytes();
   data_.reset(static_cast<char*>(allocate_aligned(bytes_)), std::free);
   std::memset(data_.get(), 0, static_cast<size_t>(bytes_));
   *reinterpret_cast<Header*>(data_.get()) = {first_exponent, static_cast<uint32_t>(exceptions)};
   auto* first = reinterpret_cast<uint32_t*>(data_.get() + sizeof(Header));
-  auto* list = reinterpret_cast<LinearException*>(first + groups_ + 1);
-  for (int64_t group = 0; group < groups_; ++group) {
+  auto* list = reinterpret_cast<LinearException*>(first + groups() + 1);
+  for (int64_t group = 0; group < groups(); ++group) {
     const auto& of_group = found[static_cast<size_t>(group)];
     std::copy(of_group.begin(), of_group.end(), list + first[group]);
     first[group + 1] = first[group] + static_cast<uint32_t>(of_group.size());
   }
   auto* blocks = reinterpret_cast<uint8_t*>(data_.get() + blocks_at(exceptions));
-  parallel_tasks(groups_, threads, 0, [&](int64_t group, void*) {
-    each_value(group, [&](int row, int64_t c, uint32_t bits, int code) {
-      if (code < 0) return;
-      uint8_t* block = blocks + group * group_bytes_ + c / format.lanes * format.block_bytes;
-      put(block, format, row, static_cast<int>(c % format.lanes), bits, code);
+  parallel_tasks(groups(), threads, 0, [&](int64_t group, void*) {
+    uint8_t* of_group = blocks + group * blocks_in_group() * block_bytes(0);
+    each_value(group, [&](const Place& place, uint32_t bits, int code) {
+      if (code >= 0) put(of_group, place, bits, code);
     });
   });
 }
 
-ShortLinearWeight::ShortLinearWeight(DType dtype, int64_t columns, int64_t depth, const void* packed, int64_t bytes)
-    : dtype(dtype), columns(columns), depth(depth), bytes_(bytes) {
-  set_sizes();
-  const auto require = [](bool holds) {
-    if (!holds) throw std::invalid_argument("packed must be what a packed weight of this shape gave");
-  };
-  require(bytes >= blocks_at(0) + groups_ * group_bytes_);
+ShortLinearWeight::ShortLinearWeight(DType dtype, int64_t columns, int64_t depth, ShortLayout layout,
+                                     const void* packed, int64_t bytes)
+    : dtype(dtype), columns(columns), depth(depth), layout(layout), bytes_(bytes) {
+  require(layout == ShortLayout::by_output || dtype == DType::f32);
+  set_places();
+  require(bytes >= blocks_at(0) + blocks_bytes());
   data_.reset(static_cast<char*>(allocate_aligned(bytes_)), std::free);
   std::memcpy(data_.get(), packed, static_cast<size_t>(bytes_));
-  const Header& header = *reinterpret_cast<const Header*>(data_.get());
-  require(header.first_exponent >= 1 && header.first_exponent + 15 <= 256);
-  require(bytes == blocks_at(header.exceptions) + groups_ * group_bytes_);
-  const auto* first = reinterpret_cast<const uint32_t*>(data_.get() + sizeof(Header));
-  const auto* list = reinterpret_cast<const LinearException*>(first + groups_ + 1);
-  require(first[0] == 0 && first[groups_] == header.exceptions);
-  const Format format = format_of(dtype);
-  for (int64_t group = 0; group < groups_; ++group) {
-    require(first[group] <= first[group + 1] && first[group + 1] <= header.exceptions);
+  require(header().first_exponent >= 1 && header().first_exponent + 15 <= 256);
+  require(bytes == blocks_at(header().exceptions) + blocks_bytes());
+  const uint32_t* first = first_exception();
+  const auto* list = reinterpret_cast<const LinearException*>(exceptions());
+  require(first[0] == 0 && first[groups()] == header().exceptions);
+  const int64_t rows = layout == ShortLayout::by_output ? kLinearShortRows : group_columns_ / lanes_;
+  for (int64_t group = 0; group < groups(); ++group) {
+    require(first[group] <= first[group + 1] && first[group + 1] <= header().exceptions);
     for (uint32_t i = first[group]; i < first[group + 1]; ++i) {
-      require(list[i].row < kLinearShortRows && list[i].lane < format.lanes);
-      require(list[i].block < ceil_div(depth, format.lanes));
+      require(list[i].row < rows && list[i].lane < lanes_ && list[i].block < blocks_in_group());
       require(i == first[group] || list[i - 1].block <= list[i].block);
     }
   }
 }
 
+// ---- the work
+// ---------------------------------------------------------------------------------------------------------
+
 Works linear_short_work(const TensorView& out, const TensorView& input, const ShortLinearWeight& weight,
                         const float* bias, Activation activation, int threads) {
+  if (weight.layout == ShortLayout::by_input) {
+    return linear_by_input_work(out, input, weight, bias, activation, threads);
+  }
   const KernelTable& table = kernels();
-  const char* data = weight.data();
-  const auto& header = *reinterpret_cast<const ShortLinearWeight::Header*>(data);
   LinearShortProblem p;
   p.out = out.data, p.out_stride = out.pixel_stride;
   p.input = input.data, p.input_stride = input.pixel_stride;
   p.rows = input.n, p.columns = weight.columns, p.depth = weight.depth;
   p.bias = bias;
   p.relu = activation == Activation::relu;
-  p.first_exponent = header.first_exponent;
-  p.first_exception = reinterpret_cast<const uint32_t*>(data + sizeof(header));
-  p.exceptions = reinterpret_cast<const LinearException*>(p.first_exception + weight.groups_ + 1);
-  p.blocks = reinterpret_cast<const uint8_t*>(data + weight.blocks_at(header.exceptions));
+  p.first_exponent = weight.header().first_exponent;
+  p.first_exception = weight.first_exception();
+  p.exceptions = reinterpret_cast<const LinearException*>(weight.exceptions());
+  p.blocks = weight.blocks();
   constexpr int64_t kTasksPerThread = 8, kMostGroups = 16;
-  p.groups_per_task = std::clamp<int64_t>(weight.groups_ / (kTasksPerThread * threads), 1, kMostGroups);
+  p.groups_per_task = std::clamp<int64_t>(weight.groups() / (kTasksPerThread * threads), 1, kMostGroups);
   Work work;
-  work.tasks = ceil_div(weight.groups_, p.groups_per_task);
+  work.tasks = ceil_div(weight.groups(), p.groups_per_task);
   work.threads = threads;
   const auto run = weight.dtype == DType::f32 ? table.linear_short_task : table.bf16->linear_short_task;
   work.run = [p, run](int64_t task, void*) { run(p, task); };
   work.constants = p.blocks;
-  work.constant_bytes = weight.groups_ * weight.group_bytes_;
+  work.constant_bytes = weight.blocks_bytes();
   return {work};
 }
 

@@ -50,7 +50,8 @@ _TILES = {WINOGRAD4: Tiles(4, 1), WINOGRAD2: Tiles(2, 1)}
 _TILES.update({f"winograd{size}s{stride}": Tiles(size, stride) for stride in (2, 3, 4) for size in (4, 2)})
 _ROWS = {f"winograd1x4s{stride}": stride for stride in (2, 3, 4)}
 ALGORITHMS = (DIRECT, *_TILES, *_ROWS, WINOGRAD4_PLAIN, STRASSEN)
-SHORT = "short"  # a fully connected weight in fewer bits, without loss
+# A fully connected weight in fewer bits, without loss; and so that what meets a zero input is not read.
+SHORT, SHORT_BY_INPUT = "short", "short_by_input"
 # By the taps of a phase, to a side: those of filters with stride 1 are the filter's.
 _SIZES = {1: {3: (4, 2), 5: (2,)}, 2: {2: (2,), 3: (4, 2), 4: (4,)}}
 _SIZES[3] = _SIZES[4] = _SIZES[2]
@@ -287,9 +288,12 @@ def pack_weight(weight: Tensor, groups: int, algorithm: str) -> PackedWeight:
     return _native.PackedConv2dWinogradWeight(weight, *_TILES[algorithm])
 
 
-def pack_linear(weight: Tensor) -> PackedWeight:
-    """A fully connected weight (K, C), fp32 or bf16, stored short; ``_native.cpu_reads_short_weights`` says where."""
-    return _native.ShortLinearWeight(weight.detach())
+def pack_linear(weight: Tensor, algorithm: str = SHORT) -> PackedWeight:
+    """A fully connected weight (K, C), fp32 or bf16, stored short; ``_native.cpu_reads_short_weights`` says where.
+
+    ``SHORT_BY_INPUT`` is for one input row and finite fp32 weights.
+    """
+    return _native.ShortLinearWeight(weight.detach(), algorithm == SHORT_BY_INPUT)
 
 
 def packed_weight_from(
@@ -298,9 +302,9 @@ def packed_weight_from(
     """The same from the bytes that its ``packed()`` gave. Raises ValueError for what no packing gives."""
     if algorithm in (DIRECT, STRASSEN):
         return _native.PackedConv2dWeight.from_packed(packed, shape, groups, dtype)
-    if algorithm == SHORT:
+    if algorithm in (SHORT, SHORT_BY_INPUT):
         columns, depth = shape
-        return _native.ShortLinearWeight.from_packed(packed, columns, depth, dtype)
+        return _native.ShortLinearWeight.from_packed(packed, columns, depth, dtype, algorithm == SHORT_BY_INPUT)
     if algorithm == WINOGRAD4_PLAIN:
         return _native.PlainWinogradWeight.from_packed(packed, shape, groups)
     if (algorithm not in _TILES and algorithm not in _ROWS) or groups != 1:

@@ -40,7 +40,11 @@ const KernelTable& kernel_table() {
       linear_many_rows_task,
 #if defined(__AVX512BW__)
       linear_short_task,
+      linear_by_input_scratch_bytes,
+      linear_by_input_task,
 #else
+      nullptr,
+      nullptr,
       nullptr,
 #endif
       channel_affine_task,

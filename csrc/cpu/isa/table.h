@@ -283,6 +283,25 @@ struct LinearShortProblem {
   int64_t groups_per_task;
 };
 
+// One fully connected layer with one row and short weights by input value: see isa/linear_by_input.cpp.
+constexpr int kLinearPairBytes = 112;  // of two vectors of output columns
+// The order of isa/linear.cpp's 16 partial sums, one for each lane, in which their tree is climbed with few of them
+// kept.
+constexpr int kLinearLaneOrder[kLinearShortLanes] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+
+struct LinearByInputProblem {
+  float* out;
+  const float* input;
+  int64_t columns, depth;  // K, C
+  const float* bias;
+  bool relu;
+  uint32_t first_exponent;
+  const uint8_t* blocks;            // [block of columns][position of an input value][pair of vectors]
+  const uint32_t* first_exception;  // of each block, and behind the last
+  const LinearException* exceptions;
+  int64_t block_columns, parts;  // columns of a block (the last has fewer); tasks that share one
+};
+
 // Sums over the pixels of a batch. Filled by batch_statistics.cpp.
 struct BatchStatisticsProblem {
   TensorView input;
@@ -324,7 +343,10 @@ struct KernelTable {
   void (*linear_pack_task)(const LinearProblem&, float* packed, int64_t index);
   void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
   void (*linear_many_rows_task)(const LinearProblem&, const float* packed, int64_t index, void* scratch);
-  void (*linear_short_task)(const LinearShortProblem&, int64_t index);  // of fp32; null where it would not pay
+  // Of fp32; null where they would not pay.
+  void (*linear_short_task)(const LinearShortProblem&, int64_t index);
+  int64_t (*linear_by_input_scratch_bytes)(const LinearByInputProblem&);
+  void (*linear_by_input_task)(const LinearByInputProblem&, int64_t index, void* scratch);
   void (*channel_affine_task)(const ChannelAffineProblem&, int64_t index);
   void (*map_block)(const MapProblem&);
   void (*rows_task)(const RowsProblem&, int64_t index);

@@ -27,6 +27,8 @@ int64_t linear_scratch_bytes(const LinearProblem& problem);
 void linear_pack_task(const LinearProblem& problem, float* packed, int64_t index);
 void linear_few_rows_task(const LinearProblem& problem, int64_t index);
 void linear_short_task(const LinearShortProblem& problem, int64_t index);
+int64_t linear_by_input_scratch_bytes(const LinearByInputProblem& problem);
+void linear_by_input_task(const LinearByInputProblem& problem, int64_t index, void* scratch);
 void linear_many_rows_task(const LinearProblem& problem, const float* packed, int64_t index, void* scratch);
 void channel_affine_task(const ChannelAffineProblem& problem, int64_t index);
 void map_block(const MapProblem& problem);
