@@ -19,6 +19,7 @@ from fastcnn.graph.freezing.memory import ALIGNMENT, lifetimes, plan_lanes
 from fastcnn.graph.freezing.placing import outputs_of_their_own, place_in_slices
 from fastcnn.graph.freezing.pooling import fuse_max_pooling
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, View
+from fastcnn.graph.freezing.residuals import write_over_residuals
 from fastcnn.graph.freezing.short_weights import shorten_weights
 from fastcnn.graph.freezing.spacing import space_pixels
 from fastcnn.graph.freezing.structures import structure_as_data
@@ -132,6 +133,7 @@ def make_recipe(program: Program, structure: TreeSpec) -> tuple[Recipe, Tensor]:
     space_pixels(program)
     if not run_in_lanes(program):
         run_in_chunks(program)
+    write_over_residuals(program)
     shorten_weights(program)
     offsets, arena_bytes = plan_lanes(lifetimes(program), len(program.steps) // program.lanes)
     places: dict[Buffer, tuple[int, int]] = {buffer: (ARENA, offset) for buffer, offset in offsets.items()}
