@@ -267,7 +267,7 @@ void require_row_winograd(const int64_t shape[4], int stride) {
     throw py::value_error("weight must have shape (K, C, R, R) and not be empty, has shape " + describe(shape, 4));
   }
   if (!cpu::RowWinogradWeight::covers(shape[2], stride)) {
-    throw py::value_error("stride must be 2 to 4 and the weight have 2 to 4 taps a phase, stride is " +
+    throw py::value_error("stride must be 2 to 4 and the weight have 2 to 4 taps a phase, or 1 and 5 taps, stride is " +
                           std::to_string(stride) + ", weight has shape " + describe(shape, 4));
   }
 }

@@ -118,13 +118,16 @@ class PyPlan {
                             std::shared_ptr<cpu::RowWinogradWeight> weight, const py::object& scale,
                             const py::object& bias, const py::object& residual, const py::object& input_scale,
                             const py::object& input_shift, bool input_relu, bool relu, Pair padding, bool max_pool) {
-    if (max_pool) throw py::value_error("max_pool must be False beside a weight along rows");
+    if (max_pool && weight->stride != 1) {
+      throw py::value_error("max_pool must be False beside a weight along rows with a stride");
+    }
+    if (max_pool && !residual.is_none()) throw py::value_error("residual must be None where max_pool is set");
     const Conv2dGeometry geometry =
         conv2d_geometry(weight->filter, weight->filter, 1, {weight->stride, weight->stride}, padding, {1, 1});
     convolution(
         out, input, *weight, geometry, scale, bias, residual, input_scale, input_shift, input_relu, relu,
         [=](const TensorView& y, const TensorView& x, const Prologue& prologue, const Epilogue& epilogue, int threads) {
-          return cpu::conv2d_winograd_rows_work(y, x, *weight, prologue, epilogue, geometry, threads);
+          return cpu::conv2d_winograd_rows_work(y, x, *weight, prologue, epilogue, geometry, threads, max_pool);
         });
   }
 
@@ -291,9 +294,10 @@ class PyPlan {
     plan_->run(in.data(), out.data(), threads);
   }
 
-  // A frozen model's call (plan_call.h). inputs, outputs: (shape, strides, dtype) of each tensor, which must span its
-  // region; global_hooks: dictionaries of the hooks of all modules; torch: the module.
-  static py::object caller(const py::object& self, const py::list& inputs, const py::list& outputs,
+  // What `call_plan` runs for a frozen model (plan_call.h). inputs, outputs: (shape, strides, dtype) of each tensor,
+  // which must span its region; leaf: whether the model's result is its one output; global_hooks: dictionaries of the
+  // hooks of all modules; torch: the module.
+  static py::object caller(const py::object& self, const py::list& inputs, const py::list& outputs, bool leaf,
                            std::vector<py::dict> global_hooks, const py::object& torch) {
     auto& plan = *self.cast<PyPlan&>().plan_;
     if (inputs.size() != plan.input_count() || outputs.size() != plan.output_count()) {
@@ -328,11 +332,10 @@ class PyPlan {
     for (const py::handle handle : outputs) {
       const auto tensor = handle.cast<py::tuple>();
       described(tensor, "output", 2 + in.size() + out.size());
-      out.push_back({tensor[0], tensor[1], tensor[2]});
+      out.push_back({tensor[0], tensor[1], tensor[2], py::object()});
     }
-    return PlanCall::function(std::make_unique<PlanCall>(self, plan, std::move(in), std::move(out),
-                                                         std::move(global_hooks), torch.attr("Tensor"),
-                                                         torch.attr("empty_strided"), torch.attr("get_num_threads")));
+    return PlanCall::capsule(
+        std::make_unique<PlanCall>(self, plan, std::move(in), std::move(out), leaf, std::move(global_hooks), torch));
   }
 
   // [([step, ...], seconds), ...]: see cpu/plan.h.
@@ -557,6 +560,7 @@ std::shared_ptr<cpu::ShortLinearWeight> short_linear_weight_from(const py::buffe
 }  // namespace
 
 void bind_plan(py::module_& m) {
+  m.attr("call_plan") = PlanCall::function();
   m.def("cpu_reads_short_weights",
         [](const std::string& dtype) { return cpu::reads_short_weights(dtype_named(dtype)); });
   m.def("cpu_conv2d_may_pool", &conv2d_may_pool, py::arg("weight"), py::arg("out"), py::arg("pixel_stride"),

@@ -1,7 +1,7 @@
 """Types of the compiled module: csrc/bindings.cpp, and the cuda_ functions of csrc/bindings_cuda.cpp in CUDA builds."""
 
 import builtins
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,8 @@ class PackedConv2dWeight:
 
 # (region, offset in bytes, dtype, shape, strides in elements)
 PlanOperand = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
+
+def call_plan(module: torch.nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any: ...
 
 class Plan:
     """A network as native steps over planned memory: csrc/cpu/plan.h. Regions: arena, constants, inputs, outputs."""
@@ -85,9 +87,10 @@ class Plan:
         self,
         inputs: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
         outputs: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+        leaf: bool,
         global_hooks: Sequence[dict[Any, Any]],
         torch: ModuleType,
-    ) -> Callable[..., Tensor | list[Tensor] | None]: ...
+    ) -> object: ...
     def profile(
         self, inputs: list[Tensor], outputs: list[Tensor], threads: int
     ) -> list[tuple[list[int], float]]: ...

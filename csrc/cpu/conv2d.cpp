@@ -113,18 +113,33 @@ bool is_narrow(const Conv2dProblem& problem) {
          problem.out.dtype == DType::f32 && !problem.residual && reduction <= table.max_chunk;
 }
 
-// [vector of the output][channel][lane]: which lane of the channel's pixels goes there, or none. Where pooled, pixels
-// are in every second lane.
+// Whether isa/conv2d_row_pairs.h serves a problem's column blocks of one vector: output rows share input rows, and a
+// reduction is one chunk.
+bool has_row_pairs(const Conv2dProblem& problem) {
+  const KernelTable& table = kernels();
+  const Conv2dGeometry& g = problem.geometry;
+  const int64_t last = problem.group_out % table.column_block;
+  return problem.source == ConvSource::strip && last > 0 && last <= table.vector_width && g.dilation_h == 1 &&
+         g.filter_h > g.stride_h && g.filter_h * g.filter_w * problem.group_in <= table.max_chunk;
+}
+
+// The same where all that is computed is pooled: into one vector of fp32 channels.
+bool pools_row_pairs(const Conv2dProblem& problem) {
+  return has_row_pairs(problem) && problem.group_out <= kernels().vector_width && problem.geometry.groups == 1 &&
+         problem.out.dtype == DType::f32 && !problem.residual;
+}
+
+// [vector of the output][pair of channels][lane]: which lane of the two channels' pixels goes there, or none.
 std::shared_ptr<uint32_t> narrow_lanes(const Conv2dProblem& problem) {
   const int64_t channels = problem.group_out, width = kernels().vector_width;
-  std::shared_ptr<uint32_t> memory(static_cast<uint32_t*>(allocate_aligned(channels * channels * width * 4)),
-                                   std::free);
+  std::shared_ptr<uint32_t> memory(
+      static_cast<uint32_t*>(allocate_aligned(channels * ceil_div(channels, 2) * width * 4)), std::free);
   uint32_t* to = memory.get();
   for (int64_t vector = 0; vector < channels; ++vector) {
-    for (int64_t k = 0; k < channels; ++k) {
+    for (int64_t pair = 0; pair < ceil_div(channels, 2); ++pair) {
       for (int64_t lane = 0; lane < width; ++lane, ++to) {
-        const int64_t value = vector * width + lane;
-        *to = value % channels == k ? static_cast<uint32_t>(problem.convolved(value / channels)) : ~uint32_t{0};
+        const int64_t value = vector * width + lane, channel = value % channels;
+        *to = channel / 2 == pair ? static_cast<uint32_t>(channel % 2 * width + value / channels) : ~uint32_t{0};
       }
     }
   }
@@ -225,7 +240,7 @@ bool conv2d_may_pool(const TensorView& out, const TensorView& input, const Packe
   problem.group_out = weight.group_out;
   problem.max_pool = true;
   choose_source(problem);
-  return is_narrow(problem);
+  return is_narrow(problem) || pools_row_pairs(problem);
 }
 
 Works conv2d_work(const TensorView& out, const TensorView& input, const PackedConv2dWeight& weight,
@@ -267,6 +282,7 @@ Works conv2d_work(const TensorView& out, const TensorView& input, const PackedCo
     work.tasks = cut_dense(problem, threads);
     std::shared_ptr<uint32_t> lanes;
     if (is_narrow(problem)) problem.narrow_lanes = (lanes = narrow_lanes(problem)).get();
+    problem.row_pairs = has_row_pairs(problem);
     work.scratch_bytes = table.conv2d_scratch_bytes(problem);
     work.run = [problem, memory = vectors.memory, lanes, &table](int64_t task, void* scratch) {
       table.conv2d_task(problem, task, scratch);

@@ -24,7 +24,9 @@ constexpr double kTaskCycles = 1000, kPhaseCycles = 6000;
 struct Sizes {
   int64_t n, p, q, column_blocks;
   int filter, stride, side;
-  int64_t words, all_words;  // of a filter row; of all points
+  int64_t words, all_words;                // of a filter row; of all points
+  int64_t block = kernels().column_block;  // channels of a column block that are computed
+  int64_t unit = 1;                        // rows that stay together
 };
 
 struct Cut {
@@ -39,14 +41,15 @@ Cut cut_of(const Sizes& sizes, int threads, int64_t rows, int64_t columns) {
   cut.threads = threads;
   cut.rows_per_task = rows;
   cut.columns_per_task = columns;
-  const int64_t tiles = ceil_div(sizes.q, kWinogradRowTile);
+  const int64_t tiles = ceil_div(sizes.q, winograd_row_tile(sizes.stride));
   const double weight_bytes = static_cast<double>(columns * sizes.all_words * table.column_block * 4);
-  const int64_t row_bytes = tiles * sizes.side * table.column_block * 4;
+  const int64_t row_bytes = tiles * sizes.side * sizes.block * 4;
   // Where the weights stay in L2, the products of a few rows, that they too are near; else as few passes over the
   // weights as there can be.
   const bool weights_stay = weight_bytes < kL2 - kPanelBytes;
   const int64_t least = ceil_div(table.micro_rows, tiles);
   cut.rows_at_once = weights_stay ? std::min(rows, std::max<int64_t>(least, kProductBytes / 2 / row_bytes)) : rows;
+  cut.rows_at_once = ceil_div(cut.rows_at_once, sizes.unit) * sizes.unit;
   cut.columns_at_once = std::clamp<int64_t>(2 * kProductBytes / (cut.rows_at_once * row_bytes), 1, columns);
 
   const int64_t blocks = sizes.n * ceil_div(sizes.p, rows), parts = ceil_div(sizes.column_blocks, columns);
@@ -59,27 +62,31 @@ Cut cut_of(const Sizes& sizes, int threads, int64_t rows, int64_t columns) {
   const int64_t passes = ceil_div(rows, cut.rows_at_once);
   const double words = static_cast<double>(sizes.all_words);
   const double chunks = std::ceil(words / static_cast<double>(sizes.side) / 40);
-  const double products =
-      static_cast<double>(passes * columns) * (words * static_cast<double>(std::max(count, 4 * micro_tiles)) * 1.16 +
-                                               kMicroTile * static_cast<double>(micro_tiles * sizes.side) * chunks);
+  const double products = static_cast<double>(passes * columns * sizes.block) /
+                          static_cast<double>(table.column_block) *
+                          (words * static_cast<double>(std::max(count, 4 * micro_tiles)) * 1.16 +
+                           kMicroTile * static_cast<double>(micro_tiles * sizes.side) * chunks);
   const double again = weights_stay ? 0 : 1 / kNearBytesPerCycle;
   const double per_thread = static_cast<double>(ceil_div(blocks * parts, threads));
   const double stream = weight_bytes * (1 / kFarBytesPerCycle + (per_thread - 1) * again) / per_thread;
   const double there = kThere * static_cast<double>(input_rows * tiles * vectors * pitch) / table.vector_width;
-  const double back = kBack * static_cast<double>(rows * tiles * columns * table.column_block) / table.vector_width;
+  const double back = kBack * static_cast<double>(rows * tiles * columns * sizes.block) / table.vector_width;
   const double task = std::max(products, stream) + std::min(products, stream) / 4 + there + back + kTaskCycles;
   cut.cycles = per_thread * task + (threads > 1 ? kPhaseCycles : 0);
   return cut;
 }
 
-Cut cheapest_cut(const Sizes& sizes, int threads) {
+// serial: work too small to be cut, where looking for the best cut would take longer than it saves.
+Cut cheapest_cut(const Sizes& sizes, int threads, bool serial = false) {
   Cut best;
+  if (serial) best = cut_of(sizes, 1, ceil_div(sizes.p, sizes.unit) * sizes.unit, sizes.column_blocks);
+  if (best.cycles > 0) return best;
   const auto consider = [&](int team, int64_t rows, int64_t columns) {
     const Cut cut = cut_of(sizes, team, rows, columns);
     if (cut.cycles > 0 && (best.cycles == 0 || cut.cycles < best.cycles)) best = cut;
   };
   for (int64_t blocks = 1; blocks <= sizes.p; ++blocks) {
-    const int64_t rows = ceil_div(sizes.p, blocks);
+    const int64_t rows = ceil_div(ceil_div(sizes.p, blocks), sizes.unit) * sizes.unit;
     consider(1, rows, sizes.column_blocks);
     if (threads == 1) continue;
     for (int64_t parts = 1; parts <= std::min<int64_t>(sizes.column_blocks, threads); ++parts) {
@@ -89,14 +96,30 @@ Cut cheapest_cut(const Sizes& sizes, int threads) {
   return best;
 }
 
-Sizes sizes_of(const RowWinogradWeight& weight, int64_t n, int64_t p, int64_t q) {
-  return {n, p, q, weight.column_blocks, weight.filter, weight.stride, weight.side, weight.words, weight.all_words};
+// Outputs of at most a vector of channels leave half of their column block out.
+int64_t computed_channels(int64_t out_channels, int stride) {
+  const KernelTable& table = kernels();
+  return stride == 1 && out_channels <= table.vector_width ? table.vector_width : table.column_block;
+}
+
+Sizes sizes_of(const RowWinogradWeight& weight, int64_t n, int64_t p, int64_t q, int64_t unit) {
+  return {n,
+          p,
+          q,
+          weight.column_blocks,
+          weight.filter,
+          weight.stride,
+          weight.side,
+          weight.words,
+          weight.all_words,
+          computed_channels(weight.out_channels, weight.stride),
+          unit};
 }
 
 }  // namespace
 
 bool RowWinogradWeight::covers(int64_t filter, int stride) {
-  return stride >= 2 && stride <= 4 && filter > stride && filter <= 4 * stride;
+  return (stride == 1 && filter == 5) || (stride >= 2 && stride <= 4 && filter > stride && filter <= 4 * stride);
 }
 
 RowWinogradWeight::RowWinogradWeight(int64_t out_channels, int64_t in_channels, int filter, int stride)
@@ -105,7 +128,7 @@ RowWinogradWeight::RowWinogradWeight(int64_t out_channels, int64_t in_channels, 
       filter(filter),
       stride(stride),
       taps(static_cast<int>(ceil_div(filter, stride))),
-      side(taps + static_cast<int>(kWinogradRowTile) - 1),
+      side(taps + winograd_row_tile(stride) - 1),
       words(stride * in_channels),
       last_words((filter - (taps - 1) * stride) * in_channels),
       all_words(filter * ((side - 1) * words + last_words)),
@@ -130,7 +153,7 @@ RowWinogradWeight::RowWinogradWeight(const void* weight, DType dtype, const int6
     for (int64_t word = 0; word < words; ++word) {
       const int64_t phase = word / in_channels, c = word % in_channels;
       for (int64_t k = 0; k < block; ++k) {
-        double values[4] = {};
+        double values[5] = {};
         for (int tap = 0; tap < taps; ++tap) {
           const int64_t s = tap * this->stride + phase;
           if (first + k >= out_channels || s >= filter) continue;
@@ -153,9 +176,14 @@ RowWinogradWeight::RowWinogradWeight(const void* weight, DType dtype, const int6
 
 Works conv2d_winograd_rows_work(const TensorView& out, const TensorView& input, const RowWinogradWeight& weight,
                                 const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                                int threads) {
+                                int threads, bool max_pool) {
   const KernelTable& table = kernels();
   const EpilogueVectors vectors(epilogue, 1, weight.out_channels, weight.column_blocks * table.column_block);
+  const int64_t unit = max_pool ? 2 : 1, height = unit * out.h, width = unit * out.w;
+  constexpr int64_t kSerialWork = 1 << 18;  // the plain sum's multiplications, not worth waking a thread for
+  const int64_t taps = weight.filter * weight.filter * weight.in_channels;
+  const bool serial = weight.stride == 1 && out.n * height * width * weight.out_channels * taps <= kSerialWork;
+  if (serial) threads = 1;
 
   WinogradRowsProblem p{};
   set_operands(p, out, input, prologue, epilogue, vectors);
@@ -168,11 +196,12 @@ Works conv2d_winograd_rows_work(const TensorView& out, const TensorView& input, 
   p.last_words = weight.last_words;
   p.packed_weight = weight.data();
   p.column_blocks = weight.column_blocks;
-  p.tiles = ceil_div(out.w, kWinogradRowTile);
+  p.max_pool = max_pool;
+  p.tiles = ceil_div(width, winograd_row_tile(weight.stride));
 
-  const Cut cut = cheapest_cut(sizes_of(weight, out.n, out.h, out.w), threads);
+  const Cut cut = cheapest_cut(sizes_of(weight, out.n, height, width, unit), threads, serial);
   p.rows_per_task = cut.rows_per_task;
-  p.blocks_per_image = ceil_div(out.h, p.rows_per_task);
+  p.blocks_per_image = ceil_div(height, p.rows_per_task);
   p.columns_per_task = cut.columns_per_task;
   p.rows_at_once = cut.rows_at_once;
   p.columns_at_once = cut.columns_at_once;
@@ -191,7 +220,8 @@ Works conv2d_winograd_rows_work(const TensorView& out, const TensorView& input, 
 double conv2d_winograd_rows_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels,
                                    int filter, int stride) {
   constexpr int kThreads = 2;
-  const int64_t taps = ceil_div(filter, stride), side = taps + kWinogradRowTile - 1, words = stride * in_channels;
+  const int64_t taps = ceil_div(filter, stride), side = taps + winograd_row_tile(stride) - 1,
+                words = stride * in_channels;
   const int64_t last_words = (filter - (taps - 1) * stride) * in_channels;
   const Sizes sizes = {n,
                        p,
@@ -201,7 +231,8 @@ double conv2d_winograd_rows_cycles(int64_t n, int64_t out_channels, int64_t p, i
                        stride,
                        static_cast<int>(side),
                        words,
-                       filter * ((side - 1) * words + last_words)};
+                       filter * ((side - 1) * words + last_words),
+                       computed_channels(out_channels, stride)};
   return cheapest_cut(sizes, kThreads).cycles;
 }
 

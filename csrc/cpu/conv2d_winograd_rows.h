@@ -1,4 +1,4 @@
-// Strided Winograd convolution along rows: see isa/conv2d_winograd_rows.cpp.
+// Winograd convolution along rows: see isa/conv2d_winograd_rows.cpp.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace fastcnn::cpu {
 // Square filters, transformed along their rows for that kernel.
 class RowWinogradWeight {
  public:
-  // Filters of 2 to 4 taps a phase, strides 2 to 4.
+  // Filters of 2 to 4 taps a phase with strides 2 to 4, or of 5 taps with stride 1.
   static bool covers(int64_t filter, int stride);
 
   // weight: (K, C, R, R) with the given element strides, fp32 or bf16.
@@ -35,9 +35,10 @@ class RowWinogradWeight {
   int64_t bytes_;
 };
 
+// max_pool: `out` holds the maximum of each 2x2 window of the convolution's output; stride 1 only, and no residual.
 Works conv2d_winograd_rows_work(const TensorView& out, const TensorView& input, const RowWinogradWeight& weight,
                                 const Prologue& prologue, const Epilogue& epilogue, const Conv2dGeometry& geometry,
-                                int threads);
+                                int threads, bool max_pool = false);
 
 // Estimated cycles on two threads, as conv2d_cycles() gives them for the others. Sizes are those of the output.
 double conv2d_winograd_rows_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels,

@@ -34,7 +34,9 @@ Works linear_work(const TensorView& out, const TensorView& input, const TensorVi
   const int64_t wanted = kTasksPerThread * threads;
 
   if (problem.rows <= kLinearFewRows) {
-    problem.columns_per_task = std::clamp<int64_t>(problem.columns / wanted / 4 * 4, 4, kLinearFewRowsColumns);
+    problem.columns_per_task = threads == 1
+                                   ? kLinearFewRowsColumns
+                                   : std::clamp<int64_t>(problem.columns / wanted / 4 * 4, 4, kLinearFewRowsColumns);
     const int64_t tasks = ceil_div(problem.columns, problem.columns_per_task);
     if (problem.dtype == DType::bf16 && table.bf16 != nullptr) {
       return {{tasks, threads, 0,

@@ -42,13 +42,14 @@ class Tiles(NamedTuple):
 
 
 # How conv2d is computed: the plain sum, or Winograd's algorithm, where winogradMsS is for stride S; in tiles of 4x4
-# also with weights that stay plain in memory and are transformed while they are used; winograd1x4sS in tiles of a row;
-# or, of 1x1 filters, Strassen's algorithm.
+# also with weights that stay plain in memory and are transformed while they are used; winograd1x4sS and winograd1x2 in
+# tiles of a row; or, of 1x1 filters, Strassen's algorithm.
 DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN = "direct", "winograd4", "winograd2", "winograd4_plain"
 STRASSEN = "strassen"
 _TILES = {WINOGRAD4: Tiles(4, 1), WINOGRAD2: Tiles(2, 1)}
 _TILES.update({f"winograd{size}s{stride}": Tiles(size, stride) for stride in (2, 3, 4) for size in (4, 2)})
-_ROWS = {f"winograd1x4s{stride}": stride for stride in (2, 3, 4)}
+WINOGRAD_1X2 = "winograd1x2"
+_ROWS = {WINOGRAD_1X2: 1, **{f"winograd1x4s{stride}": stride for stride in (2, 3, 4)}}
 ALGORITHMS = (DIRECT, *_TILES, *_ROWS, WINOGRAD4_PLAIN, STRASSEN)
 # A fully connected weight in fewer bits, without loss; and so that what meets a zero input is not read.
 SHORT, SHORT_BY_INPUT = "short", "short_by_input"
@@ -59,6 +60,7 @@ _SIZES[3] = _SIZES[4] = _SIZES[2]
 _SERVES = {
     WINOGRAD4: "3x3 filters with stride 1 and one group",
     WINOGRAD2: "3x3 and 5x5 filters with stride 1 and one group",
+    WINOGRAD_1X2: "5x5 filters with stride 1 and one group",
     WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group, groups of whole vectors, or of 4 to a vector's channels",
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
@@ -67,6 +69,7 @@ _WORTHWHILE = 1.08  # by how much the estimate must favour Strassen's algorithm:
 # (GoogLeNet's logits went from 1.0e-5 to 1.7e-5 off on white noise, PyTorch's are 9e-6): only the tuner and
 # freeze(tune=True) use them. Tiles of a row lose half as much.
 _MOST_TAPS_BY_RULE = 3
+_LEAST_CHANNELS_ALONG_ROWS = 5  # in, with stride 1: what fewer save in products, transforms cost
 
 
 PackedWeight = (
@@ -98,13 +101,14 @@ def algorithms(
     plain = (r, step) == (3, 1) and _native.PlainWinogradWeight.covers(weight[0], weight[1] * groups, groups)
     sizes = _SIZES.get(step, {}).get(-(-r // step), ()) if groups == 1 else ()
     names = [name for name, tiles in _TILES.items() if tiles.stride == step and tiles.size in sizes]
-    names += [name for name, stride_of_rows in _ROWS.items() if stride_of_rows == step and sizes]
+    in_rows = sizes and (step > 1 or r == 5)
+    names += [name for name, stride_of_rows in _ROWS.items() if stride_of_rows == step and in_rows]
     return (DIRECT, *names, WINOGRAD4_PLAIN) if plain else (DIRECT, *names)
 
 
 def may_pool(algorithm: str) -> bool:
     """Whether an algorithm's way back can take the maximum of 2x2 windows: where tiles hold whole ones."""
-    return algorithm in _TILES or algorithm == WINOGRAD4_PLAIN
+    return algorithm in _TILES or algorithm in (WINOGRAD_1X2, WINOGRAD4_PLAIN)
 
 
 def _served(algorithm: str) -> str:
@@ -136,7 +140,8 @@ def conv2d_algorithm(
     is recorded and of the processor's instruction set, nothing else. ``out`` and ``weight`` are shapes.
 
     Where Winograd is allowed and covers the form, from 8 channels in (with a stride: any) and out and 16 output pixels:
-    what an estimate of cycles prefers. 4x4 tiles need the fewest products, but their transformed weights are 4 times as
+    what an estimate of cycles prefers. 5x5 filters over 5 to 7 channels with stride 1, into more than 8: tiles of a row
+    (1x2). 4x4 tiles need the fewest products, but their transformed weights are 4 times as
     large as the weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the
     edge of a narrow output waste products. With a stride s the filter is one of r/s taps with stride 1 over s*s phases
     of the input; up to 3 taps are chosen by themselves, 4 in tiles of a row (1x4), which need more products and round
@@ -164,8 +169,12 @@ def _cheapest(
     bf16: bool,
 ) -> str:
     n, k, p, q = out
-    if (in_channels < 8 and stride == 1) or k < 8 or n * p * q < 16:
+    if k < 8 or n * p * q < 16:
         return DIRECT
+    if stride == 1 and in_channels < 8:
+        along_rows = WINOGRAD_1X2 in covering and in_channels >= _LEAST_CHANNELS_ALONG_ROWS and k > 8 and not bf16
+        return WINOGRAD_1X2 if along_rows else DIRECT
+    covering = tuple(name for name in covering if name != WINOGRAD_1X2)
     if stride > 1 and -(-filter // stride) > _MOST_TAPS_BY_RULE:
         covering = tuple(name for name in covering if name not in _TILES)
     if bf16:  # tiles of a row are computed in fp32

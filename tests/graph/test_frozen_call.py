@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import fastcnn
+from fastcnn import _native
 from fastcnn.graph.freezing import FrozenModel
 
 
@@ -141,13 +144,79 @@ def test_a_caller_must_be_told_the_truth_about_its_regions(frozen: FrozenModel) 
     checks, (length, dtype) = frozen._input_checks, frozen._output_memory[0]
     out = [((length,), (1,), dtype)]
     with pytest.raises(ValueError, match="as many inputs and outputs"):
-        frozen._plan.caller([], out, [], torch)
+        frozen._plan.caller([], out, True, [], torch)
     with pytest.raises(ValueError, match="output must fill its region"):
-        frozen._plan.caller(checks, [((length - 1,), (1,), dtype)], [], torch)
+        frozen._plan.caller(checks, [((length - 1,), (1,), dtype)], True, [], torch)
     with pytest.raises(ValueError, match="input must fill its region"):
-        frozen._plan.caller([((1,), (1,), torch.float32)], out, [], torch)
+        frozen._plan.caller([((1,), (1,), torch.float32)], out, True, [], torch)
     for shape, strides in (((0, 2), (-(2**40), 1)), ((2**41,), (1,)), ((2**40, 2**40), (2**40, 1))):
         with pytest.raises(ValueError, match="positive sizes and strides"):
-            frozen._plan.caller([(shape, strides, torch.float32)], out, [], torch)
+            frozen._plan.caller([(shape, strides, torch.float32)], out, True, [], torch)
     with pytest.raises(TypeError, match="float32 or bfloat16"):
-        frozen._plan.caller([(*checks[0][:2], torch.float64)], out, [], torch)
+        frozen._plan.caller([(*checks[0][:2], torch.float64)], out, True, [], torch)
+
+
+def test_results_are_ordinary_tensors(frozen: FrozenModel) -> None:
+    x = small_input()
+    with torch.inference_mode():
+        inside = frozen(x)
+    result = frozen(x)
+    assert inside.is_inference()
+    assert not result.is_inference()
+    assert type(result) is Tensor
+    assert result._base is None
+    assert result.is_leaf
+    assert result.untyped_storage().nbytes() == result.numel() * result.element_size()
+    for same in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert torch.equal(same, result)
+        assert same.stride() == result.stride()
+    assert result.stride() == frozen.forward(x).stride()
+    result.add_(1).requires_grad_().sum().backward()
+    before = inside.clone()
+    with torch.inference_mode():
+        inside.resize_(2 * inside.numel())
+    assert torch.equal(inside[: before.numel()], before.as_strided((before.numel(),), (1,)))
+
+
+def test_a_default_device_does_not_reach_the_results(model: nn.Module, frozen: FrozenModel) -> None:
+    x = small_input()
+    with torch.device("meta"):
+        result = frozen(x)
+    assert torch.equal(result, expected(model, x))
+
+
+def test_what_compile_has_set_is_called(model: nn.Module, frozen: FrozenModel) -> None:
+    x = small_input()
+    frozen._compiled_call_impl = lambda x: "compiled"
+    assert frozen(x) == "compiled"
+    frozen._compiled_call_impl = None
+    assert torch.equal(frozen(x), expected(model, x))
+
+
+class _Several(nn.Module):
+    def __init__(self, results: int) -> None:
+        super().__init__()
+        self.results, self.layer = results, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.layer(x) * factor for factor in range(self.results)]
+
+
+@pytest.mark.parametrize("results", [1, 2, 12])
+def test_results_in_a_structure(results: int) -> None:
+    module, x = _Several(results).eval(), torch.randn(2, 4)
+    ours, wanted = fastcnn.freeze(module, x)(x), module(x)
+    assert isinstance(ours, list)
+    for result, reference in zip(ours, wanted, strict=True):
+        assert torch.allclose(result, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_is_run_for_modules_alone(frozen: FrozenModel) -> None:
+    x = small_input()
+    with pytest.raises(TypeError, match="a module, a tuple and a dictionary"):
+        _native.call_plan(frozen, [x], {})
+    with pytest.raises(AttributeError):
+        _native.call_plan(3, (x,), {})
+    assert _native.call_plan(nn.Linear(2, 2), (x,), {}) is None
+    assert _native.call_plan(frozen, (x,), {"x": x}) is None
+    assert _native.call_plan(frozen, (x, x), {}) is None

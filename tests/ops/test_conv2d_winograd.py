@@ -62,6 +62,8 @@ ROWS = tuple(
     for filter, stride in ((7, 2), (8, 2), (5, 2), (6, 2), (3, 2), (4, 2), (7, 3), (5, 3), (11, 4), (16, 4), (5, 4))
 )
 
+ALONG_ROWS = Form(2, 5, rows=True)  # with stride 1
+
 # What the accuracy rule grants fast algorithms, and what these points keep to with room for small sums.
 STATED, USUAL = 1e-5, 1e-6
 
@@ -115,9 +117,19 @@ STRIDED_CASES = [case for case in CASES if case.c < 50] + [
     Case(1, 3, 61, 53, 64, (2, 2), (3, 1)),
     Case(1, 8, 20, 25, 35),
 ]
-COMBINATIONS = [(case, form) for form in FORMS for case in CASES] + [
-    (case, form) for form in STRIDED + ROWS for case in STRIDED_CASES
-]
+# Of 5x5 filters without padding, whose tiles lie in the input itself: groups of rows into one vector, and two vectors.
+UNPADDED_CASES = [
+    Case(n, c, h, w, k, (-1, -1), (-1, -1))
+    for n, c, h, w, k in (
+        (1, 6, 14, 14, 16), (2, 4, 13, 23, 9), (1, 8, 33, 52, 16), (3, 5, 11, 7, 16), (1, 12, 9, 30, 14),
+        (1, 7, 12, 12, 24), (2, 1, 5, 6, 3), (1, 13, 10, 11, 16),
+    )
+]  # fmt: skip
+COMBINATIONS = (
+    [(case, form) for form in FORMS for case in CASES]
+    + [(case, form) for form in STRIDED + ROWS for case in STRIDED_CASES]
+    + [(case, ALONG_ROWS) for case in CASES + UNPADDED_CASES]
+)
 
 
 class Arguments(NamedTuple):
@@ -474,7 +486,7 @@ def test_a_weight_along_rows_from_its_bytes(form: Form):
 
 def test_what_no_weight_along_rows_covers_is_named():
     for filter, stride in ((3, 1), (2, 2), (9, 2), (5, 5), (3, 0), (3, -1)):
-        with pytest.raises(ValueError, match=f"stride must be 2 to 4 .* 2 to 4 taps a phase, stride is {stride}"):
+        with pytest.raises(ValueError, match=f"stride must be 2 to 4 .*, or 1 and 5 taps, stride is {stride}"):
             _native.RowWinogradWeight(torch.randn(8, 16, filter, filter), stride)
     with pytest.raises(ValueError, match=r"weight must have shape \(K, C, R, R\)"):
         _native.RowWinogradWeight(torch.randn(8, 16, 3, 4), 2)
@@ -555,6 +567,11 @@ def served(monkeypatch) -> list[str]:
         ("winograd4_plain", (1, 64, 28, 28), 64, {"groups": 2}),
         ("direct", (1, 60, 28, 28), 60, {"groups": 2}),  # neither whole vectors nor parts of one
         ("winograd2", (1, 64, 27, 27), 192, {"filter": 5}),
+        ("winograd1x2", (1, 6, 14, 14), 16, {"filter": 5}),
+        ("winograd1x2", (2, 5, 33, 31), 40, {"filter": 5}),
+        ("direct", (1, 4, 14, 14), 16, {"filter": 5}),
+        ("direct", (1, 6, 14, 14), 8, {"filter": 5}),
+        ("direct", (1, 6, 14, 14), 16, {"filter": 5, "dilation": 2}),
         ("winograd4s2", (1, 64, 54, 54), 192, {"filter": 5, "stride": 2}),
         ("direct", (1, 64, 28, 28), 64, {"filter": 7}),
     ],

@@ -29,6 +29,7 @@
 #include "conv2d_gather.h"
 #include "conv2d_micro.h"
 #include "conv2d_narrow.h"
+#include "conv2d_row_pairs.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -149,6 +150,16 @@ static void run_in_place(const Conv2dProblem& problem, const Task& task) {
   }
 }
 
+// Whether a filter sees all of an image, whose values then are a pixel's reduction in its order: nothing is gathered.
+static bool sees_all(const Conv2dProblem& problem, int64_t rows) {
+  const Conv2dGeometry& g = problem.geometry;
+  const TensorView& x = problem.input;
+  const bool one_set = x.h * x.w * x.c * 4 % 4096 == 0;  // of L1, for all pixels
+  return x.dtype == DType::f32 && !problem.has_prologue() && g.groups == 1 && x.pixel_stride == x.c &&
+         problem.out.h * problem.out.w == 1 && g.filter_h == x.h && g.filter_w == x.w && g.pad_top == 0 &&
+         g.pad_left == 0 && g.dilation_h == 1 && g.dilation_w == 1 && (!one_set || rows <= kWideRows);
+}
+
 static void run_panel(const Conv2dProblem& problem, const Task& task, float* panel) {
   const int64_t first_pixel = task.row_task * problem.tile_rows;
   const int64_t rows = smaller(problem.out.pixels() - first_pixel, problem.tile_rows);
@@ -156,8 +167,9 @@ static void run_panel(const Conv2dProblem& problem, const Task& task, float* pan
   const int64_t reduction = reduction_of(problem);
   const int64_t partial_stride = problem.blocks_per_task * kColumnBlock;
   float* partial = panel + problem.tile_rows * kPanelStride;
+  const bool whole = sees_all(problem, rows);
   Pixel pixels[kMaxMicroTiles * kMicroRows];
-  locate_pixels(problem, first_pixel, rows, pixels);
+  if (!whole) locate_pixels(problem, first_pixel, rows, pixels);
 
   MicroTarget target;
   target.problem = &problem;
@@ -169,7 +181,11 @@ static void run_panel(const Conv2dProblem& problem, const Task& task, float* pan
     source.run = end - begin;
     source.pitch = 0;
     source.stride = kPanelStride;
-    if (problem.input.dtype == DType::f32) {
+    const float* from = panel;
+    if (whole) {
+      source.stride = reduction;
+      from = static_cast<const float*>(problem.input.data) + first_pixel * reduction + begin;
+    } else if (problem.input.dtype == DType::f32) {
       gather_panel<float>(problem, pixels, rows, task.group * problem.group_in, begin, end, panel);
     } else {
       gather_panel<uint16_t>(problem, pixels, rows, task.group * problem.group_in, begin, end, panel);
@@ -196,7 +212,7 @@ static void run_panel(const Conv2dProblem& problem, const Task& task, float* pan
           targets[b].partial = partial + (block + b - task.first_block) * kColumnBlock;
           targets[b].pixel = first_pixel;
         }
-        source.first = panel;
+        source.first = from;
         const float* weight = weights_of(problem, task.group, block) + begin * kColumnBlock;
         (rows == 1 ? wide_micro_kernel<1> : wide_micro_kernel<2>)(source, weight, reduction * kColumnBlock, targets);
       }
@@ -216,7 +232,7 @@ static void run_panel(const Conv2dProblem& problem, const Task& task, float* pan
         const int64_t height = micro_tile_height(rows - row, micro_tiles - tile);
         target.partial = partial + row * partial_stride + (block - task.first_block) * kColumnBlock;
         target.pixel = first_pixel + row;
-        source.first = panel + row * source.stride;
+        source.first = from + row * source.stride;
         kernels_for(target)[height](source, weight, target);
         row += height;
         source.ahead += (end - begin) * source.ahead_step;
@@ -233,12 +249,14 @@ struct StripTile {
   int64_t height, pixel, at;
 };
 
-static int64_t cut_strip(const Conv2dProblem& problem, int64_t rows, StripTile* tiles) {
+// Of output rows [first, rows).
+static int64_t cut_strip(const Conv2dProblem& problem, const StripRows& strip, int64_t first, int64_t rows,
+                         StripTile* tiles) {
   const int64_t width = problem.out.w, step = problem.geometry.stride_w * problem.group_in;
-  const int64_t row_step = problem.geometry.stride_h * problem.strip_pitch;
+  const int64_t row_step = problem.geometry.stride_h * strip.pitch;
   int64_t count = 0;
   const int64_t parts = (width + kMicroRows - 1) / kMicroRows;
-  for (int64_t p = 0; p < rows; ++p) {
+  for (int64_t p = first; p < rows; ++p) {
     int64_t q = 0;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t height = (width - q + parts - part - 1) / (parts - part);
@@ -249,72 +267,83 @@ static int64_t cut_strip(const Conv2dProblem& problem, int64_t rows, StripTile* 
   return count;
 }
 
-static void run_strip(const Conv2dProblem& problem, const Task& task, float* strip) {
+// The tiles of one column block, each from its first filter row to the last.
+static void run_strip_tiles(const Conv2dProblem& problem, const StripRows& strip, const StripTile* tiles, int64_t count,
+                            int64_t first_pixel, const float* block_weight, MicroSource source, MicroTarget target) {
+  const Conv2dGeometry& g = problem.geometry;
+  const int64_t row_values = g.filter_w * problem.group_in;
+  // A chunk is some filter rows, or a part of one.
+  const int64_t rows_per_chunk = row_values < kMaxChunk ? kMaxChunk / row_values : 1;
+  const int64_t parts = (row_values + kMaxChunk - 1) / kMaxChunk;
+  const int64_t part = (row_values + parts - 1) / parts;
+  source.stride = g.stride_w * problem.group_in;
+  source.pitch = g.dilation_h * strip.pitch;
+  for (int64_t at = 0; at < count; ++at) {
+    const StripTile& tile = tiles[at];
+    const float* weight = block_weight;
+    target.pixel = first_pixel + tile.pixel;
+    target.load_partial = false;
+    for (int64_t r = 0; r < g.filter_h; r += rows_per_chunk) {
+      source.runs = smaller(rows_per_chunk, g.filter_h - r);
+      for (int64_t begin = 0; begin < row_values; begin += part) {
+        source.run = smaller(part, row_values - begin);
+        source.first = strip.first + tile.at + r * source.pitch + begin;
+        target.finish = r + source.runs == g.filter_h && begin + source.run == row_values;
+        kernels_for(target)[tile.height](source, weight, target);
+        const int64_t steps = source.runs * source.run;
+        weight += steps * kColumnBlock;
+        source.ahead += steps * source.ahead_step;
+        target.load_partial = true;
+      }
+    }
+  }
+}
+
+static void run_strip(const Conv2dProblem& problem, const Task& task, float* scratch) {
   const Conv2dGeometry& g = problem.geometry;
   const TensorView& x = problem.input;
   const int64_t strips = (problem.out.h + problem.tile_rows - 1) / problem.tile_rows;  // in an image
   const int64_t n = task.row_task / strips, p0 = task.row_task % strips * problem.tile_rows;
   const int64_t rows = smaller(problem.out.h - p0, problem.tile_rows);
   const int64_t h0 = problem.convolved(p0) * g.stride_h - g.pad_top, input_rows = problem.input_rows(rows);
-  if (x.dtype == DType::f32) {
-    fill_strip<float>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
-  } else {
-    fill_strip<uint16_t>(problem, n, h0, input_rows, task.group * problem.group_in, strip);
-  }
-  if (problem.narrow_lanes != nullptr) {
-    run_narrow(problem, n, p0, rows, strip, strip + problem.input_rows(problem.tile_rows) * problem.strip_pitch);
+  const bool narrow = problem.narrow_lanes != nullptr;
+  const StripRows strip =
+      bring_rows(problem, n, h0, input_rows, task.group * problem.group_in, narrow && has_planes(problem), scratch);
+  if (narrow) {
+    run_narrow(problem, n, p0, rows, strip, scratch + problem.input_rows(problem.tile_rows) * problem.strip_pitch);
     return;
   }
-  StripTile tiles[kMaxMicroTiles];
-  const int64_t count = cut_strip(problem, rows, tiles);
   alignas(64) float partial[kMicroRows * kColumnBlock];
-  const int64_t reduction = reduction_of(problem), row_values = g.filter_w * problem.group_in;
-  // A chunk is some filter rows, or a part of one.
-  const int64_t rows_per_chunk = row_values < kMaxChunk ? kMaxChunk / row_values : 1;
-  const int64_t parts = (row_values + kMaxChunk - 1) / kMaxChunk;
-  const int64_t part = (row_values + parts - 1) / parts;
-
+  const int64_t reduction = reduction_of(problem), blocks = task.last_block - task.first_block;
   MicroTarget target;
   target.problem = &problem;
   target.partial = partial;
   target.partial_stride = kColumnBlock;
-  MicroSource source;
-  source.stride = g.stride_w * problem.group_in;
-  source.pitch = g.dilation_h * problem.strip_pitch;
-  if (problem.prefetch_input) {
-    // The input rows that the next task reads beyond these, spread over this one's steps.
-    const int64_t row_bytes = x.w * x.pixel_stride * size_in_bytes(x.dtype);
-    const int64_t steps = (task.last_block - task.first_block) * count * reduction;
-    source.ahead = static_cast<const char*>(x.data) + (n * x.h + h0 + input_rows) * row_bytes;
-    source.ahead_step = (rows * g.stride_h * row_bytes + steps - 1) / steps;
-  }
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     aim_at_block(target, task.group, block);
-    if (!problem.prefetch_input) {
+    const float* weight = weights_of(problem, task.group, block);
+    const bool pairs = problem.row_pairs && target.columns <= kVectorWidth;
+    const int64_t paired = pairs ? paired_rows(problem, rows) : 0;
+    StripTile tiles[kMaxMicroTiles];
+    const int64_t count = cut_strip(problem, strip, paired, rows, tiles);
+    const int64_t pair_steps = row_pair_steps(problem, paired), steps = pair_steps + count * reduction;
+    MicroSource source;
+    int64_t ahead_bytes = reduction * kColumnBlock * 4;
+    if (problem.prefetch_input) {
+      // The input rows that the next task reads beyond these, spread over this one's steps.
+      const int64_t row_bytes = x.w * x.pixel_stride * size_in_bytes(x.dtype);
+      ahead_bytes = problem.convolved(rows) * g.stride_h * row_bytes / blocks;
+      source.ahead = static_cast<const char*>(x.data) + (n * x.h + h0 + input_rows) * row_bytes +
+                     (block - task.first_block) * ahead_bytes;
+    } else {
       const float* next =
           block + 1 < task.last_block ? weights_of(problem, task.group, block + 1) : weights_after(problem, task);
       source.ahead = reinterpret_cast<const char*>(next);
-      source.ahead_step = (kColumnBlock * 4 + count - 1) / count;
     }
-    for (int64_t at = 0; at < count; ++at) {
-      const StripTile& tile = tiles[at];
-      const float* weight = weights_of(problem, task.group, block);
-      target.pixel = (n * problem.out.h + p0) * problem.out.w + tile.pixel;
-      target.load_partial = false;
-      for (int64_t r = 0; r < g.filter_h; r += rows_per_chunk) {
-        source.runs = smaller(rows_per_chunk, g.filter_h - r);
-        for (int64_t begin = 0; begin < row_values; begin += part) {
-          source.run = smaller(part, row_values - begin);
-          source.first = strip + tile.at + r * source.pitch + begin;
-          target.finish = r + source.runs == g.filter_h && begin + source.run == row_values;
-          kernels_for(target)[tile.height](source, weight, target);
-          const int64_t steps = source.runs * source.run;
-          weight += steps * kColumnBlock;
-          source.ahead += steps * source.ahead_step;
-          target.load_partial = true;
-        }
-      }
-    }
+    source.ahead_step = (ahead_bytes + steps - 1) / steps;
+    if (paired > 0) run_row_pairs(problem, n, p0, paired, strip, weight, source, target);
+    source.ahead += pair_steps * source.ahead_step;
+    run_strip_tiles(problem, strip, tiles, count, (n * problem.out.h + p0) * problem.out.w, weight, source, target);
   }
 }
 

@@ -180,5 +180,36 @@ static void fill_strip(const Conv2dProblem& problem, int64_t n, int64_t h, int64
   }
 }
 
+// Input rows of a task as fp32, one after the other: a row's pixels without gaps, with their padding.
+struct StripRows {
+  const float* first;
+  int64_t pitch;  // floats from one row to the next
+};
+
+// What fill_strip() would copy, where it lies already: rows without padding, few enough to stay in L1.
+static bool reads_rows_in_place(const Conv2dProblem& problem, int64_t h, int64_t rows) {
+  constexpr int64_t kNearBytes = 32 << 10;
+  const TensorView& x = problem.input;
+  return x.dtype == DType::f32 && !problem.has_prologue() && x.pixel_stride == problem.group_in &&
+         problem.geometry.pad_left == 0 && problem.strip_pixels <= x.w && h >= 0 && h + rows <= x.h &&
+         rows * x.w * x.pixel_stride * 4 <= kNearBytes;
+}
+
+// As fill_strip(): in `strip`, or in place. beyond: whether what lies behind a row is read, too.
+static StripRows bring_rows(const Conv2dProblem& problem, int64_t n, int64_t h, int64_t rows, int64_t channel0,
+                            bool beyond, float* strip) {
+  const TensorView& x = problem.input;
+  if (!beyond && reads_rows_in_place(problem, h, rows)) {
+    const int64_t pitch = x.w * x.pixel_stride;
+    return {static_cast<const float*>(x.data) + (n * x.h + h) * pitch, pitch};
+  }
+  if (x.dtype == DType::f32) {
+    fill_strip<float>(problem, n, h, rows, channel0, strip);
+  } else {
+    fill_strip<uint16_t>(problem, n, h, rows, channel0, strip);
+  }
+  return {strip, problem.strip_pitch};
+}
+
 }  // namespace
 }  // namespace fastcnn::cpu::FASTCNN_ISA

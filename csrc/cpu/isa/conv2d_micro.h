@@ -23,6 +23,12 @@ struct MicroSource {
   int64_t ahead_step;
 };
 
+// Distance of row `at` of a half, as what an address can hold: 1, 2, 4 or 8 times a register.
+static inline __attribute__((always_inline)) int64_t row_distance(int at, int64_t stride, int64_t stride3,
+                                                                  int64_t stride5) {
+  return at == 3 ? stride3 : at == 5 ? stride5 : at == 6 ? 2 * stride3 : at * stride;
+}
+
 // Where a micro-tile's sums come from and go to.
 struct MicroTarget {
   float* partial;  // [row][partial_stride] sums of earlier chunks, or to be left for later ones
@@ -188,11 +194,8 @@ static void micro_kernel(const MicroSource& source, const float* weight, const M
       __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(stride), "+r"(stride3), "+r"(stride5));
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        const int at = i % kHalfRows;
-        const Vector value = broadcast(x[i / kHalfRows][at == 3   ? stride3
-                                                        : at == 5 ? stride5
-                                                        : at == 6 ? 2 * stride3
-                                                                  : at * stride]);
+        const int64_t at = row_distance(i % kHalfRows, stride, stride3, stride5);
+        const Vector value = broadcast(x[i / kHalfRows][at]);
 #pragma GCC unroll 2
         for (int j = 0; j < Vectors; ++j) sum[i][j] += value * w[j];
       }

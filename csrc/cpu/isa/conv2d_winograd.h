@@ -112,11 +112,6 @@ static inline void transform_columns(const float* products, int64_t point_stride
   }
 }
 
-// The larger one; NaN wins, as in max_pool2d.
-static inline Vector larger(Vector a, Vector b) {
-  return (a > b) | (a != a) ? a : b;
-}
-
 // transform_output() where `out` holds the maximum of each 2x2 window.
 template <typename T, int M, int kTile>
 static void transform_output_pooled(const WinogradProblem& problem, const TilePlace& place, int64_t channel,

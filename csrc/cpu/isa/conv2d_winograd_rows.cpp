@@ -1,5 +1,5 @@
-// Strided convolution on the CPU by Winograd's minimal filtering along rows alone: F(4, taps) in columns, the plain sum
-// over the filter's rows.
+// Convolution on the CPU by Winograd's minimal filtering along rows alone: F(4, taps) in columns with a stride, F(2, 5)
+// without, the plain sum over the filter's rows.
 //
 //   y[p, 4t..4t+3, k] = act(scale[k] * A^T [ sum_{r,c} (G w[k,c,r]) . (B^T pro(x)[c, s*p + r]) ] + bias[k] + residual)
 //
@@ -7,7 +7,10 @@
 // tile of 4 outputs is formed at ceil(R/s) + 3 points. A phase with one tap less has nothing at the point infinity. A
 // 7x7 filter with stride 2 costs 7 * 13/4 products an output for every (c, k) where the sum costs 49, a 3x3 filter with
 // stride 2 3 * 9/4 where the sum costs 9. That is more than tiles of 4x4 take, but transforms in one direction cost a
-// fraction, enlarge rounding half as much, and weights grow less: to 13/7 and 9/3 times the plain ones.
+// fraction, enlarge rounding half as much, and weights grow less: to 13/7 and 9/3 times the plain ones. 5x5 filters
+// with stride 1 have tiles of two outputs and 6 points, 5 * 6/2 products where the sum costs 25: for few input
+// channels, which leave lanes of a transform in two directions empty. Max pooling of 2x2 windows is then taken on the
+// way back.
 //
 // Layouts, with L lanes to a vector. The s * C values of s adjacent pixels are adjacent, the words of the reduction:
 //   transformed input  [point][vector of words][phase of the row][row of the phase][tile][pitch]: so that the tiles of
@@ -25,12 +28,12 @@
 //
 // Floor: 2*side*R*s*P*ceil(Q/4)*C*K FLOPs at the FMA rate, less what infinity saves.
 #include "conv2d_winograd.h"
+#include "conv2d_winograd_row_groups.h"
 #include "variant.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
-constexpr int kTileWidth = static_cast<int>(kWinogradRowTile);
 constexpr int kHalfPitch = kVectorWidth == 16 ? 8 : kVectorWidth;
 
 // ---- the transformed input ------------------------------------------------------------------------------------------
@@ -92,11 +95,11 @@ static void gather_pixels(const WinogradRowsProblem& problem, int64_t image, int
 }
 
 // Where the pixels of a row's tile lie, s * C values for each of the tile's inputs: in the input, or in `buffer`.
-template <typename T, int kSide>
+template <typename T, int kSide, int kTile>
 static const float* tile_pixels(const WinogradRowsProblem& problem, int64_t image, int64_t h, int64_t tile,
                                 float* buffer) {
   const TensorView& x = problem.input;
-  const int64_t w = tile * kTileWidth * problem.stride - problem.pad_left, count = kSide * problem.stride;
+  const int64_t w = tile * kTile * problem.stride - problem.pad_left, count = kSide * problem.stride;
   if constexpr (std::is_same<T, float>::value) {
     if (x.pixel_stride == x.c && w >= 0 && w + count <= x.w && !has_prologue(problem)) {
       return static_cast<const float*>(x.data) + ((image * x.h + h) * x.w + w) * x.c;
@@ -106,8 +109,47 @@ static const float* tile_pixels(const WinogradRowsProblem& problem, int64_t imag
   return buffer;
 }
 
+// Whether all tiles of a row lie in the input itself: fp32 pixels without gaps, no padding, no prologue.
+template <typename T, int kSide, int kTile>
+static bool rows_lie_in_place(const WinogradRowsProblem& problem) {
+  const int64_t columns = ((problem.tiles - 1) * kTile + kSide) * problem.stride;
+  return std::is_same<T, float>::value && problem.input.pixel_stride == problem.input.c && problem.pad_left == 0 &&
+         columns <= problem.input.w && !has_prologue(problem);
+}
+
+// transform_row() of `rows` such rows, where two tiles share a vector: nothing depends on where a tile lies.
+template <int kSide, int kTile, int kPitch>
+static void transform_rows_in_place(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, const float* from,
+                                    int64_t rows, float* to) {
+  const int64_t words = problem.words, tile_step = kTile * words, tiles = panel.tiles;
+  const int64_t row_step = problem.stride * problem.input.w * problem.input.pixel_stride;
+  // What lies i steps away: 1, 2, 4 or 8 times a register, so that no pointer is needed for each.
+  int64_t word1 = words, word3 = 3 * words, word5 = 5 * words;
+  int64_t point1 = panel.point_stride, point3 = 3 * point1, point5 = 5 * point1;
+  const auto away = [](int i, int64_t one, int64_t three, int64_t five) __attribute__((always_inline)) {
+    return i == 3 ? three : i == 5 ? five : i == 6 ? 2 * three : i * one;
+  };
+  for (int64_t row = 0; row < rows; ++row, from += row_step, to += panel.row(0, 1)) {
+    const float* first = from;
+    float* out = to;
+    for (int64_t tile = 0; tile < tiles; tile += 2, first += 2 * tile_step, out += 2 * kPitch) {
+      const float* second = (tile + 1 < tiles ? first + tile_step : first) - kPitch;
+      __asm__("" : "+r"(word1), "+r"(word3), "+r"(word5), "+r"(point1), "+r"(point3), "+r"(point5));
+      Vector column[kSide], points[kSide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        const int64_t at = away(i, word1, word3, word5);
+        column[i] = load_range(load_some(first + at, words), second + at, kPitch, kPitch + words);
+      }
+      input_transform<kSide>(column, points);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) store(out + away(i, point1, point3, point5), points[i]);
+    }
+  }
+}
+
 // B^T x of all tiles of one input row.
-template <typename T, int kSide, int kPitch>
+template <typename T, int kSide, int kTile, int kPitch>
 static void transform_row(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, int64_t image, int64_t h,
                           float* buffer, float* to) {
   constexpr int kShared = kVectorWidth / kPitch;
@@ -116,7 +158,7 @@ static void transform_row(const WinogradRowsProblem& problem, const Panel<kPitch
     const float* from[kShared];
     for (int i = 0; i < kShared; ++i) {
       const int64_t at = tile + i < panel.tiles ? tile + i : panel.tiles - 1;
-      from[i] = tile_pixels<T, kSide>(problem, image, h, at, buffer + i * kSide * words);
+      from[i] = tile_pixels<T, kSide, kTile>(problem, image, h, at, buffer + i * kSide * words);
     }
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t first = v * kVectorWidth, lanes = words - first;
@@ -138,17 +180,26 @@ static void transform_row(const WinogradRowsProblem& problem, const Panel<kPitch
 }
 
 // All that `rows` output rows from p on read.
-template <typename T, int kSide, int kPitch>
+template <typename T, int kSide, int kTile, int kPitch>
 static void fill_panel(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, int64_t image, int64_t p,
                        int64_t rows, float* buffer, float* to) {
   const int stride = problem.stride;
   for (int phase = 0; phase < stride && phase < problem.filter; ++phase) {
     const int64_t count = rows + (problem.filter - 1 - phase) / stride;
+    const int64_t first = p * stride + phase - problem.pad_top;
+    if constexpr (kPitch < kVectorWidth) {
+      if (first >= 0 && first + (count - 1) * stride < problem.input.h && rows_lie_in_place<T, kSide, kTile>(problem)) {
+        const TensorView& x = problem.input;
+        const float* from = static_cast<const float*>(x.data) + (image * x.h + first) * x.w * x.pixel_stride;
+        transform_rows_in_place<kSide, kTile, kPitch>(problem, panel, from, count, to + panel.row(phase, 0));
+        continue;
+      }
+    }
     for (int64_t at = 0; at < count; ++at) {
       const int64_t h = (p + at) * stride + phase - problem.pad_top;
       float* row = to + panel.row(phase, at);
       if (h >= 0 && h < problem.input.h) {
-        transform_row<T, kSide, kPitch>(problem, panel, image, h, buffer, row);
+        transform_row<T, kSide, kTile, kPitch>(problem, panel, image, h, buffer, row);
         continue;
       }
       for (int i = 0; i < kSide; ++i) {
@@ -250,6 +301,12 @@ constexpr RowMicroKernels<2, kPitch> kTwoColumnVectors;
 template <int kSide>
 constexpr int64_t kChunkWords = kSide == 7 ? 24 : 64;
 
+// Whether the kernels of conv2d_winograd_row_groups.h form all products, in one chunk. These are a vector each.
+static bool in_row_groups(const WinogradRowsProblem& problem) {
+  return problem.stride == 1 && problem.filter == kGroupTaps && problem.words <= kVectorWidth &&
+         problem.words * kGroupTaps <= kChunkWords<kGroupTaps + 1> && problem.out.c <= kVectorWidth;
+}
+
 // Memory that is fetched ahead while products are formed, bit by bit.
 struct Span {
   const char* first;
@@ -307,27 +364,86 @@ static void multiply_rows(const WinogradRowsProblem& problem, const Panel<kPitch
   }
 }
 
+// The same by groups of output rows, for all tiles of `rows` rows from `row` on.
+template <int kSide, int kPitch>
+static void multiply_rows_in_groups(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, const float* input,
+                                    int64_t row, int64_t rows, float* products) {
+  RowGroup group;
+  group.row_stride = panel.row(0, 1);
+  group.words = problem.words;
+  group.sums_row_stride = problem.tiles * kVectorWidth;
+  for (int point = 0; point < kSide; ++point) {
+    group.panel = input + point * panel.point_stride + panel.row(0, row);
+    group.weight = problem.packed_weight + point * problem.filter * problem.words * kColumnBlock;
+    group.sums = products + point * rows * group.sums_row_stride;
+    multiply_row_groups<kPitch>(group, rows, problem.tiles);
+  }
+}
+
 // ---- the way back ---------------------------------------------------------------------------------------------------
 
+// A tile's outputs from its products.
+template <int kSide, int kTile>
+static inline __attribute__((always_inline)) void tile_outputs(const float* products, int64_t point_stride,
+                                                               Vector (&values)[kTile]) {
+  Vector at[kSide];
+#pragma GCC unroll 8
+  for (int point = 0; point < kSide; ++point) at[point] = load(products + point * point_stride);
+  Points<kSide>::output(at, values);
+}
+
+// finish_rows() where `out` holds the maximum of each 2x2 window: a tile of each of two rows.
 template <typename T, int kSide>
+static void finish_rows_pooled(const WinogradRowsProblem& problem, int64_t image, int64_t p, int64_t rows,
+                               int64_t column, int64_t columns, const float* products) {
+  const TensorView y = problem.out;
+  const bool has_relu = problem.relu;
+  const int64_t pitch = in_row_groups(problem) ? kVectorWidth : kColumnBlock;
+  const int64_t tiles = problem.tiles, point_stride = rows * tiles * pitch;
+  const int64_t first = column * kColumnBlock, left = y.c - first;
+  const int64_t channels = left < columns * kColumnBlock ? left : columns * kColumnBlock;
+  for (int64_t k = 0; k < channels; k += kVectorWidth) {
+    const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
+    const int64_t lanes = channels - k;
+    const float* block = products + k / kColumnBlock * kSide * point_stride + k % kColumnBlock;
+    for (int64_t row = 0; row < rows; row += 2) {
+      T* out = static_cast<T*>(y.data) + (image * y.h + (p + row) / 2) * y.w * y.pixel_stride + first + k;
+      for (int64_t tile = 0; tile < tiles; ++tile, out += y.pixel_stride) {
+        const float* from = block + (row * tiles + tile) * pitch;
+        Vector upper[2], lower[2];
+        tile_outputs<kSide>(from, point_stride, upper);
+        tile_outputs<kSide>(from + tiles * pitch, point_stride, lower);
+        Vector value = larger(larger(upper[0] * scale + bias, upper[1] * scale + bias),
+                              larger(lower[0] * scale + bias, lower[1] * scale + bias));
+        if (has_relu) value = relu(value);
+        if (lanes < kVectorWidth) {
+          store_some(out, value, lanes);
+        } else {
+          store(out, value);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kSide, int kTile>
 static void finish_rows(const WinogradRowsProblem& problem, int64_t image, int64_t p, int64_t rows, int64_t column,
                         int64_t columns, const float* products) {
   const TensorView y = problem.out, added = problem.residual;
   const bool has_relu = problem.relu;
-  const int64_t tiles = problem.tiles, point_stride = rows * tiles * kColumnBlock;
+  const int64_t pitch = in_row_groups(problem) ? kVectorWidth : kColumnBlock;
+  const int64_t tiles = problem.tiles, point_stride = rows * tiles * pitch;
   const int64_t first = column * kColumnBlock, left = y.c - first;
   const int64_t channels = left < columns * kColumnBlock ? left : columns * kColumnBlock;
   for (int64_t i = 0; i < rows * tiles; ++i) {
-    const int64_t q = i % tiles * kTileWidth, pixel = (image * y.h + p + i / tiles) * y.w + q;
-    const int64_t width = y.w - q < kTileWidth ? y.w - q : kTileWidth;
+    const int64_t q = i % tiles * kTile, pixel = (image * y.h + p + i / tiles) * y.w + q;
+    const int64_t width = y.w - q < kTile ? y.w - q : kTile;
     for (int64_t k = 0; k < channels; k += kVectorWidth) {
       const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
       const int64_t lanes = channels - k;
-      const float* from = products + k / kColumnBlock * kSide * point_stride + i * kColumnBlock + k % kColumnBlock;
-      Vector at[kSide], values[kTileWidth];
-#pragma GCC unroll 8
-      for (int point = 0; point < kSide; ++point) at[point] = load(from + point * point_stride);
-      Points<kSide>::output(at, values);
+      const float* from = products + k / kColumnBlock * kSide * point_stride + i * pitch + k % kColumnBlock;
+      Vector values[kTile];
+      tile_outputs<kSide>(from, point_stride, values);
       T* out = static_cast<T*>(y.data) + pixel * y.pixel_stride + first + k;
       const T* residual = added ? static_cast<const T*>(added.data) + pixel * added.pixel_stride + first + k : nullptr;
       const auto put = [&](int j) __attribute__((always_inline)) {
@@ -340,9 +456,9 @@ static void finish_rows(const WinogradRowsProblem& problem, int64_t image, int64
           store(out + j * y.pixel_stride, value);
         }
       };
-      if (width == kTileWidth) {
+      if (width == kTile) {
 #pragma GCC unroll 4
-        for (int j = 0; j < kTileWidth; ++j) put(j);
+        for (int j = 0; j < kTile; ++j) put(j);
       } else {
         for (int j = 0; j < width; ++j) put(j);
       }
@@ -361,7 +477,7 @@ static int64_t product_floats(const WinogradRowsProblem& problem) {
   return problem.columns_at_once * problem.side * problem.rows_at_once * problem.tiles * kColumnBlock;
 }
 
-template <typename T, int kSide, int kPitch>
+template <typename T, int kSide, int kTile, int kPitch>
 static void run_rows(const WinogradRowsProblem& problem, int64_t index, float* scratch) {
   const int64_t blocks = problem.out.n * problem.blocks_per_image;
   const int64_t block = index % blocks, first = index / blocks * problem.columns_per_task;
@@ -369,11 +485,12 @@ static void run_rows(const WinogradRowsProblem& problem, int64_t index, float* s
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
   const int64_t image = block / problem.blocks_per_image;
   const int64_t p = block % problem.blocks_per_image * problem.rows_per_task;
-  const int64_t below = problem.out.h - p, rows = below < problem.rows_per_task ? below : problem.rows_per_task;
+  const int64_t height = problem.max_pool ? 2 * problem.out.h : problem.out.h;
+  const int64_t below = height - p, rows = below < problem.rows_per_task ? below : problem.rows_per_task;
   const Panel<kPitch> panel(problem);
   float* input = scratch;
   float* products = input + panel_floats<kPitch>(problem);
-  fill_panel<T, kSide, kPitch>(problem, panel, image, p, rows, products + product_floats(problem), input);
+  fill_panel<T, kSide, kTile, kPitch>(problem, panel, image, p, rows, products + product_floats(problem), input);
 
   const TensorView &x = problem.input, &y = problem.out;
   const int64_t words = problem.filter * ((kSide - 1) * problem.words + problem.last_words);
@@ -384,7 +501,9 @@ static void run_rows(const WinogradRowsProblem& problem, int64_t index, float* s
                      rows * problem.stride * in_bytes};
   for (int64_t row = 0; row < rows; row += problem.rows_at_once) {
     const int64_t at_once = rows - row < problem.rows_at_once ? rows - row : problem.rows_at_once;
-    const Span output = {static_cast<const char*>(y.data) + (image * y.h + p + row) * out_bytes, at_once * out_bytes};
+    const int64_t unit = problem.max_pool ? 2 : 1;  // rows of an output row
+    const Span output = {static_cast<const char*>(y.data) + (image * y.h + (p + row) / unit) * out_bytes,
+                         at_once / unit * out_bytes};
     RowsAhead ahead;
     ahead.weights_stay = (last - first) * words * kColumnBlock * 4 <= kWeightsInL2;
     for (int64_t column = first; column < last; column += problem.columns_at_once) {
@@ -393,25 +512,40 @@ static void run_rows(const WinogradRowsProblem& problem, int64_t index, float* s
         ahead.output = output.part(column + i - first, last - first);
         ahead.input = next.part(row * (last - first) + at_once * (column + i - first), rows * (last - first));
         ahead.input.bytes *= at_once;
+        float* to = products + i * kSide * at_once * problem.tiles * kColumnBlock;
+        if constexpr (kTile == 2) {
+          if (in_row_groups(problem)) {
+            multiply_rows_in_groups<kSide>(problem, panel, input, row, at_once, to);
+            continue;
+          }
+        }
         multiply_rows<kSide, kPitch>(problem, panel, input, row * problem.tiles, at_once * problem.tiles, column + i,
-                                     products + i * kSide * at_once * problem.tiles * kColumnBlock, ahead);
+                                     to, ahead);
       }
-      finish_rows<T, kSide>(problem, image, p + row, at_once, column, columns, products);
+      if constexpr (kTile == 2) {
+        if (problem.max_pool) {
+          finish_rows_pooled<T, kSide>(problem, image, p + row, at_once, column, columns, products);
+          continue;
+        }
+      }
+      finish_rows<T, kSide, kTile>(problem, image, p + row, at_once, column, columns, products);
     }
   }
 }
 
-template <typename T, int kSide>
+template <typename T, int kSide, int kTile>
 static void run_rows_of(const WinogradRowsProblem& problem, int64_t index, float* scratch) {
-  if (shares_vectors(problem)) return run_rows<T, kSide, kHalfPitch>(problem, index, scratch);
-  run_rows<T, kSide, kVectorWidth>(problem, index, scratch);
+  if (shares_vectors(problem)) return run_rows<T, kSide, kTile, kHalfPitch>(problem, index, scratch);
+  run_rows<T, kSide, kTile, kVectorWidth>(problem, index, scratch);
 }
 
 template <typename T>
 static void run_rows_by_side(const WinogradRowsProblem& problem, int64_t index, float* scratch) {
-  if (problem.side == 5) return run_rows_of<T, 5>(problem, index, scratch);
-  if (problem.side == 6) return run_rows_of<T, 6>(problem, index, scratch);
-  run_rows_of<T, 7>(problem, index, scratch);
+  if (problem.stride == 1) return run_rows_of<T, 6, winograd_row_tile(1)>(problem, index, scratch);
+  constexpr int kTile = winograd_row_tile(2);
+  if (problem.side == 5) return run_rows_of<T, 5, kTile>(problem, index, scratch);
+  if (problem.side == 6) return run_rows_of<T, 6, kTile>(problem, index, scratch);
+  run_rows_of<T, 7, kTile>(problem, index, scratch);
 }
 
 }  // namespace

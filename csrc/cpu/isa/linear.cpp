@@ -6,8 +6,8 @@
 //
 // Few rows (at most kLinearFewRows): dot products. Both operands are contiguous along the reduction, so a vector holds
 // consecutive c of one row, an accumulator the partial sums of one (m, k) pair, and lanes are added only at the end. A
-// task owns all M input rows x `columns_per_task` weight rows. Registers: a tile's accumulators (up to 6 x 4), 4 weight
-// vectors, one input. Floor: K*C weights from memory, each read once.
+// task owns all M input rows x `columns_per_task` weight rows. Registers: a tile's accumulators (up to 6 x 4, or 1 x
+// 8), its weight vectors, one input. Floor: K*C weights from memory, each read once.
 //
 // Many rows: a matrix product, with input rows across the lanes. The input is first transposed into panels
 // [panel][c][kColumnBlock rows]. A task owns `panels_per_task` panels x `columns_per_task` weight rows and goes over
@@ -28,6 +28,7 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 2;
 #endif
 constexpr int kTileColumns = 4;
+constexpr int kRowTileColumns = 8;  // of a single row, whose sums would wait for each other
 constexpr int64_t kChunk = kLinearChunk;
 constexpr int64_t kPanelStride = kChunk + 16;  // not a multiple of 1 KiB: rows spread over the cache's sets
 
@@ -88,6 +89,11 @@ template <typename T>
 struct Dot {
   static constexpr DotKernels<T, kTileColumns> full{};
   static constexpr DotKernels<T, 1> single{};
+
+  static DotProducts<T> kernel(int64_t rows, int64_t columns) {
+    if (columns == kRowTileColumns) return dot_products<1, kRowTileColumns, T>;
+    return (columns == 1 ? single.by_rows : full.by_rows)[rows];
+  }
 };
 
 // A tile of the task's output: row `m` on, column `k` on. Its sums lie at `sums`.
@@ -96,12 +102,15 @@ struct Tile {
   float* sums;
 };
 
-// Calls body(tile) for every tile: nearly equal numbers of rows, full tiles of columns and single ones.
+// Calls body(tile) for every tile: nearly equal numbers of rows, full tiles of columns and single ones. A sum is the
+// same in each of them.
 template <typename Body>
 static void for_tiles(const LinearProblem& problem, int64_t first, int64_t last, float* sums, Body body) {
   const int64_t tiles = (problem.rows + kTileRows - 1) / kTileRows;
   for (int64_t k = first; k < last;) {
-    const int64_t width = last - k >= kTileColumns ? kTileColumns : 1;
+    const int64_t width = problem.rows == 1 && last - k >= kRowTileColumns ? kRowTileColumns
+                          : last - k >= kTileColumns                       ? kTileColumns
+                                                                           : 1;
     int64_t m = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t height = (problem.rows - m + tiles - tile - 1) / (tiles - tile);
@@ -129,12 +138,18 @@ static void run_few_rows(const LinearProblem& problem, int64_t index) {
   for (int64_t c = 0; c < problem.depth; c += pass) {
     const int64_t depth = problem.depth - c < pass ? problem.depth - c : pass;
     for_tiles(problem, first, last, sums, [&](const Tile& t) {
-      (t.width == 1 ? Dot<T>::single.by_rows : Dot<T>::full.by_rows)[t.height](
-          x + t.m * problem.input_stride + c, problem.input_stride, w + t.k * problem.weight_stride + c,
-          problem.weight_stride, depth, t.sums, c > 0);
+      Dot<T>::kernel(t.height, t.width)(x + t.m * problem.input_stride + c, problem.input_stride,
+                                        w + t.k * problem.weight_stride + c, problem.weight_stride, depth, t.sums,
+                                        c > 0);
     });
   }
   for_tiles(problem, first, last, sums, [&](const Tile& t) {
+    if (kVectorWidth > kRowTileColumns && t.width == kRowTileColumns) {
+      Vector value = add_lanes_of_8(t.sums);
+      if (problem.bias != nullptr) value += load_some(problem.bias + t.k, t.width);
+      store_some(out + t.k, problem.relu ? relu(value) : value, t.width);
+      return;
+    }
     for (int64_t i = 0; i < t.height; ++i) {
       for (int64_t j = 0; j < t.width; ++j) {
         float value = add_lanes(load(t.sums + (i * t.width + j) * kVectorWidth));

@@ -38,7 +38,8 @@ struct Conv2dProblem {
   int64_t blocks_per_task;            // column blocks per task
   int64_t strip_pixels, strip_pitch;  // of a strip's rows: pixels that are read, floats from one to the next
   bool prefetch_input;                // fetch the next task's pixels ahead, not the next weights
-  bool max_pool;                      // `out` is the maximum of each 2x2 window; where narrow only
+  bool max_pool;                      // `out` is the maximum of each 2x2 window; where narrow or row_pairs only
+  bool row_pairs;                     // a strip's column blocks of one vector: see isa/conv2d_row_pairs.h
   // Few output channels, from a strip: see isa/conv2d_narrow.h, where this is explained. Else null.
   const uint32_t* narrow_lanes;
 
@@ -93,7 +94,10 @@ struct WinogradProblem {
   bool one_task_each = false;
 };
 
-constexpr int64_t kWinogradRowTile = 4;  // outputs of a row that make a tile: isa/conv2d_winograd_rows.cpp
+// Outputs of a row that make a tile of isa/conv2d_winograd_rows.cpp, by the stride.
+constexpr int winograd_row_tile(int stride) {
+  return stride == 1 ? 2 : 4;
+}
 
 // One Winograd convolution along rows, ready to run. Filled by conv2d_winograd_rows.cpp.
 struct WinogradRowsProblem {
@@ -112,7 +116,8 @@ struct WinogradRowsProblem {
   const float* bias;
   TensorView residual;
   bool relu;
-  // How the work is cut.
+  bool max_pool;  // `out` is the maximum of each 2x2 window; tiles of 2 outputs only, and no residual
+  // How the work is cut. Rows are those of the convolution, in pairs where they are pooled.
   int64_t tiles;  // of an output row
   int64_t rows_per_task, blocks_per_image, columns_per_task;
   int64_t rows_at_once, columns_at_once;  // whose products are formed before they go back

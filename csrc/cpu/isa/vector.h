@@ -16,6 +16,12 @@
 #error "compile isa/ files with FASTCNN_ISA set to portable, avx2 or avx512"
 #endif
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTCNN_HAS_SHUFFLE 1
+#endif
+#endif
+
 namespace fastcnn::cpu::FASTCNN_ISA {
 
 #if defined(__AVX512F__)
@@ -88,6 +94,16 @@ static inline float bf16_to_float(uint16_t bits) {
   float value;
   std::memcpy(&value, &word, 4);
   return value;
+}
+
+// The larger one; NaN wins, as in max_pool2d.
+static inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  const __m512 most = _mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // where one is NaN: b
+  return (Vector)_mm512_mask_mov_ps(most, _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q), (__m512)a);
+#else
+  return (a > b) | (a != a) ? a : b;
+#endif
 }
 
 // Round to nearest even; NaN stays NaN.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from fastcnn._native import call_plan
 from fastcnn.backends import cpp
 from fastcnn.graph.classes import STATE
 from fastcnn.graph.freezing import choosing
@@ -81,11 +82,10 @@ class FrozenModel(nn.Module):
         for spec in recipe.outputs:
             _require_within(spec, self._output_memory)
         whole = _whole_results(recipe.outputs, self._output_memory)
-        # One native function for inputs that lie as the example's; None for others, and where there are hooks.
-        self._call = None
-        if whole is not None:
-            self._call = self._plan.caller(self._input_checks, whole, _GLOBAL_HOOKS, torch)
         self._is_leaf = recipe.structure == 0
+        self._call = None  # what call_plan() runs
+        if whole is not None:
+            self._call = self._plan.caller(self._input_checks, whole, self._is_leaf, _GLOBAL_HOOKS, torch)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles and deep copies: what any module has, and the bytes of :meth:`save`'s file.
@@ -101,12 +101,11 @@ class FrozenModel(nn.Module):
         from_bytes(state["_file"], "the pickled model", lambda stored: self._set(*stored))
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """What ``nn.Module`` does, at once where there are no hooks."""
-        if not kwargs and self._call is not None and self._compiled_call_impl is None:
-            found = self._call(self.__dict__, *inputs)
-            if found is not None:
-                return found if self._is_leaf else self._structured(found if isinstance(found, list) else [found])
-        return super().__call__(*inputs, **kwargs)
+        """What ``nn.Module`` does, at once where there are no hooks and inputs lie as the example's."""
+        found = call_plan(self, inputs, kwargs)
+        if found is None:
+            return super().__call__(*inputs, **kwargs)
+        return self._structured(found) if type(found) is list else found
 
     def forward(self, *inputs: Tensor) -> Any:
         """The model's result for inputs of the example's shapes and dtypes.
