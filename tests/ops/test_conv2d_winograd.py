@@ -105,6 +105,12 @@ CASES = [
     Case(1, 20, 6, 6, 40, (1, 0), (0, 2)),
     Case(1, 512, 6, 6, 40),
     Case(3, 37, 23, 19, 130),  # several tile blocks and column blocks
+    # One or two vectors of channels in and out, for vectors of 16, 8 and 4: a path of its own.
+    *(Case(1, c, 32, 32, k) for c in (4, 8, 16, 32) for k in (4, 8, 16, 32)),
+    Case(3, 16, 15, 21, 32, (0, 2), (1, 0)),
+    Case(2, 32, 9, 10, 16, (2, 1), (0, 1)),
+    Case(1, 32, 6, 30, 32, (0, 0), (0, 0)),
+    Case(2, 8, 11, 13, 8),
 ]
 
 
@@ -266,7 +272,7 @@ def test_other_instruction_sets(isa: str):
     "case",
     [
         Case(1, 64, 61, 53, 64), Case(1, 300, 14, 14, 310), Case(3, 40, 30, 7, 50), Case(1, 16, 4, 4, 16),
-        Case(1, 3, 70, 70, 64),
+        Case(1, 3, 70, 70, 64), Case(1, 16, 32, 32, 16), Case(3, 16, 15, 21, 32), Case(1, 32, 13, 30, 32),
     ],
     ids=str,
 )  # fmt: skip
