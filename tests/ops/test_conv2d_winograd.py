@@ -252,6 +252,44 @@ def test_a_bfloat16_layer_keeps_to_the_rule(c: int, relu: bool):
     assert relative_error(out, exact) < 5e-3
 
 
+# Of few channels, in whole vectors of 16, 8 or 4: odd sizes, tiles that overhang, paddings, several images.
+FEW = [
+    Case(1, 16, 28, 28, 16),
+    Case(1, 32, 16, 16, 32),
+    Case(1, 16, 33, 31, 32),
+    Case(3, 32, 5, 7, 16),
+    Case(2, 8, 13, 22, 8),
+    Case(1, 4, 9, 6, 8, (0, 2), (1, 0)),
+    Case(2, 32, 1, 1, 32),
+    Case(5, 16, 4, 3, 16, (2, 1), (0, 1)),
+]
+
+
+def check_few_channels(case: Case, full: bool, threads: int) -> None:
+    """Few channels have a path of their own. With one output channel more it does not serve: the others' bits."""
+    wide = case._replace(k=case.k + 1)
+    more = arguments(wide, torch.float32, full=full, slices=full)
+    if full:
+        more.x[0, 0, 0, 0] = float("nan")
+    vectors = [None if v is None else v[: case.k] for v in (more.scale, more.bias)]
+    residual = None if more.residual is None else more.residual[:, : case.k]
+    fewer = more._replace(w=more.w[: case.k], scale=vectors[0], bias=vectors[1], residual=residual)
+    results = []
+    for given, of in ((more, wide), (fewer, case)):
+        out = torch.full(of.out_shape, 5.0).contiguous(memory_format=torch.channels_last)
+        given.run(of, Form(4, 3), out, threads)
+        results.append(out[:, : case.k])
+    # As integers: a NaN, too, has to be the same, and a zero's sign.
+    assert torch.equal(*(out.contiguous().view(torch.int32) for out in results))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_few_channels_have_the_bits_of_many(case: Case, full: bool):
+    for threads in (1, 2):
+        check_few_channels(case, full, threads)
+
+
 def check_kernels() -> None:
     """Everything once, for whichever instruction set is in use."""
     for case, form in COMBINATIONS:
@@ -260,6 +298,9 @@ def check_kernels() -> None:
                 check(case, form, dtype, full, threads=1 if full else 3)
     for case, groups in GROUPED:
         check(case, PLAIN, torch.float32, True, threads=3, groups=groups)
+    for case in FEW:
+        for full in (False, True):
+            check_few_channels(case, full, threads=2)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
