@@ -290,6 +290,38 @@ def test_few_channels_have_the_bits_of_many(case: Case, full: bool):
         check_few_channels(case, full, threads)
 
 
+# Small weights are half transformed where registers allow it; of whole chunks of channels and parts of them.
+SMALL = [Case(1, 64, 8, 8, 64), Case(1, 48, 7, 5, 32), Case(2, 20, 9, 13, 64), Case(1, 70, 3, 3, 30, (0, 0), (0, 0))]
+
+
+def check_small_weights(case: Case, full: bool, threads: int) -> None:
+    """With so many output channels more that all weights stay plain: the others' bits."""
+    wide = case._replace(k=case.k + 1024)
+    more = arguments(wide, torch.float32, full=full, slices=full)
+    vectors = [None if v is None else v[: case.k] for v in (more.scale, more.bias)]
+    residual = None if more.residual is None else more.residual[:, : case.k]
+    fewer = more._replace(w=more.w[: case.k], scale=vectors[0], bias=vectors[1], residual=residual)
+    results = []
+    for given, of in ((more, wide), (fewer, case)):
+        out = torch.full(of.out_shape, 5.0).contiguous(memory_format=torch.channels_last)
+        given.run(of, PLAIN, out, threads)
+        results.append(out[:, : case.k])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small_weights_have_the_bits_of_large_ones(case: Case, full: bool):
+    for threads in (1, 2, 3):
+        check_small_weights(case, full, threads)
+
+
+def test_small_weights_are_packed_in_twice_the_bytes_where_registers_allow_it():
+    times = _native.PlainWinogradWeight(torch.randn(64, 64, 3, 3), 1).bytes / (64 * 64 * 9 * 4)
+    assert times == 2 if _native.cpu_instruction_set().startswith("avx512") else times in (1, 2)
+    assert _native.PlainWinogradWeight(torch.randn(512, 64, 3, 3), 1).bytes == 512 * 64 * 9 * 4
+
+
 def check_kernels() -> None:
     """Everything once, for whichever instruction set is in use."""
     for case, form in COMBINATIONS:
@@ -301,6 +333,9 @@ def check_kernels() -> None:
     for case in FEW:
         for full in (False, True):
             check_few_channels(case, full, threads=2)
+    for case in SMALL:
+        for full in (False, True):
+            check_small_weights(case, full, threads=2)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
