@@ -22,7 +22,8 @@ constexpr int64_t kLeastGroup = 4;  // channels; of fewer, the transforms outwei
 // vectors whose sums a processor with 32 registers can hold.
 constexpr int64_t kHalfTransformedBytes = 384 << 10;
 constexpr int kHalfTransformedRows = 12;
-constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
+constexpr int64_t kHalfTransformedVectors = 4;  // of outputs: two threads share out pairs of them
+constexpr int64_t kSerialWork = 1 << 18;        // multiplications not worth waking a thread for
 
 }  // namespace
 
@@ -48,8 +49,8 @@ PlainWinogradWeight::PlainWinogradWeight(int64_t out_channels, int64_t in_channe
   const int64_t width = kernels().vector_width;
   depth = spans_groups(out_channels, in_channels, groups) ? in_channels / groups : in_vectors / groups * width;
   const int64_t half_bytes = out_vectors * width * depth * 2 * kTaps * 4;
-  half_transformed = groups == 1 && out_vectors % 2 == 0 && kernels().micro_rows >= kHalfTransformedRows &&
-                     half_bytes <= kHalfTransformedBytes;
+  half_transformed = groups == 1 && out_vectors % kHalfTransformedVectors == 0 &&
+                     kernels().micro_rows >= kHalfTransformedRows && half_bytes <= kHalfTransformedBytes;
   bytes_ = half_transformed ? half_bytes : half_bytes / 2;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }

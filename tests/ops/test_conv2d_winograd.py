@@ -291,7 +291,7 @@ def test_few_channels_have_the_bits_of_many(case: Case, full: bool):
 
 
 # Small weights are half transformed where registers allow it; of whole chunks of channels and parts of them.
-SMALL = [Case(1, 64, 8, 8, 64), Case(1, 48, 7, 5, 32), Case(2, 20, 9, 13, 64), Case(1, 70, 3, 3, 30, (0, 0), (0, 0))]
+SMALL = [Case(1, 64, 8, 8, 64), Case(1, 48, 7, 5, 64), Case(2, 20, 9, 13, 128), Case(1, 70, 3, 3, 60, (0, 0), (0, 0))]
 
 
 def check_small_weights(case: Case, full: bool, threads: int) -> None:
@@ -320,6 +320,7 @@ def test_small_weights_are_packed_in_twice_the_bytes_where_registers_allow_it():
     times = _native.PlainWinogradWeight(torch.randn(64, 64, 3, 3), 1).bytes / (64 * 64 * 9 * 4)
     assert times == 2 if _native.cpu_instruction_set().startswith("avx512") else times in (1, 2)
     assert _native.PlainWinogradWeight(torch.randn(512, 64, 3, 3), 1).bytes == 512 * 64 * 9 * 4
+    assert _native.PlainWinogradWeight(torch.randn(32, 64, 3, 3), 1).bytes == 32 * 64 * 9 * 4  # for one thread only
 
 
 def check_kernels() -> None:
