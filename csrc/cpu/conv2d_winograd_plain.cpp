@@ -13,12 +13,17 @@ namespace fastcnn::cpu {
 namespace {
 
 constexpr int kTile = 4, kSide = 6, kTaps = 9;
-constexpr double kNear = 0.625;         // the point whose power weights with an index 1 carry
-constexpr int64_t kTilesPerBlock = 16;  // whose products stay in L2
+constexpr float kNear = 0.625f, kFar = 1.5f;  // points; weights with an index 1 carry the power of the former
+constexpr int64_t kTilesPerBlock = 16;        // whose products stay in L2
 // Of groups no wider than a vector: enough tiles to be worth transforming the weights for.
 constexpr int64_t kGroupedTilesPerBlock = 56, kGroupedTasksPerThread = 8;
-constexpr int64_t kLeastGroup = 4;        // channels; of fewer, the transforms outweigh the products
-constexpr int64_t kSerialWork = 1 << 18;  // multiplications not worth waking a thread for
+constexpr int64_t kLeastGroup = 4;  // channels; of fewer, the transforms outweigh the products
+// Of weights that are half transformed: bytes that stay in L2, shared out among two threads, beside other layers', and
+// vectors whose sums a processor with 32 registers can hold.
+constexpr int64_t kHalfTransformedBytes = 384 << 10;
+constexpr int kHalfTransformedRows = 12;
+constexpr int64_t kHalfTransformedVectors = 4;  // of outputs: two threads share out pairs of them
+constexpr int64_t kSerialWork = 1 << 18;        // multiplications not worth waking a thread for
 
 }  // namespace
 
@@ -43,7 +48,10 @@ PlainWinogradWeight::PlainWinogradWeight(int64_t out_channels, int64_t in_channe
       data_(nullptr, std::free) {
   const int64_t width = kernels().vector_width;
   depth = spans_groups(out_channels, in_channels, groups) ? in_channels / groups : in_vectors / groups * width;
-  bytes_ = out_vectors * width * depth * kTaps * 4;
+  const int64_t half_bytes = out_vectors * width * depth * 2 * kTaps * 4;
+  half_transformed = groups == 1 && out_vectors % kHalfTransformedVectors == 0 &&
+                     kernels().micro_rows >= kHalfTransformedRows && half_bytes <= kHalfTransformedBytes;
+  bytes_ = half_transformed ? half_bytes : half_bytes / 2;
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }
 
@@ -54,19 +62,38 @@ void PlainWinogradWeight::assign(const void* packed) {
 PlainWinogradWeight::PlainWinogradWeight(const void* weight, DType dtype, const int64_t shape[4],
                                          const int64_t strides[4], int64_t groups)
     : PlainWinogradWeight(shape[0], shape[1] * groups, groups) {
-  const int64_t width = kernels().vector_width;
-  for (int64_t k = 0; k < out_vectors * width; ++k) {
+  for (int64_t k = 0; k < out_vectors * kernels().vector_width; ++k) {
     for (int64_t c = 0; c < depth; ++c) {
-      float* to = data_.get() + (k / width * depth + c) * kTaps * width + k % width;
+      float taps[3][3] = {};
       for (int64_t r = 0; r < 3; ++r) {
-        for (int64_t s = 0; s < 3; ++s, to += width) {
-          const bool valid = k < out_channels && c < shape[1];
+        for (int64_t s = 0; s < 3; ++s) {
+          if (k >= out_channels || c >= shape[1]) continue;
           const int64_t from = k * strides[0] + c * strides[1] + r * strides[2] + s * strides[3];
-          const double factor = (r == 1 ? kNear : 1) * (s == 1 ? kNear : 1);
-          *to = valid ? static_cast<float>(factor * read_as_float(weight, dtype, from)) : 0.0f;
+          const double factor = (r == 1 ? kNear : 1.0) * (s == 1 ? kNear : 1.0);
+          taps[r][s] = static_cast<float>(factor * read_as_float(weight, dtype, from));
         }
       }
+      put(k, c, taps);
     }
+  }
+}
+
+void PlainWinogradWeight::put(int64_t k, int64_t c, const float (&taps)[3][3]) {
+  const int64_t width = kernels().vector_width;
+  if (!half_transformed) {
+    float* to = data_.get() + (k / width * depth + c) * kTaps * width + k % width;
+    for (int tap = 0; tap < kTaps; ++tap) to[tap * width] = taps[tap / 3][tap % 3];
+    return;
+  }
+  const int64_t chunk = 32 / width * width, first = c / chunk * chunk, channels = std::min(chunk, depth - first);
+  float* to = data_.get() + (k / (2 * width) * depth + first) * kSide * 6 * width + k % (2 * width);
+  for (int r = 0; r < 3; ++r) {
+    // In fp32 and with the roundings of isa/conv2d_winograd_plain.cpp, so that results have the same bits.
+    const auto& w = taps[r];
+    const float near = std::fma(kNear * kNear, w[2], w[0]), far = std::fma(kFar * kFar, w[2], w[0]);
+    const float columns[kSide] = {
+        w[0], near + w[1], near - w[1], std::fma(kFar / kNear, w[1], far), std::fma(-(kFar / kNear), w[1], far), w[2]};
+    for (int j = 0; j < kSide; ++j) to[((j * channels + c - first) * 3 + r) * 2 * width] = columns[j];
   }
 }
 
@@ -86,6 +113,7 @@ Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input,
   p.groups = weight.groups;
   p.channel_vectors = weight.in_vectors;
   p.column_blocks = weight.out_vectors;
+  p.half_transformed = weight.half_transformed;
   p.max_pool = max_pool;
   p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, kTile);
   p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, kTile);
@@ -98,8 +126,9 @@ Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input,
   if (p.tiles * kSide * kSide * pairs <= kSerialWork) threads = 1;
   // Threads share out the output channels where there are fewer blocks of tiles than threads.
   const int64_t wanted = grouped ? kGroupedTasksPerThread * threads : threads;
-  const int64_t parts = std::min(p.column_blocks, ceil_div(wanted, p.blocks));
-  p.columns_per_task = ceil_div(p.column_blocks, parts);
+  const int64_t unit = weight.half_transformed ? 2 : 1;  // vectors that are computed together
+  const int64_t parts = std::min(p.column_blocks / unit, ceil_div(wanted, p.blocks));
+  p.columns_per_task = ceil_div(p.column_blocks / unit, parts) * unit;
   Work work;
   work.tasks = p.blocks * ceil_div(p.column_blocks, p.columns_per_task);
   work.threads = threads;

@@ -26,10 +26,13 @@ class PlainWinogradWeight {
   int64_t out_channels, in_channels, groups;
   int64_t out_vectors, in_vectors;  // of channels, over all groups
   int64_t depth;                    // input channels that a vector of outputs meets, padded
+  bool half_transformed;            // see isa/conv2d_winograd_half.h
   const float* data() const { return data_.get(); }
   int64_t bytes() const { return bytes_; }
 
  private:
+  void put(int64_t k, int64_t c, const float (&taps)[3][3]);
+
   std::unique_ptr<float, void (*)(void*)> data_;
   int64_t bytes_;
 };

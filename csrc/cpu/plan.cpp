@@ -12,15 +12,29 @@ namespace {
 // last-level cache, from which kernels fetch the rest in time.
 constexpr int64_t kAheadBytes = 512 << 10, kAheadBytesInCache = 16 << 10, kCacheBytes = 16 << 20;
 
-// The distance in bytes between the pixels of a 4-D operand whose channels are adjacent, else 0.
-int64_t ring_of(const Operand& o) {
-  if (o.shape.size() != 4 || (o.shape[1] > 1 && o.strides[1] != 1)) return 0;
-  const int inner = o.shape[3] > 1 ? 3 : o.shape[2] > 1 ? 2 : o.shape[0] > 1 ? 0 : 1;
-  const int64_t pixel = inner == 1 ? o.shape[1] : o.strides[inner];
-  for (const int i : {0, 2, 3}) {
-    if (pixel < o.shape[1] || (o.shape[i] > 1 && o.strides[i] % pixel != 0)) return 0;
+// Where all values of an operand lie within the first `used` of every `bytes` bytes, counted from its first value:
+// channels of pixels that lie in a wider tensor. Else zeros.
+struct Ring {
+  int64_t bytes = 0, used = 0;
+};
+
+Ring ring_of(const Operand& o) {
+  int64_t width = 1, ring = 0;  // of what is adjacent; the smallest other stride
+  for (size_t i = 0; i < o.shape.size(); ++i) {
+    if (o.shape[i] == 1) continue;
+    if (o.strides[i] == 1 && width == 1) {
+      width = o.shape[i];
+    } else if (ring == 0 || o.strides[i] < ring) {
+      ring = o.strides[i];
+      if (ring == 0) return {};
+    }
   }
-  return pixel * size_in_bytes(o.dtype);
+  if (width > ring) return {};
+  for (size_t i = 0; i < o.shape.size(); ++i) {
+    if (o.shape[i] > 1 && o.strides[i] != 1 && o.strides[i] % ring != 0) return {};
+  }
+  const int64_t item = size_in_bytes(o.dtype);
+  return {ring * item, width * item};
 }
 
 // Whether two operands may share memory. Different channels of one buffer do not.
@@ -32,10 +46,10 @@ bool may_overlap(const Operand& a, const Operand& b) {
     return o.offset + (last + 1) * size_in_bytes(o.dtype);
   };
   if (end(a) <= b.offset || end(b) <= a.offset) return false;
-  const int64_t ring = ring_of(a);
-  if (ring == 0 || ring != ring_of(b)) return true;
-  const int64_t distance = ((b.offset - a.offset) % ring + ring) % ring;
-  return distance < a.shape[1] * size_in_bytes(a.dtype) || distance + b.shape[1] * size_in_bytes(b.dtype) > ring;
+  const Ring ring = ring_of(a), other = ring_of(b);
+  if (ring.bytes == 0 || ring.bytes != other.bytes) return true;
+  const int64_t distance = ((b.offset - a.offset) % ring.bytes + ring.bytes) % ring.bytes;
+  return distance < ring.used || distance + other.used > ring.bytes;
 }
 
 int64_t tasks_of(const Work& work) {
@@ -278,12 +292,14 @@ void Plan::fetch_ahead(const Phase& phase, int64_t task) const {
   }
 }
 
-// The tasks of a phase with no more tasks than threads: no counter has to go from core to core.
+// The tasks of a phase with no more tasks than threads: no counter has to go from core to core. Works with fewer begin
+// with a thread after the other.
 void Plan::take_tasks(const Phase& phase, int me, int team, void* scratch) const {
   int64_t first = 0;  // of the work's tasks among the phase's
   for (const Work* work : phase.works) {
     const int64_t tasks = tasks_of(*work);
-    for (int64_t run = me; run < team_; run += team) {
+    for (int64_t part = me; part < team_; part += team) {
+      const int64_t run = tasks < team_ ? (part + first) % team_ : part;
       for (int64_t task = tasks * run / team_; task < tasks * (run + 1) / team_; ++task) {
         fetch_ahead(phase, first + task);
         run_task(*work, task, scratch);

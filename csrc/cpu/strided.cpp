@@ -14,6 +14,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "preparation.h"
 
@@ -126,6 +127,27 @@ struct Planes {
   }
 };
 
+// Rows of few bytes: a call of memcpy for each takes longer than the copying.
+template <int64_t Bytes>
+void copy_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, Bytes);
+}
+
+void copy_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows, int64_t bytes) {
+  if (bytes == 64) return copy_rows<64>(to, to_row, from, from_row, rows);
+  if (bytes == 128) return copy_rows<128>(to, to_row, from, from_row, rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(to + i * to_row, from + i * from_row, static_cast<size_t>(bytes));
+  }
+}
+
+// An image's three planes as pixels: y[i][j] = x[j][i] with three values to a pixel.
+template <typename T>
+void interleave_three(T* __restrict y, const T* __restrict x, int64_t plane, int64_t pixels) {
+  const T *red = x, *green = x + plane, *blue = x + 2 * plane;
+  for (int64_t i = 0; i < pixels; ++i, y += 3) y[0] = red[i], y[1] = green[i], y[2] = blue[i];
+}
+
 template <typename To, typename From>
 Works copy(const Strided& out, const Strided& input, int threads) {
   To* to = static_cast<To*>(out.data);
@@ -141,16 +163,23 @@ Works copy(const Strided& out, const Strided& input, int threads) {
     const int64_t yi = p.i.strides[0], xi = p.i.strides[1], yj = p.j.strides[0], xj = p.j.strides[1];
     To* y = to + block.at[0];
     const From* x = from + block.at[1];
+    constexpr int64_t kItem = sizeof(To);
     if (xj == 1 && yj == 1) {
-      for (int64_t i = block.i0; i < block.i1; ++i) {
-        if constexpr (std::is_same_v<To, From>) {
-          std::memcpy(y + i * yi + block.j0, x + i * xi + block.j0,
-                      static_cast<size_t>(block.j1 - block.j0) * sizeof(To));
-        } else {
+      if constexpr (std::is_same_v<To, From>) {
+        copy_rows(reinterpret_cast<char*>(y + block.i0 * yi + block.j0), yi * kItem,
+                  reinterpret_cast<const char*>(x + block.i0 * xi + block.j0), xi * kItem, block.i1 - block.i0,
+                  (block.j1 - block.j0) * kItem);
+      } else {
+        for (int64_t i = block.i0; i < block.i1; ++i) {
           for (int64_t j = block.j0; j < block.j1; ++j) move(y + i * yi + j, x + i * xi + j);
         }
       }
       return;
+    }
+    if constexpr (std::is_same_v<To, From>) {
+      if (block.j0 == 0 && block.j1 == 3 && yj == 1 && yi == 3 && xi == 1) {
+        return interleave_three(y + block.i0 * 3, x + block.i0, xj, block.i1 - block.i0);
+      }
     }
     constexpr int64_t kTile = 64;  // of I: the lines written stay in L1 while J passes
     for (int64_t i0 = block.i0; i0 < block.i1; i0 += kTile) {
@@ -218,9 +247,15 @@ Works copy_work(const Strided& out, const Strided& input, int threads) {
 Works fill_work(const Strided& out, float value, int threads) {
   const auto fill = [&](auto* to) {
     return Planes(joined(out, nullptr, nullptr)).works(threads, [=](const Planes& p, const Block& block) {
+      const int64_t step = p.j.strides[0], count = block.j1 - block.j0;
+      std::remove_reference_t<decltype(*to)> bits{};
+      store(&bits, value);
       for (int64_t i = block.i0; i < block.i1; ++i) {
-        for (int64_t j = block.j0; j < block.j1; ++j) {
-          store(to + block.at[0] + i * p.i.strides[0] + j * p.j.strides[0], value);
+        auto* row = to + block.at[0] + i * p.i.strides[0] + block.j0 * step;
+        if (step == 1) {
+          std::fill_n(row, count, bits);
+        } else {
+          for (int64_t j = 0; j < count; ++j) row[j * step] = bits;
         }
       }
     });

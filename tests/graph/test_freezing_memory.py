@@ -84,6 +84,11 @@ def test_steps_that_share_no_memory_run_side_by_side() -> None:
         frozen = fastcnn.freeze(fastcnn.create_model("lenet5"), small)
         frozen(small)
         assert frozen._plan.phase_count == 1 < frozen._plan.step_count
+        # Of two shortcuts zero channels, in two parts, and pixels beside a convolution; pooling and the last layer.
+        image = torch.zeros(1, 3, 32, 32)
+        frozen = fastcnn.freeze(fastcnn.create_model("resnet20_cifar"), image)
+        frozen(image)
+        assert frozen._plan.phase_count == frozen._plan.step_count - (3 + 3 + 1)
     finally:
         torch.set_num_threads(before)
 

@@ -273,6 +273,13 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "repeat": lambda x: x.repeat(2, 1, 1, 3, 1),
     "stack": lambda x: torch.stack([x, x * 2], 2),
     "crop": lambda x: F.pad(x, (-1, -2, 1, -1)),
+    "channels on both sides": lambda x: F.pad(x.permute(0, 2, 3, 1), (2, 6)).permute(0, 3, 1, 2),
+    "channels in front": lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, -1), value=2.0),
+    "images behind": lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1), value=-1.0),
+    "columns": lambda x: F.pad(x, (2, 3)),
+    "rows and columns": lambda x: F.pad(x, (2, 3, 0, 1)),
+    "three channels": lambda x: x[:, :3].clone(memory_format=torch.channels_last),
+    "rows of 64 bytes and 128": lambda x: torch.cat([x.flatten(1)[:, :32], x.flatten(1)[:, 3:19]], 1),
     "dead": lambda x: [x * 2, x.cumsum(1)][0],
 }
 

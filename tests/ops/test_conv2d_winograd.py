@@ -107,6 +107,12 @@ CASES = [
     Case(1, 20, 6, 6, 40, (1, 0), (0, 2)),
     Case(1, 512, 6, 6, 40),
     Case(3, 37, 23, 19, 130),  # several tile blocks and column blocks
+    # One or two vectors of channels in and out, for vectors of 16, 8 and 4: a path of its own.
+    *(Case(1, c, 32, 32, k) for c in (4, 8, 16, 32) for k in (4, 8, 16, 32)),
+    Case(3, 16, 15, 21, 32, (0, 2), (1, 0)),
+    Case(2, 32, 9, 10, 16, (2, 1), (0, 1)),
+    Case(1, 32, 6, 30, 32, (0, 0), (0, 0)),
+    Case(2, 8, 11, 13, 8),
 ]
 
 
@@ -258,6 +264,77 @@ def test_a_bfloat16_layer_keeps_to_the_rule(c: int, relu: bool):
     assert relative_error(out, exact) < 5e-3
 
 
+# Of few channels, in whole vectors of 16, 8 or 4: odd sizes, tiles that overhang, paddings, several images.
+FEW = [
+    Case(1, 16, 28, 28, 16),
+    Case(1, 32, 16, 16, 32),
+    Case(1, 16, 33, 31, 32),
+    Case(3, 32, 5, 7, 16),
+    Case(2, 8, 13, 22, 8),
+    Case(1, 4, 9, 6, 8, (0, 2), (1, 0)),
+    Case(2, 32, 1, 1, 32),
+    Case(5, 16, 4, 3, 16, (2, 1), (0, 1)),
+]
+
+
+def check_few_channels(case: Case, full: bool, threads: int) -> None:
+    """Few channels have a path of their own. With one output channel more it does not serve: the others' bits."""
+    wide = case._replace(k=case.k + 1)
+    more = arguments(wide, torch.float32, full=full, slices=full)
+    if full:
+        more.x[0, 0, 0, 0] = float("nan")
+    vectors = [None if v is None else v[: case.k] for v in (more.scale, more.bias)]
+    residual = None if more.residual is None else more.residual[:, : case.k]
+    fewer = more._replace(w=more.w[: case.k], scale=vectors[0], bias=vectors[1], residual=residual)
+    results = []
+    for given, of in ((more, wide), (fewer, case)):
+        out = torch.full(of.out_shape, 5.0).contiguous(memory_format=torch.channels_last)
+        given.run(of, Form(4, 3), out, threads)
+        results.append(out[:, : case.k])
+    # As integers: a NaN, too, has to be the same, and a zero's sign.
+    assert torch.equal(*(out.contiguous().view(torch.int32) for out in results))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_few_channels_have_the_bits_of_many(case: Case, full: bool):
+    for threads in (1, 2):
+        check_few_channels(case, full, threads)
+
+
+# Small weights are half transformed where registers allow it; of whole chunks of channels and parts of them.
+SMALL = [Case(1, 64, 8, 8, 64), Case(1, 48, 7, 5, 64), Case(2, 20, 9, 13, 128), Case(1, 70, 3, 3, 60, (0, 0), (0, 0))]
+
+
+def check_small_weights(case: Case, full: bool, threads: int) -> None:
+    """With so many output channels more that all weights stay plain: the others' bits."""
+    wide = case._replace(k=case.k + 1024)
+    more = arguments(wide, torch.float32, full=full, slices=full)
+    vectors = [None if v is None else v[: case.k] for v in (more.scale, more.bias)]
+    residual = None if more.residual is None else more.residual[:, : case.k]
+    fewer = more._replace(w=more.w[: case.k], scale=vectors[0], bias=vectors[1], residual=residual)
+    results = []
+    for given, of in ((more, wide), (fewer, case)):
+        out = torch.full(of.out_shape, 5.0).contiguous(memory_format=torch.channels_last)
+        given.run(of, PLAIN, out, threads)
+        results.append(out[:, : case.k])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small_weights_have_the_bits_of_large_ones(case: Case, full: bool):
+    for threads in (1, 2, 3):
+        check_small_weights(case, full, threads)
+
+
+def test_small_weights_are_packed_in_twice_the_bytes_where_registers_allow_it():
+    times = _native.PlainWinogradWeight(torch.randn(64, 64, 3, 3), 1).bytes / (64 * 64 * 9 * 4)
+    assert times == 2 if _native.cpu_instruction_set().startswith("avx512") else times in (1, 2)
+    assert _native.PlainWinogradWeight(torch.randn(512, 64, 3, 3), 1).bytes == 512 * 64 * 9 * 4
+    assert _native.PlainWinogradWeight(torch.randn(32, 64, 3, 3), 1).bytes == 32 * 64 * 9 * 4  # for one thread only
+
+
 def check_kernels() -> None:
     """Everything once, for whichever instruction set is in use."""
     for case, form in COMBINATIONS:
@@ -266,6 +343,12 @@ def check_kernels() -> None:
                 check(case, form, dtype, full, threads=1 if full else 3)
     for case, groups in GROUPED:
         check(case, PLAIN, torch.float32, True, threads=3, groups=groups)
+    for case in FEW:
+        for full in (False, True):
+            check_few_channels(case, full, threads=2)
+    for case in SMALL:
+        for full in (False, True):
+            check_small_weights(case, full, threads=2)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
@@ -278,7 +361,7 @@ def test_other_instruction_sets(isa: str):
     "case",
     [
         Case(1, 64, 61, 53, 64), Case(1, 300, 14, 14, 310), Case(3, 40, 30, 7, 50), Case(1, 16, 4, 4, 16),
-        Case(1, 3, 70, 70, 64),
+        Case(1, 3, 70, 70, 64), Case(1, 16, 32, 32, 16), Case(3, 16, 15, 21, 32), Case(1, 32, 13, 30, 32),
     ],
     ids=str,
 )  # fmt: skip

@@ -47,6 +47,7 @@
 
 #include "conv2d_winograd.h"
 
+#include "conv2d_winograd_few.h"
 #include "variant.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
@@ -75,11 +76,12 @@ struct Fp32Products {
 }  // namespace
 
 int64_t winograd_scratch_bytes(const WinogradProblem& problem) {
-  return scratch_bytes(problem);
+  return has_few_channels(problem) ? few_scratch_bytes(problem) : scratch_bytes(problem);
 }
 
 void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch) {
   float* memory = static_cast<float*>(scratch);
+  if (has_few_channels(problem)) return run_few(problem, index, memory);
   const auto is = [&](int tile, int side) { return problem.tile == tile && problem.side == side; };
   if (is(2, 3)) return run<Fp32Products, 2, 3>(problem, index, memory);
   if (is(2, 4)) return run<Fp32Products, 2, 4>(problem, index, memory);

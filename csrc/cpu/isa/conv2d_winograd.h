@@ -106,7 +106,11 @@ static inline void transform_columns(const float* products, int64_t point_stride
     Vector column[kTile], down[M];
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i) column[i] = load(products + (i * kTile + j) * point_stride);
-    Points<kTile>::output(column, down);
+    if constexpr (M == 4 && kTile == 6) {
+      Points<kTile>::template output<false>(column, down);
+    } else {
+      Points<kTile>::output(column, down);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) half[i][j] = down[i];
   }

@@ -23,19 +23,11 @@
 //
 // Floor: 2*36*tiles*C*K/groups FLOPs at the FMA rate, a third more for transforming the weights of up to four tiles;
 // the weights are read from memory once a tile block.
-#include "conv2d_winograd.h"
+#include "conv2d_winograd_half.h"
 #include "variant.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
-
-constexpr int kSide = 6;
-constexpr int kPointCount = kSide * kSide;
-constexpr int kTaps = 9;
-constexpr int kTilesAtOnce = kMicroRows >= 12 ? 4 : 2;
-constexpr int64_t kChunkVectors = 32 / kVectorWidth;
-
-constexpr float kNear = 0.625f, kFar = 1.5f;
 
 // 1/N of each point.
 constexpr double kInverse[kSide] = {1 / (kNear * kNear * kFar * kFar),
@@ -81,18 +73,6 @@ static inline void transform_columns_of_row(const float* w, Vector& a, Vector& b
   } else {
     const Vector w1 = load(w + kVectorWidth), even = w0 + (kFar * kFar) * w2;
     a = even + (kFar / kNear) * w1, b = even - (kFar / kNear) * w1;
-  }
-}
-
-// Rows 0 and +-5/8, or +-3/2 and infinity.
-template <int Half>
-static inline void transform_rows(const Vector (&w)[3], Vector (&u)[3]) {
-  if constexpr (Half == 0) {
-    const Vector even = w[0] + (kNear * kNear) * w[2];
-    u[0] = w[0], u[1] = even + w[1], u[2] = even - w[1];
-  } else {
-    const Vector even = w[0] + (kFar * kFar) * w[2];
-    u[0] = even + (kFar / kNear) * w[1], u[1] = even - (kFar / kNear) * w[1], u[2] = w[2];
   }
 }
 
@@ -178,10 +158,6 @@ struct Passes {
 };
 constexpr Passes kPasses;
 
-static int64_t plain_product_stride(const WinogradProblem& problem) {
-  return (problem.tiles_per_block | 1) * kVectorWidth;
-}
-
 // A chunk of channel vectors from `vector` of the panel on: all points, added to `products`.
 static void multiply_chunk(const WinogradProblem& problem, int64_t tiles, const float* panel, int64_t vector,
                            int64_t count, const float* weight, bool add, float* products) {
@@ -218,7 +194,8 @@ static void multiply_chunk(const WinogradProblem& problem, int64_t tiles, const 
 }  // namespace
 
 int64_t winograd_plain_scratch_bytes(const WinogradProblem& problem) {
-  return kPointCount * (input_point_stride(problem) + plain_product_stride(problem)) * 4;
+  const int64_t vectors = problem.half_transformed ? kPair : 1;  // of products
+  return kPointCount * (input_point_stride(problem) + vectors * plain_product_stride(problem)) * 4;
 }
 
 // Tasks: (part of the vectors of output channels, tile block), tile blocks fastest.
@@ -238,6 +215,31 @@ void winograd_plain_task(const WinogradProblem& problem, int64_t index, void* sc
     transform_tiles<uint16_t>(problem, tiles, first_vector, last_vector, panel);
   }
   const int64_t product_stride = plain_product_stride(problem);
+  const auto finish_vector = [&](int64_t column, const float* from) {
+    const int64_t channel = column * kVectorWidth, lanes = problem.out.c - channel;
+    const Vector scale = load(problem.scale + channel), bias = load(problem.bias + channel);
+    for (int64_t i = 0; i < tiles.count; ++i, from += kVectorWidth) {
+      const TilePlace place = place_of(problem, tiles.first + i);
+      if (problem.out.dtype == DType::f32) {
+        transform_output<float, 4, kSide>(problem, place, channel, lanes, scale, bias, from, product_stride);
+      } else {
+        transform_output<uint16_t, 4, kSide>(problem, place, channel, lanes, scale, bias, from, product_stride);
+      }
+    }
+  };
+  if (problem.half_transformed) {
+    constexpr int64_t kValues = kVectorWidth * kSide * 3 * kPair * kVectorWidth;  // of a vector of channels
+    for (int64_t column = first; column < last; column += kPair) {
+      const float* weight = problem.packed_weight + column / kPair * depth * kValues;
+      for (int64_t v = 0; v < depth; v += kChunkVectors) {
+        const int64_t count = depth - v < kChunkVectors ? depth - v : kChunkVectors;
+        multiply_half_chunk(problem, tiles.count, panel, v, count, weight, v > 0, products);
+        weight += count * kValues;
+      }
+      for (int k = 0; k < kPair; ++k) finish_vector(column + k, products + k * kPointCount * product_stride);
+    }
+    return;
+  }
   for (int64_t column = first; column < last; ++column) {
     const float* weight = problem.packed_weight + column * depth * kVectorWidth * kTaps * kVectorWidth;
     for (int64_t v = 0; v < depth; v += kChunkVectors) {
@@ -245,17 +247,7 @@ void winograd_plain_task(const WinogradProblem& problem, int64_t index, void* sc
       multiply_chunk(problem, tiles.count, panel, column / width * depth + v, count, weight, v > 0, products);
       weight += count * kVectorWidth * kTaps * kVectorWidth;
     }
-    const int64_t channel = column * kVectorWidth, lanes = problem.out.c - channel;
-    const Vector scale = load(problem.scale + channel), bias = load(problem.bias + channel);
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const TilePlace place = place_of(problem, tiles.first + i);
-      const float* from = products + i * kVectorWidth;
-      if (problem.out.dtype == DType::f32) {
-        transform_output<float, 4, kSide>(problem, place, channel, lanes, scale, bias, from, product_stride);
-      } else {
-        transform_output<uint16_t, 4, kSide>(problem, place, channel, lanes, scale, bias, from, product_stride);
-      }
-    }
+    finish_vector(column, products);
   }
 }
 

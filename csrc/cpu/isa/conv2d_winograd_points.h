@@ -14,6 +14,13 @@ namespace {
 template <int Side>
 struct Points;
 
+// a * b + c. What is rounded is said wherever products are added: left to the compiler, it would depend on what else is
+// in a function, and two kernels, or one kernel before and after a change elsewhere, would not have the same bits.
+template <bool Fused>
+static inline Vector plus(float a, Vector b, Vector c) {
+  return Fused ? fused(a, b, c) : rounded(a * b) + c;
+}
+
 // 0, +-5/8, +-3/2, infinity.
 template <>
 struct Points<6> {
@@ -32,19 +39,19 @@ struct Points<6> {
       second = even - odd;
     }
   }
-  // b = A^T a, for 4 outputs and 2
+  // b = A^T a, for 4 outputs and 2; Fused: with products that are not rounded for themselves where they need not be
+  template <bool Fused = true>
   static inline void output(const Vector (&a)[6], Vector (&b)[4]) {
     const Vector sum_p = a[1] + a[2], difference_p = a[1] - a[2];
     const Vector sum_q = a[3] + a[4], difference_q = a[3] - a[4];
     b[0] = a[0] + sum_p + sum_q;
-    b[1] = p * difference_p + rounded(q * difference_q);
-    b[2] = pp * sum_p + rounded(qq * sum_q);
-    b[3] = p * pp * difference_p + rounded(q * qq * difference_q) + a[5];
+    b[1] = plus<Fused>(p, difference_p, rounded(q * difference_q));
+    b[2] = plus<Fused>(pp, sum_p, rounded(qq * sum_q));
+    b[3] = plus<Fused>(p * pp, difference_p, rounded(q * qq * difference_q)) + a[5];
   }
   static inline void output(const Vector (&a)[6], Vector (&b)[2]) {
     b[0] = a[0] + (a[1] + a[2]) + (a[3] + a[4]);
-    // In an order that leaves the compiler no choice of what to round: every kernel that inlines it gets the same bits.
-    b[1] = (a[5] + 0.625f * (a[1] - a[2])) + 1.5f * (a[3] - a[4]);
+    b[1] = fused(q, a[3] - a[4], fused(p, a[1] - a[2], a[5]));
   }
 };
 
@@ -93,11 +100,11 @@ struct Points<5> {
   }
   static inline void output(const Vector (&a)[5], Vector (&b)[4]) {
     const Vector sum_p = a[0] + a[1], sum_q = a[2] + a[3];
-    const Vector difference_p = p * (a[0] - a[1]), difference_q = a[2] - a[3];
+    const Vector difference_p = rounded(p * (a[0] - a[1])), difference_q = a[2] - a[3];
     b[0] = sum_p + sum_q;
-    b[1] = difference_p + q * difference_q;
-    b[2] = pp * sum_p + rounded(qq * sum_q);
-    b[3] = (a[4] + pp * difference_p) + (q * qq) * difference_q;
+    b[1] = fused(q, difference_q, difference_p);
+    b[2] = fused(pp, sum_p, rounded(qq * sum_q));
+    b[3] = fused(q * qq, difference_q, fused(pp, difference_p, a[4]));
   }
 };
 
@@ -118,11 +125,12 @@ struct Points<7> {
   }
   static inline void output(const Vector (&a)[7], Vector (&b)[4]) {
     const Vector sum_p = a[0] + a[1], sum_q = a[2] + a[3], sum_r = a[4] + a[5];
-    const Vector difference_p = p * (a[0] - a[1]), difference_q = a[2] - a[3], difference_r = a[4] - a[5];
+    const Vector difference_p = rounded(p * (a[0] - a[1])), difference_q = a[2] - a[3], difference_r = a[4] - a[5];
     b[0] = sum_p + sum_q + sum_r;
-    b[1] = (difference_p + q * difference_q) + r * difference_r;
-    b[2] = (pp * sum_p + rounded(qq * sum_q)) + rr * sum_r;
-    b[3] = ((a[6] + pp * difference_p) + (q * qq) * difference_q) + (r * rr) * difference_r;
+    b[1] = fused(r, difference_r, fused(q, difference_q, difference_p));
+    b[2] = fused(rr, sum_r, fused(pp, sum_p, rounded(qq * sum_q)));
+    const Vector near = fused(q * qq, difference_q, fused(pp, difference_p, a[6]));
+    b[3] = fused(r * rr, difference_r, near);
   }
 };
 

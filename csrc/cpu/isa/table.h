@@ -71,6 +71,7 @@ struct WinogradProblem {
   const float* packed_weight;
   int64_t groups;                          // of plain and grouped kernels only, whose column block is a vector
   int64_t channel_vectors, column_blocks;  // a vector holds twice as many channels where weights are bf16 pairs
+  bool half_transformed;                   // weights, of plain kernels only: isa/conv2d_winograd_half.h
   int rows_per_vector;                     // phases' rows that share a vector; 0: a vector holds channels of one phase
   // What is multiplied at a point that is not at infinity, in its column, in its row, in both; rows of a column block's
   // weights before each point.

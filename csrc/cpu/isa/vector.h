@@ -71,6 +71,20 @@ static inline Vector rounded(Vector x) {
   return x;
 }
 
+// a * b + c, rounded once where there is an instruction for it.
+static inline Vector fused(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+static inline Vector fused(float a, Vector b, Vector c) {
+  return fused(broadcast(a), b, c);
+}
+
 // max(x, bound) that lets a NaN in x through.
 static inline Vector at_least(Vector x, Vector bound) {
 #if defined(__AVX512F__)

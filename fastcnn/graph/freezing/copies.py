@@ -49,8 +49,15 @@ def _pad(low: Lowering, out: View, args: list[Any]) -> None:
         before, after = padding[2 * i : 2 * i + 2]
         view = view.narrowed(dim, max(-before, 0), view.shape[dim] + min(before, 0) + min(after, 0))
         inside = inside.narrowed(dim, max(before, 0), view.shape[dim])
-    if any(p > 0 for p in padding):
-        low.emit("fill", out, attributes=(float(value),))
+    padded = [i for i in range(len(padding)) if padding[i] > 0]
+    if len({i // 2 for i in padded}) == 1:  # beside the copy, which may run at the same time
+        dim = len(out.shape) - 1 - padded[0] // 2
+        starts = (0, out.shape[dim] - padding[padded[-1]])
+        parts = [out.narrowed(dim, starts[i % 2], padding[i]) for i in padded]
+    else:
+        parts = [out] if padded else []
+    for part in parts:
+        low.emit("fill", part, attributes=(float(value),))
     low.emit("copy", inside, view)
 
 
