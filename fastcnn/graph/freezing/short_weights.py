@@ -33,7 +33,7 @@ def shorten_weights(program: Program) -> None:
         weight = _large_weight(step)
         if weight is not None:
             users.setdefault((weight.buffer, weight.offset, weight.shape, weight.strides), []).append(at)
-    zeros = {at: _has_zeros(program.steps[:at], program.steps[at]) for of_weight in users.values() for at in of_weight}
+    zeros = {at: _has_zeros(program.steps, at) for of_weight in users.values() for at in of_weight}
     for (buffer, offset, shape, strides), of_weight in users.items():
         assert buffer.data is not None
         values = buffer.data.reshape(-1).as_strided(shape, strides, offset)
@@ -49,14 +49,17 @@ def shorten_weights(program: Program) -> None:
         program.weights.append(PackedWeight(cpp.pack_linear(values, algorithm), shape, 1, algorithm, values.dtype))
 
 
-def _has_zeros(before: Sequence[Step], step: Step) -> bool:
-    """Whether the step's first input comes from ReLU, perhaps by way of steps that leave zeros."""
-    source = step.inputs[0]
-    writer = next((s for s in reversed(before) if source is not None and s.out.buffer is source.buffer), None)
-    if writer is None:
+def _has_zeros(steps: Sequence[Step], at: int) -> bool:
+    """Whether the first input of step ``at`` comes from ReLU, perhaps by way of steps that leave zeros."""
+    source = steps[at].inputs[0]
+    if source is None:
         return False
+    before = next((i for i in reversed(range(at)) if steps[i].out.buffer is source.buffer), None)
+    if before is None:
+        return False
+    writer = steps[before]
     if writer.operator in ("copy", "max_pool2d") or _is_identity(writer):
-        return _has_zeros(before, writer)
+        return _has_zeros(steps, before)
     if writer.operator == "map":
         return writer.attributes[:2] == ("clamp", 0.0)
     place = _RELU.get(writer.operator)

@@ -24,7 +24,7 @@ from fastcnn.backends import cpp
 from fastcnn.graph.freezing.recipe import Recipe
 
 MAGIC = b"FASTCNNF"
-FORMAT = 6
+FORMAT = 7
 
 
 def as_bytes(recipe: Recipe, constants: Tensor, weights: Sequence[cpp.PackedWeight]) -> list[bytes]:
