@@ -85,26 +85,34 @@ bool reads_short_weights(DType dtype) {
 // ---- where a value lies
 // -----------------------------------------------------------------------------------------------
 
+// Within a group of columns.
 struct ShortLinearWeight::Place {
-  int64_t group, block;
+  int64_t block;
   int row, lane;  // of the block; by input, a row is a vector of columns
 };
 
-int64_t ShortLinearWeight::group_columns() const {
-  if (layout == ShortLayout::by_output) return kLinearShortRows;
+void ShortLinearWeight::set_places() {
+  lanes_ = format_of(dtype).lanes;
+  group_columns_ = kLinearShortRows;
+  if (layout == ShortLayout::by_output) return;
   // As long as they can be, so that memory is read in long runs, and some for threads to share.
   const int64_t blocks =
       std::max(ceil_div(columns, kMostBlockColumns), std::min(kBlocks, ceil_div(columns, kLeastBlockColumns)));
-  return pairs_of(ceil_div(columns, blocks)) * kPairColumns;
+  group_columns_ = pairs_of(ceil_div(columns, blocks)) * kPairColumns;
+  int64_t position = 0;
+  for (const int lane : kLinearLaneOrder) {
+    first_position_[lane] = position;
+    position += std::max<int64_t>(0, ceil_div(depth - lane, kLinearShortLanes));
+  }
 }
 
 int64_t ShortLinearWeight::groups() const {
-  return ceil_div(columns, group_columns());
+  return ceil_div(columns, group_columns_);
 }
 
 int64_t ShortLinearWeight::block_bytes(int64_t group) const {
   if (layout == ShortLayout::by_output) return format_of(dtype).block_bytes;
-  return pairs_of(std::min(group_columns(), columns - group * group_columns())) * kLinearPairBytes;
+  return pairs_of(std::min(group_columns_, columns - group * group_columns_)) * kLinearPairBytes;
 }
 
 int64_t ShortLinearWeight::blocks_in_group() const {
@@ -123,21 +131,21 @@ int64_t ShortLinearWeight::blocks_at(int64_t exceptions) const {
 }
 
 ShortLinearWeight::Place ShortLinearWeight::place_of(int64_t column, int64_t value) const {
-  const int64_t group = column / group_columns_, within = column % group_columns_;
+  const int64_t within = column % group_columns_;
   if (layout == ShortLayout::by_output) {
-    return {group, value / lanes_, static_cast<int>(within), static_cast<int>(value % lanes_)};
+    return {value / lanes_, static_cast<int>(within), static_cast<int>(value % lanes_)};
   }
   const int64_t position = first_position_[value % lanes_] + value / lanes_;
-  return {group, position, static_cast<int>(within / lanes_), static_cast<int>(within % lanes_)};
+  return {position, static_cast<int>(within / lanes_), static_cast<int>(within % lanes_)};
 }
 
-// One value among its group's blocks.
-void ShortLinearWeight::put(uint8_t* blocks, const Place& place, uint32_t bits, int code) const {
+// One value among its group's blocks, which have `block_bytes` bytes each.
+void ShortLinearWeight::put(uint8_t* blocks, int64_t block_bytes, const Place& place, uint32_t bits, int code) const {
   const Format format = format_of(dtype);
   const int width = format.item == 4 ? 3 : 1;  // bytes of a sign and fraction
   const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
   const uint32_t value = bits >> (8 * format.item - 1) << format.fraction_bits | fraction;
-  uint8_t* block = blocks + place.block * block_bytes(place.group);
+  uint8_t* block = blocks + place.block * block_bytes;
   int row = place.row, rows = kLinearShortRows;  // rows: whose exponents lie behind their fractions
   if (layout == ShortLayout::by_input) {
     block += row / 2 * kLinearPairBytes;
@@ -151,16 +159,6 @@ void ShortLinearWeight::put(uint8_t* blocks, const Place& place, uint32_t bits, 
 
 // ---- packing
 // ----------------------------------------------------------------------------------------------------------
-
-void ShortLinearWeight::set_places() {
-  lanes_ = format_of(dtype).lanes;
-  group_columns_ = group_columns();
-  int64_t position = 0;
-  for (const int lane : kLinearLaneOrder) {
-    first_position_[lane] = position;
-    position += std::max<int64_t>(0, ceil_div(depth - lane, kLinearShortLanes));
-  }
-}
 
 ShortLinearWeight::ShortLinearWeight(const TensorView& weight, ShortLayout layout)
     : dtype(weight.dtype), columns(weight.n), depth(weight.c), layout(layout) {
@@ -177,14 +175,15 @@ ShortLinearWeight::ShortLinearWeight(const TensorView& weight, ShortLayout layou
     for (int64_t k = group * group_columns_; k < std::min(columns, (group + 1) * group_columns_); ++k) {
       for (int64_t c = 0; c < depth; ++c) {
         const uint32_t bits = bits_of(weight.data, format.item, k * weight.pixel_stride + c);
-        visit(place_of(k, c), bits, code_of(exponent_of(bits, format), first_exponent));
+        visit(k, c, bits, code_of(exponent_of(bits, format), first_exponent));
       }
     }
   };
   parallel_tasks(groups(), threads, 0, [&](int64_t group, void*) {
     auto& list = found[static_cast<size_t>(group)];
-    each_value(group, [&](const Place& place, uint32_t bits, int code) {
+    each_value(group, [&](int64_t k, int64_t c, uint32_t bits, int code) {
       if (code >= 0) return;
+      const Place place = place_of(k, c);
       if (exponent_of(bits, format) == 255) finite = false;
       list.push_back({static_cast<uint32_t>(place.block), static_cast<uint16_t>(place.row),
                       static_cast<uint16_t>(place.lane), bits});
@@ -211,8 +210,9 @@ ShortLinearWeight::ShortLinearWeight(const TensorView& weight, ShortLayout layou
   auto* blocks = reinterpret_cast<uint8_t*>(data_.get() + blocks_at(exceptions));
   parallel_tasks(groups(), threads, 0, [&](int64_t group, void*) {
     uint8_t* of_group = blocks + group * blocks_in_group() * block_bytes(0);
-    each_value(group, [&](const Place& place, uint32_t bits, int code) {
-      if (code >= 0) put(of_group, place, bits, code);
+    const int64_t bytes = block_bytes(group);
+    each_value(group, [&](int64_t k, int64_t c, uint32_t bits, int code) {
+      if (code >= 0) put(of_group, bytes, place_of(k, c), bits, code);
     });
   });
 }

@@ -45,7 +45,7 @@ class ShortLinearWeight {
   const uint8_t* blocks() const { return reinterpret_cast<const uint8_t*>(data() + blocks_at(header().exceptions)); }
 
   int64_t groups() const;
-  int64_t group_columns() const;  // the last group has fewer
+  int64_t group_columns() const { return group_columns_; }  // the last group has fewer
   int64_t blocks_bytes() const;
 
  private:
@@ -55,7 +55,7 @@ class ShortLinearWeight {
   struct Place;
   void set_places();
   Place place_of(int64_t column, int64_t value) const;
-  void put(uint8_t* blocks, const Place& place, uint32_t bits, int code) const;
+  void put(uint8_t* blocks, int64_t block_bytes, const Place& place, uint32_t bits, int code) const;
 
   int64_t lanes_ = 0, group_columns_ = 0;
   std::array<int64_t, 16> first_position_{};  // by input: of each lane's values

@@ -7,21 +7,11 @@ import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
 from support.instruction_sets import run_tests_under
+from support.plain_sums import plain_sums as plain_sums
+from support.plain_sums import random
 from torch import Tensor
 
-import fastcnn
 from fastcnn import ops
-
-
-@pytest.fixture(autouse=True)
-def plain_sums():
-    with fastcnn.use_backend("cpp"), fastcnn.exact(), torch.no_grad():
-        yield
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
 def slice_of(shape: torch.Size, before: int, behind: int) -> tuple[Tensor, Tensor]:

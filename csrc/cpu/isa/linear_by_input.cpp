@@ -61,6 +61,11 @@ struct Values {
   int64_t end[kLanes];
 };
 
+// Values that a list has room for: some behind the last one are written, too.
+static int64_t room_of_list(const LinearByInputProblem& problem) {
+  return (problem.depth + 3 * kLanes - 1) / kLanes * kLanes;
+}
+
 static void list_values(const LinearByInputProblem& problem, Values& list) {
   const __m512i lane_numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i apart = _mm512_maskz_slli_epi32(kAll, lane_numbers, 4);  // every 16th value
@@ -174,12 +179,12 @@ static void store_columns(const LinearByInputProblem& problem, const Columns& co
 
 // Lists, then sums.
 int64_t linear_by_input_scratch_bytes(const LinearByInputProblem& problem) {
-  const int64_t room = (problem.depth + 2 * kLanes + kLanes - 1) / kLanes * kLanes;
+  const int64_t room = room_of_list(problem);
   return (2 * room + kSums * pairs_of(problem.block_columns) * 2 * kLanes) * 4;
 }
 
 void linear_by_input_task(const LinearByInputProblem& problem, int64_t index, void* scratch) {
-  const int64_t room = (problem.depth + 2 * kLanes + kLanes - 1) / kLanes * kLanes;
+  const int64_t room = room_of_list(problem);
   Values list;
   list.value = static_cast<float*>(scratch);
   list.position = reinterpret_cast<int32_t*>(list.value + room);
