@@ -41,6 +41,23 @@ def test_a_wrong_result_is_seen(monkeypatch):
     assert found.pytorch < 1e-6
 
 
+@torch.no_grad()
+def test_rounding_each_result_is_the_least_error():
+    model = calibrate(small_network().eval(), small_input())
+    found = logit_error(model, small_input())
+    assert 0 < found.rounded <= min(found.frozen, found.pytorch)
+    assert found.rounded < 2.0**-23
+
+
+def test_results_written_in_place_are_rounded_as_well():
+    x = torch.full((2, 2), 1 / 3, dtype=torch.float64)
+    with logits._ResultsKeptInFp32():
+        doubled = x * 2
+        x.add_(1)
+    assert torch.equal(doubled, doubled.float().double())
+    assert torch.equal(x, torch.full((2, 2), 4 / 3, dtype=torch.float64).float().double())
+
+
 def test_only_fp32_is_judged():
     with pytest.raises(ValueError, match="must be float32"):
         logit_error(small_network(torch.bfloat16), small_input())
