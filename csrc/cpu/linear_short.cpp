@@ -35,7 +35,7 @@ uint32_t exponent_of(uint32_t bits, const Format& format) {
 }
 
 bool in_words(DType dtype) {
-  return dtype == DType::f32 && kernels().short_floats == ShortFloats::words;
+  return dtype == DType::f32 && kernels().short_format == ShortFormat::words;
 }
 
 // Four bits for a value's exponent; -1 for one outside the window, and for a denormal that lies in words: decoding
@@ -78,11 +78,11 @@ constexpr int64_t kLeastBlockColumns = 512, kBlocks = 2;  // by input
 
 // As measured: of words, rows of 7 KiB come faster than ones of half as much.
 int64_t most_block_columns() {
-  return kernels().short_floats == ShortFloats::words ? 2048 : 1024;
+  return kernels().short_format == ShortFormat::words ? 2048 : 1024;
 }
 
 int64_t units_of(int64_t columns) {
-  return ceil_div(columns, linear_unit_columns(kernels().short_floats));
+  return ceil_div(columns, linear_unit_columns(kernels().short_format));
 }
 
 void require(bool holds) {
@@ -93,7 +93,7 @@ void require(bool holds) {
 
 bool reads_short_weights(DType dtype) {
   const KernelTable& table = kernels();
-  if (dtype == DType::f32) return table.short_floats != ShortFloats::none;
+  if (dtype == DType::f32) return table.short_format != ShortFormat::none;
   return dtype == DType::bf16 && table.bf16 != nullptr;
 }
 
@@ -110,7 +110,7 @@ void ShortLinearWeight::set_places() {
   lanes_ = format_of(dtype).lanes;
   group_columns_ = kLinearShortRows;
   if (layout == ShortLayout::by_output) return;
-  const ShortFloats format = kernels().short_floats;
+  const ShortFormat format = kernels().short_format;
   lanes_ = linear_vector_lanes(format);
   // As long as they can be, so that memory is read in long runs, and some for threads to share.
   const int64_t blocks =
@@ -131,7 +131,7 @@ int64_t ShortLinearWeight::groups() const {
 int64_t ShortLinearWeight::block_bytes(int64_t group) const {
   if (layout == ShortLayout::by_output) return format_of(dtype).block_bytes;
   return units_of(std::min(group_columns_, columns - group * group_columns_)) *
-         linear_unit_bytes(kernels().short_floats);
+         linear_unit_bytes(kernels().short_format);
 }
 
 int64_t ShortLinearWeight::blocks_in_group() const {
@@ -175,7 +175,7 @@ void ShortLinearWeight::put(uint8_t* blocks, int64_t block_bytes, const Place& p
   if (in_words(dtype)) {
     uint8_t* block = blocks + place.block * block_bytes;
     if (layout == ShortLayout::by_input) {
-      put_in_words(block + place.row / 8 * linear_unit_bytes(ShortFloats::words), place.row % 8, place.lane, bits,
+      put_in_words(block + place.row / 8 * linear_unit_bytes(ShortFormat::words), place.row % 8, place.lane, bits,
                    code);
     } else {
       put_in_words(block, place.lane / 8 * kLinearShortRows + place.row, place.lane % 8, bits, code);
@@ -189,7 +189,7 @@ void ShortLinearWeight::put(uint8_t* blocks, int64_t block_bytes, const Place& p
   uint8_t* block = blocks + place.block * block_bytes;
   int row = place.row, rows = kLinearShortRows;  // rows: whose exponents lie behind their fractions
   if (layout == ShortLayout::by_input) {
-    block += row / 2 * linear_unit_bytes(ShortFloats::bytes);
+    block += row / 2 * linear_unit_bytes(ShortFormat::bytes);
     row %= 2, rows = 2;
   }
   uint8_t* to = block + (row * format.lanes + place.lane) * width;

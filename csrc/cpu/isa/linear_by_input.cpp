@@ -37,8 +37,8 @@ namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
 constexpr int kLanes = kVectorWidth;
-constexpr int kUnitVectors = linear_unit_vectors(kShortFloats), kUnitColumns = linear_unit_columns(kShortFloats);
-constexpr int kUnitBytes = linear_unit_bytes(kShortFloats);
+constexpr int kUnitVectors = linear_unit_vectors(kShortFormat), kUnitColumns = linear_unit_columns(kShortFormat);
+constexpr int kUnitBytes = linear_unit_bytes(kShortFormat);
 constexpr int kRowsAtOnce = 8;
 constexpr int kSums = 6;  // four kept, one at work, and what it was before an exception
 

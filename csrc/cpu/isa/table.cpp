@@ -55,7 +55,7 @@ const KernelTable& kernel_table() {
       bf16_dot_loop,
       read_loop,
       nullptr,
-      kShortFloats,
+      kShortFormat,
   };
   return table;
 }

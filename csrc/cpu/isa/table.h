@@ -266,7 +266,7 @@ struct RowsProblem {
 constexpr int kLinearShortRows = 4;                                  // weight rows that are stored together
 constexpr int kLinearShortLanes = 16, kLinearShortBlockBytes = 224;  // of fp32 weights
 // How the bits of short fp32 weights lie, by what an instruction set decodes in few instructions.
-enum class ShortFloats : int32_t {
+enum class ShortFormat : int32_t {
   none,   // it decodes none
   bytes,  // isa/short_floats.h: 28 bits as three bytes and a half, vectors of 16
   words   // isa/short_words.h: eight values in seven words, vectors of 8
@@ -297,16 +297,16 @@ struct LinearShortProblem {
 
 // One fully connected layer with one row and short weights by input value: see isa/linear_by_input.cpp.
 // Vectors of output columns that are stored together, and a vector's lanes.
-constexpr int linear_unit_vectors(ShortFloats format) {
-  return format == ShortFloats::words ? 8 : 2;
+constexpr int linear_unit_vectors(ShortFormat format) {
+  return format == ShortFormat::words ? 8 : 2;
 }
-constexpr int linear_vector_lanes(ShortFloats format) {
-  return format == ShortFloats::words ? 8 : 16;
+constexpr int linear_vector_lanes(ShortFormat format) {
+  return format == ShortFormat::words ? 8 : 16;
 }
-constexpr int linear_unit_columns(ShortFloats format) {
+constexpr int linear_unit_columns(ShortFormat format) {
   return linear_unit_vectors(format) * linear_vector_lanes(format);
 }
-constexpr int linear_unit_bytes(ShortFloats format) {
+constexpr int linear_unit_bytes(ShortFormat format) {
   return linear_unit_columns(format) * 7 / 2;
 }
 // The order of isa/linear.cpp's 16 partial sums, one for each lane, in which their tree is climbed with few of them
@@ -380,7 +380,7 @@ struct KernelTable {
   double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
   float (*read_loop)(const float* data, int64_t count);
   const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
-  ShortFloats short_floats;
+  ShortFormat short_format;
 };
 
 namespace portable {

@@ -46,13 +46,13 @@ constexpr bool kPermutes = false;
 // How a frozen model's fully connected weights are stored (table.h), and whether few input rows meet pieces of the
 // weights in L1 (linear.cpp): input rows in tiles of 3, not of 6, pass by often.
 #if defined(__AVX512BW__)
-constexpr ShortFloats kShortFloats = ShortFloats::bytes;
+constexpr ShortFormat kShortFormat = ShortFormat::bytes;
 constexpr bool kWeightsInL1 = false;
 #elif defined(__AVX2__)
-constexpr ShortFloats kShortFloats = ShortFloats::words;
+constexpr ShortFormat kShortFormat = ShortFormat::words;
 constexpr bool kWeightsInL1 = true;
 #else
-constexpr ShortFloats kShortFloats = ShortFloats::none;
+constexpr ShortFormat kShortFormat = ShortFormat::none;
 constexpr bool kWeightsInL1 = false;
 #endif
 constexpr int kMicroVectors = 2;
