@@ -34,10 +34,21 @@ uint32_t exponent_of(uint32_t bits, const Format& format) {
   return bits >> format.fraction_bits & 255;
 }
 
-// Four bits for an exponent; -1 for one outside the window.
-int code_of(uint32_t exponent, uint32_t first) {
-  if (exponent == 0) return 0;
+bool in_words(DType dtype) {
+  return dtype == DType::f32 && kernels().short_format == ShortFormat::words;
+}
+
+// Four bits for a value's exponent; -1 for one outside the window, and for a denormal that lies in words: decoding
+// multiplies it.
+int code_of(uint32_t bits, const Format& format, uint32_t first, bool words) {
+  const uint32_t exponent = exponent_of(bits, format);
+  if (exponent == 0) return words && bits << 1 != 0 ? -1 : 0;
   return exponent >= first && exponent < first + 15 ? static_cast<int>(exponent - first + 1) : -1;
+}
+
+// A window's highest first exponent; of words, that whose factor (isa/short_words.h) is finite.
+uint32_t last_window(DType dtype) {
+  return in_words(dtype) ? 128 : 256 - 15;
 }
 
 // The window of 15 exponents that holds most values.
@@ -55,7 +66,7 @@ uint32_t best_window(const TensorView& weight, const Format& format, int threads
   for (size_t i = 256; i < counts.size(); ++i) counts[i % 256] += counts[i];
   uint32_t best = 1;
   int64_t most = -1;
-  for (uint32_t first = 1; first + 15 <= 256; ++first) {
+  for (uint32_t first = 1; first <= last_window(weight.dtype); ++first) {
     int64_t held = 0;
     for (uint32_t e = first; e < first + 15; ++e) held += counts[e];
     if (held >= most) most = held, best = first;  // of equal ones the highest: more room for small values
@@ -63,11 +74,15 @@ uint32_t best_window(const TensorView& weight, const Format& format, int threads
   return best;
 }
 
-constexpr int64_t kPairColumns = 2 * kLinearShortLanes;
-constexpr int64_t kMostBlockColumns = 1024, kLeastBlockColumns = 512, kBlocks = 2;  // by input
+constexpr int64_t kLeastBlockColumns = 512, kBlocks = 2;  // by input
 
-int64_t pairs_of(int64_t columns) {
-  return ceil_div(columns, kPairColumns);
+// As measured: of words, rows of 7 KiB come faster than ones of half as much.
+int64_t most_block_columns() {
+  return kernels().short_format == ShortFormat::words ? 2048 : 1024;
+}
+
+int64_t units_of(int64_t columns) {
+  return ceil_div(columns, linear_unit_columns(kernels().short_format));
 }
 
 void require(bool holds) {
@@ -78,7 +93,7 @@ void require(bool holds) {
 
 bool reads_short_weights(DType dtype) {
   const KernelTable& table = kernels();
-  if (dtype == DType::f32) return table.linear_short_task != nullptr;
+  if (dtype == DType::f32) return table.short_format != ShortFormat::none;
   return dtype == DType::bf16 && table.bf16 != nullptr;
 }
 
@@ -95,14 +110,17 @@ void ShortLinearWeight::set_places() {
   lanes_ = format_of(dtype).lanes;
   group_columns_ = kLinearShortRows;
   if (layout == ShortLayout::by_output) return;
+  const ShortFormat format = kernels().short_format;
+  lanes_ = linear_vector_lanes(format);
   // As long as they can be, so that memory is read in long runs, and some for threads to share.
   const int64_t blocks =
-      std::max(ceil_div(columns, kMostBlockColumns), std::min(kBlocks, ceil_div(columns, kLeastBlockColumns)));
-  group_columns_ = pairs_of(ceil_div(columns, blocks)) * kPairColumns;
+      std::max(ceil_div(columns, most_block_columns()), std::min(kBlocks, ceil_div(columns, kLeastBlockColumns)));
+  group_columns_ = units_of(ceil_div(columns, blocks)) * linear_unit_columns(format);
   int64_t position = 0;
-  for (const int lane : kLinearLaneOrder) {
+  for (int64_t i = 0; i < lanes_; ++i) {
+    const int64_t lane = kLinearLaneOrder[i] * lanes_ / 16;
     first_position_[lane] = position;
-    position += std::max<int64_t>(0, ceil_div(depth - lane, kLinearShortLanes));
+    position += std::max<int64_t>(0, ceil_div(depth - lane, lanes_));
   }
 }
 
@@ -112,7 +130,8 @@ int64_t ShortLinearWeight::groups() const {
 
 int64_t ShortLinearWeight::block_bytes(int64_t group) const {
   if (layout == ShortLayout::by_output) return format_of(dtype).block_bytes;
-  return pairs_of(std::min(group_columns_, columns - group * group_columns_)) * kLinearPairBytes;
+  return units_of(std::min(group_columns_, columns - group * group_columns_)) *
+         linear_unit_bytes(kernels().short_format);
 }
 
 int64_t ShortLinearWeight::blocks_in_group() const {
@@ -139,8 +158,30 @@ ShortLinearWeight::Place ShortLinearWeight::place_of(int64_t column, int64_t val
   return {position, static_cast<int>(within / lanes_), static_cast<int>(within % lanes_)};
 }
 
+// One value of a unit of words: isa/short_words.h.
+void ShortLinearWeight::put_in_words(uint8_t* unit, int vector, int lane, uint32_t bits, int code) {
+  auto* words = reinterpret_cast<uint32_t*>(unit) + lane;
+  const uint32_t fraction = bits & 0x7fffffu, sign = bits >> 31, exponent = static_cast<uint32_t>(code) << 23;
+  if (vector < 7) {
+    words[8 * vector] |= sign << 31 | exponent | fraction;
+    return;
+  }
+  const uint32_t value = sign << 27 | exponent | fraction;
+  for (int i = 0; i < 7; ++i) words[8 * i] |= (value >> (4 * i) & 15) << 27;
+}
+
 // One value among its group's blocks, which have `block_bytes` bytes each.
 void ShortLinearWeight::put(uint8_t* blocks, int64_t block_bytes, const Place& place, uint32_t bits, int code) const {
+  if (in_words(dtype)) {
+    uint8_t* block = blocks + place.block * block_bytes;
+    if (layout == ShortLayout::by_input) {
+      put_in_words(block + place.row / 8 * linear_unit_bytes(ShortFormat::words), place.row % 8, place.lane, bits,
+                   code);
+    } else {
+      put_in_words(block, place.lane / 8 * kLinearShortRows + place.row, place.lane % 8, bits, code);
+    }
+    return;
+  }
   const Format format = format_of(dtype);
   const int width = format.item == 4 ? 3 : 1;  // bytes of a sign and fraction
   const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
@@ -148,7 +189,7 @@ void ShortLinearWeight::put(uint8_t* blocks, int64_t block_bytes, const Place& p
   uint8_t* block = blocks + place.block * block_bytes;
   int row = place.row, rows = kLinearShortRows;  // rows: whose exponents lie behind their fractions
   if (layout == ShortLayout::by_input) {
-    block += row / 2 * kLinearPairBytes;
+    block += row / 2 * linear_unit_bytes(ShortFormat::bytes);
     row %= 2, rows = 2;
   }
   uint8_t* to = block + (row * format.lanes + place.lane) * width;
@@ -169,13 +210,14 @@ ShortLinearWeight::ShortLinearWeight(const TensorView& weight, ShortLayout layou
   set_places();
   const int threads = default_threads();
   const uint32_t first_exponent = best_window(weight, format, threads);
+  const bool words = in_words(dtype);
   std::vector<std::vector<LinearException>> found(static_cast<size_t>(groups()));
   std::atomic<bool> finite{true};
   const auto each_value = [&](int64_t group, auto visit) {
     for (int64_t k = group * group_columns_; k < std::min(columns, (group + 1) * group_columns_); ++k) {
       for (int64_t c = 0; c < depth; ++c) {
         const uint32_t bits = bits_of(weight.data, format.item, k * weight.pixel_stride + c);
-        visit(k, c, bits, code_of(exponent_of(bits, format), first_exponent));
+        visit(k, c, bits, code_of(bits, format, first_exponent, words));
       }
     }
   };
@@ -225,7 +267,7 @@ ShortLinearWeight::ShortLinearWeight(DType dtype, int64_t columns, int64_t depth
   require(bytes >= blocks_at(0) + blocks_bytes());
   data_.reset(static_cast<char*>(allocate_aligned(bytes_)), std::free);
   std::memcpy(data_.get(), packed, static_cast<size_t>(bytes_));
-  require(header().first_exponent >= 1 && header().first_exponent + 15 <= 256);
+  require(header().first_exponent >= 1 && header().first_exponent <= last_window(dtype));
   require(bytes == blocks_at(header().exceptions) + blocks_bytes());
   const uint32_t* first = first_exception();
   const auto* list = reinterpret_cast<const LinearException*>(exceptions());

@@ -55,6 +55,7 @@ class ShortLinearWeight {
   struct Place;
   void set_places();
   Place place_of(int64_t column, int64_t value) const;
+  static void put_in_words(uint8_t* unit, int vector, int lane, uint32_t bits, int code);
   void put(uint8_t* blocks, int64_t block_bytes, const Place& place, uint32_t bits, int code) const;
 
   int64_t lanes_ = 0, group_columns_ = 0;

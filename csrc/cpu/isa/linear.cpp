@@ -5,9 +5,10 @@
 // Shapes: x (M, C), w (K, C), y (M, K), rows at any stride. Two ways, by the number of input rows:
 //
 // Few rows (at most kLinearFewRows): dot products. Both operands are contiguous along the reduction, so a vector holds
-// consecutive c of one row, an accumulator the partial sums of one (m, k) pair, and lanes are added only at the end. A
-// task owns all M input rows x `columns_per_task` weight rows. Registers: a tile's accumulators (up to 6 x 4, or 1 x
-// 8), its weight vectors, one input. Floor: K*C weights from memory, each read once.
+// consecutive c of one row, an accumulator the partial sums of one (m, k) pair, and lanes are added only at the end
+// (linear_dot.h). A task owns all M input rows x `columns_per_task` weight rows. Registers: a tile's accumulators (up
+// to 6 x 4, or 1 x 8), its weight vectors, one input. L2: the input rows of a pass, or, where tiles have few rows, L1:
+// a piece of 4 weight rows that several tiles meet. Floor: K*C weights from memory, each read once.
 //
 // Many rows: a matrix product, with input rows across the lanes. The input is first transposed into panels
 // [panel][c][kColumnBlock rows]. A task owns `panels_per_task` panels x `columns_per_task` weight rows and goes over
@@ -15,6 +16,7 @@
 // rows a power of two apart would share a cache set, and their values are broadcast against the input's vectors.
 // Registers: kMicroRows x 2 accumulators. L2: a chunk of the task's input panels. Floor: 2*M*K*C FLOPs.
 
+#include "linear_dot.h"
 #include "linear_lanes.h"
 #include "variant.h"
 #include "vector.h"
@@ -22,79 +24,12 @@
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 6;
-#else
-constexpr int kTileRows = 2;
-#endif
-constexpr int kTileColumns = 4;
-constexpr int kRowTileColumns = 8;  // of a single row, whose sums would wait for each other
+constexpr int64_t kL1Depth = 1024;  // of 4 weight rows: half of an L1
 constexpr int64_t kChunk = kLinearChunk;
 constexpr int64_t kPanelStride = kChunk + 16;  // not a multiple of 1 KiB: rows spread over the cache's sets
 
 // ---- few rows: dot products
 // ------------------------------------------------------------------------------------------
-
-// A tile of dot products over `count` values, each left as a vector of partial sums.
-template <int Rows, int Columns, typename T>
-static void dot_products(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t count, float* sums,
-                         bool resume) {
-  Vector sum[Rows][Columns];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < Columns; ++j) sum[i][j] = resume ? load(sums + (i * Columns + j) * kVectorWidth) : Vector{};
-  }
-  int64_t c = 0;
-  for (; c + kVectorWidth <= count; c += kVectorWidth) {
-    Vector weight[Columns];
-#pragma GCC unroll 8
-    for (int j = 0; j < Columns; ++j) weight[j] = load(w + j * w_stride + c);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const Vector value = load(x + i * x_stride + c);
-#pragma GCC unroll 8
-      for (int j = 0; j < Columns; ++j) sum[i][j] += value * weight[j];
-    }
-  }
-  if (c < count) {
-    for (int i = 0; i < Rows; ++i) {
-      const Vector value = load_some(x + i * x_stride + c, count - c);
-      for (int j = 0; j < Columns; ++j) sum[i][j] += value * load_some(w + j * w_stride + c, count - c);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < Columns; ++j) store(sums + (i * Columns + j) * kVectorWidth, sum[i][j]);
-  }
-}
-
-template <typename T>
-using DotProducts = void (*)(const T*, int64_t, const T*, int64_t, int64_t, float*, bool);
-
-// By the number of input rows; full tiles of columns, and single columns for what is left over.
-template <typename T, int Columns>
-struct DotKernels {
-  DotProducts<T> by_rows[kTileRows + 1] = {};
-  constexpr DotKernels() { fill<kTileRows>(); }
-  template <int Rows>
-  constexpr void fill() {
-    by_rows[Rows] = dot_products<Rows, Columns, T>;
-    if constexpr (Rows > 1) fill<Rows - 1>();
-  }
-};
-
-template <typename T>
-struct Dot {
-  static constexpr DotKernels<T, kTileColumns> full{};
-  static constexpr DotKernels<T, 1> single{};
-
-  static DotProducts<T> kernel(int64_t rows, int64_t columns) {
-    if (columns == kRowTileColumns) return dot_products<1, kRowTileColumns, T>;
-    return (columns == 1 ? single.by_rows : full.by_rows)[rows];
-  }
-};
 
 // A tile of the task's output: row `m` on, column `k` on. Its sums lie at `sums`.
 struct Tile {
@@ -122,6 +57,26 @@ static void for_tiles(const LinearProblem& problem, int64_t first, int64_t last,
   }
 }
 
+// All products of columns [first, last) for more input rows than a tile's: four weight rows at a time, a piece of which
+// stays in L1 while the tiles of input rows go by. Returns the depth.
+template <typename T>
+static int64_t multiply_in_l1(const LinearProblem& problem, int64_t first, int64_t last, float* sums) {
+  const T* x = static_cast<const T*>(problem.input);
+  const T* w = static_cast<const T*>(problem.weight);
+  for (int64_t k = first; k < last; k += kTileColumns) {
+    const int64_t end = k + kTileColumns < last ? k + kTileColumns : last;
+    for (int64_t c = 0; c < problem.depth; c += kL1Depth) {
+      const int64_t depth = problem.depth - c < kL1Depth ? problem.depth - c : kL1Depth;
+      for_tiles(problem, k, end, sums + (k - first) * problem.rows * kVectorWidth, [&](const Tile& t) {
+        Dot<T>::kernel(t.height, t.width)(x + t.m * problem.input_stride + c, problem.input_stride,
+                                          w + t.k * problem.weight_stride + c, problem.weight_stride, depth, t.sums,
+                                          c > 0);
+      });
+    }
+  }
+  return problem.depth;
+}
+
 template <typename T>
 static void run_few_rows(const LinearProblem& problem, int64_t index) {
   const int64_t first = index * problem.columns_per_task;
@@ -135,7 +90,11 @@ static void run_few_rows(const LinearProblem& problem, int64_t index) {
   constexpr int64_t kPassBytes = 256 << 10;
   const int64_t whole = kPassBytes / (problem.rows * static_cast<int64_t>(sizeof(T)));
   const int64_t pass = problem.depth <= whole ? problem.depth : whole / kVectorWidth * kVectorWidth;
-  for (int64_t c = 0; c < problem.depth; c += pass) {
+  int64_t c = 0;
+  if constexpr (kWeightsInL1) {
+    if (problem.rows > kTileRows) c = multiply_in_l1<T>(problem, first, last, sums);
+  }
+  for (; c < problem.depth; c += pass) {
     const int64_t depth = problem.depth - c < pass ? problem.depth - c : pass;
     for_tiles(problem, first, last, sums, [&](const Tile& t) {
       Dot<T>::kernel(t.height, t.width)(x + t.m * problem.input_stride + c, problem.input_stride,

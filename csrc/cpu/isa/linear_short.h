@@ -4,6 +4,7 @@
 //   y[m, k] = act(sum_c x[m, c] * w[k, c] + bias[k])
 //
 // Shapes: x (M, C), y (M, K), rows at any stride, M at most kLinearFewRows; w (K, C), packed by linear_short.cpp.
+// For AVX-512; AVX2 has another layout of the same bits: linear_short_words.cpp.
 //
 // A value is its sign and fraction as they are, and four bits for its exponent: 0 is the exponent 0, n from 1 to 15 is
 // `first_exponent + n - 1`. Trained and random weights alike have nearly all exponents within a window of 15; a value

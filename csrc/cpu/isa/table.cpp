@@ -38,7 +38,7 @@ const KernelTable& kernel_table() {
       linear_pack_task,
       linear_few_rows_task,
       linear_many_rows_task,
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
       linear_short_task,
       linear_by_input_scratch_bytes,
       linear_by_input_task,
@@ -55,6 +55,7 @@ const KernelTable& kernel_table() {
       bf16_dot_loop,
       read_loop,
       nullptr,
+      kShortFormat,
   };
   return table;
 }

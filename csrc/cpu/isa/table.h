@@ -265,6 +265,12 @@ struct RowsProblem {
 // Short weights of a fully connected layer: see isa/linear_short.h.
 constexpr int kLinearShortRows = 4;                                  // weight rows that are stored together
 constexpr int kLinearShortLanes = 16, kLinearShortBlockBytes = 224;  // of fp32 weights
+// How the bits of short fp32 weights lie, by what an instruction set decodes in few instructions.
+enum class ShortFormat : int32_t {
+  none,   // it decodes none
+  bytes,  // isa/short_floats.h: 28 bits as three bytes and a half, vectors of 16
+  words   // isa/short_words.h: eight values in seven words, vectors of 8
+};
 constexpr int kLinearShortBf16Lanes = 32, kLinearShortBf16BlockBytes = 192;
 
 // A weight that its place in a block cannot say.
@@ -290,10 +296,22 @@ struct LinearShortProblem {
 };
 
 // One fully connected layer with one row and short weights by input value: see isa/linear_by_input.cpp.
-constexpr int kLinearPairBytes = 112;  // of two vectors of output columns
+// Vectors of output columns that are stored together, and a vector's lanes.
+constexpr int linear_unit_vectors(ShortFormat format) {
+  return format == ShortFormat::words ? 8 : 2;
+}
+constexpr int linear_vector_lanes(ShortFormat format) {
+  return format == ShortFormat::words ? 8 : 16;
+}
+constexpr int linear_unit_columns(ShortFormat format) {
+  return linear_unit_vectors(format) * linear_vector_lanes(format);
+}
+constexpr int linear_unit_bytes(ShortFormat format) {
+  return linear_unit_columns(format) * 7 / 2;
+}
 // The order of isa/linear.cpp's 16 partial sums, one for each lane, in which their tree is climbed with few of them
-// kept.
-constexpr int kLinearLaneOrder[kLinearShortLanes] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+// kept. Of 8 sums: half of the first 8 numbers.
+constexpr int kLinearLaneOrder[] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
 struct LinearByInputProblem {
   float* out;
@@ -302,7 +320,7 @@ struct LinearByInputProblem {
   const float* bias;
   bool relu;
   uint32_t first_exponent;
-  const uint8_t* blocks;            // [block of columns][position of an input value][pair of vectors]
+  const uint8_t* blocks;            // [block of columns][position of an input value][unit of columns]
   const uint32_t* first_exception;  // of each block, and behind the last
   const LinearException* exceptions;
   int64_t block_columns, parts;  // columns of a block (the last has fewer); tasks that share one
@@ -349,7 +367,7 @@ struct KernelTable {
   void (*linear_pack_task)(const LinearProblem&, float* packed, int64_t index);
   void (*linear_few_rows_task)(const LinearProblem&, int64_t index);
   void (*linear_many_rows_task)(const LinearProblem&, const float* packed, int64_t index, void* scratch);
-  // Of fp32; null where they would not pay.
+  // Of fp32; null where short floats are none.
   void (*linear_short_task)(const LinearShortProblem&, int64_t index);
   int64_t (*linear_by_input_scratch_bytes)(const LinearByInputProblem&);
   void (*linear_by_input_task)(const LinearByInputProblem&, int64_t index, void* scratch);
@@ -362,6 +380,7 @@ struct KernelTable {
   double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
   float (*read_loop)(const float* data, int64_t count);
   const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
+  ShortFormat short_format;
 };
 
 namespace portable {

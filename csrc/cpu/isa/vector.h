@@ -11,6 +11,7 @@
 #endif
 
 #include "../../common/types.h"
+#include "table.h"
 
 #ifndef FASTCNN_ISA
 #error "compile isa/ files with FASTCNN_ISA set to portable, avx2 or avx512"
@@ -41,6 +42,18 @@ constexpr int kMicroRows = 6;
 constexpr bool kPermutes = true;
 #else
 constexpr bool kPermutes = false;
+#endif
+// How a frozen model's fully connected weights are stored (table.h), and whether few input rows meet pieces of the
+// weights in L1 (linear.cpp): input rows in tiles of 3, not of 6, pass by often.
+#if defined(__AVX512BW__)
+constexpr ShortFormat kShortFormat = ShortFormat::bytes;
+constexpr bool kWeightsInL1 = false;
+#elif defined(__AVX2__)
+constexpr ShortFormat kShortFormat = ShortFormat::words;
+constexpr bool kWeightsInL1 = true;
+#else
+constexpr ShortFormat kShortFormat = ShortFormat::none;
+constexpr bool kWeightsInL1 = false;
 #endif
 constexpr int kMicroVectors = 2;
 constexpr int kColumnBlock = kMicroVectors * kVectorWidth;

@@ -18,6 +18,8 @@ from fastcnn.backends import cpp
 from fastcnn.graph.freezing.program import Buffer, PackedWeight, Program, Step, View
 
 MOST_ROWS = 8  # beyond, the weight is no longer what takes the time
+# AVX2 decodes at a cost that several rows' multiplications leave no time for.
+FEWER_ROWS = {"avx2": 1}
 LEAST_BYTES = 1 << 20  # a core's share of cache: what fits is not waited for
 
 # Where the attributes say whether a step ends in ReLU.
@@ -77,7 +79,7 @@ def _large_weight(step: Step) -> View | None:
     weight = step.inputs[1] if step.operator == "linear" else None
     if weight is None or weight.buffer.kind != "constant" or len(weight.shape) != 2 or weight.strides[1] != 1:
         return None
-    few = step.out.shape[0] <= MOST_ROWS
+    few = step.out.shape[0] <= FEWER_ROWS.get(_native.cpu_instruction_set(), MOST_ROWS)
     large = weight.values * weight.dtype.itemsize >= LEAST_BYTES
     name = str(weight.dtype).removeprefix("torch.")
     return weight if few and large and _native.cpu_reads_short_weights(name) else None
