@@ -1,6 +1,7 @@
 // The table of one instruction-set variant.
 #include "table.h"
 
+#include "machine_costs.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -55,6 +56,7 @@ const KernelTable& kernel_table() {
       bf16_dot_loop,
       read_loop,
       nullptr,
+      kMachineCosts,
   };
   return table;
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../../common/types.h"
+#include "costs.h"
 
 namespace fastcnn::cpu {
 
@@ -362,6 +363,7 @@ struct KernelTable {
   double (*bf16_dot_loop)(int64_t iterations, float* mean);  // 0 where the processor has no such instruction
   float (*read_loop)(const float* data, int64_t count);
   const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
+  MachineCosts costs;
 };
 
 namespace portable {
