@@ -33,18 +33,15 @@ struct Cut {
   double cycles = 0;  // estimated, of the busiest thread
 };
 
-// The constants fit measurements with AVX-512 at two threads, as those of conv2d_winograd_cut.cpp.
+// It counts with the costs of isa/costs.h.
 Cut cheapest_cut(const Form& form, int64_t images, int64_t pixels, int64_t in_channels, bool in_place, int threads) {
-  constexpr double kL2 = 700 << 10, kNearBytesPerCycle = 12, kFarBytesPerCycle = 9;
-  constexpr double kNearInput = 2 << 20;              // bytes that the threads' L2 hold between them
-  constexpr double kNearCycles = 5, kFarCycles = 10;  // of a vector of the input: reading it, storing its sums
-  constexpr double kEndCycles = 3;                    // of a vector of a quadrant's sums, for each chunk
-  constexpr double kFormCycles = 2.5;                 // of a row of the weights' sums, which each task forms
-  constexpr double kStepCycles = 30, kTaskCycles = 1000, kPhaseCycles = 6000;
+  const KernelTable& table = kernels();
+  const MachineCosts& costs = table.costs;
   const double input_bytes = static_cast<double>(images * pixels * in_channels * 4);
   // Copies beside the sums are stores alone.
-  const double bring_cycles = (input_bytes <= kNearInput ? kNearCycles : kFarCycles) * (in_place ? 1 : 1.45);
-  const KernelTable& table = kernels();
+  const double bring_cycles =
+      (input_bytes <= costs.strassen.near_input ? costs.strassen.near_sums : costs.strassen.far_sums) *
+      (in_place ? 1 : 1.45);
   const double width = table.vector_width, channels = static_cast<double>(in_channels);
   const double rows = static_cast<double>(ceil_div(pixels, 2)) / static_cast<double>(form.blocks_per_image);
   const int64_t pixel_blocks = images * form.blocks_per_image;
@@ -57,23 +54,23 @@ Cut cheapest_cut(const Form& form, int64_t images, int64_t pixels, int64_t in_ch
       const int64_t pairs = ceil_div(form.pairs, column_parts);
       if (ceil_div(form.pairs, pairs) != column_parts) continue;
       const double tiles = static_cast<double>(blocks * pairs), chunks = static_cast<double>(form.chunks);
-      const double ends = rows * 2 * 4 * kEndCycles, begun = 7 * kStepCycles;  // of a tile's chunk
-      const double products = tiles * (3.5 * channels * rows * 1.04 + chunks * (ends + begun));
+      const double ends = rows * 2 * 4 * costs.strassen.end, begun = 7 * costs.strassen.step;  // of a tile's chunk
+      const double products = tiles * (3.5 * channels * rows * costs.strassen.product + chunks * (ends + begun));
       const double input = static_cast<double>(blocks) * 2 * rows * channels;  // values
       const double panel = input * (in_place ? 1 : 1.75);
       // Where L2 does not hold all, the panel comes from L3 again for each pair.
       const double chunk_bytes = 4 * panel / chunks,
                    partial = chunks > 1 ? tiles * rows * 4 * table.column_block * 4 : 0;
       const double in_use = chunk_bytes + partial + 2 * pair_bytes / chunks;
-      const double missing = std::min(1.0, std::max(0.0, in_use / kL2 - 1));
-      const double again = missing * static_cast<double>(pairs) * 4 * panel / kNearBytesPerCycle;
+      const double missing = std::min(1.0, std::max(0.0, in_use / costs.strassen.l2 - 1));
+      const double again = missing * static_cast<double>(pairs) * 4 * panel / costs.near_bytes_per_cycle;
       // Weights come from memory, mostly hidden behind products.
       const int64_t own_pairs = column_parts < threads ? form.pairs : pairs * ceil_div(column_parts, threads);
-      const double weights = static_cast<double>(own_pairs) * pair_bytes * 0.2 / kFarBytesPerCycle;
-      const double formed = static_cast<double>(pairs) * 2 * channels * kFormCycles;
-      const double task = products + formed + input / width * bring_cycles + again + kTaskCycles;
+      const double weights = static_cast<double>(own_pairs) * pair_bytes * 0.2 / costs.far_bytes_per_cycle;
+      const double formed = static_cast<double>(pairs) * 2 * channels * costs.strassen.form;
+      const double task = products + formed + input / width * bring_cycles + again + costs.task;
       const double cycles = task * static_cast<double>(ceil_div(row_parts * column_parts, threads)) + weights +
-                            (threads > 1 ? kPhaseCycles : 0);
+                            (threads > 1 ? costs.phase : 0);
       if (best.cycles == 0 || cycles < best.cycles) best = {blocks, pairs, cycles};
     }
   }

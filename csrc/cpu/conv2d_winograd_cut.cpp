@@ -1,6 +1,5 @@
-// The estimates behind conv2d_winograd_cut.h. The constants fit measurements with AVX-512 at two threads (a core with
-// two FMA units, 1 MiB of L2, 32 MiB of L3 shared, memory at some 12 bytes a cycle); a choice made by them is wrong by
-// what they are off, never in its result.
+// The estimates behind conv2d_winograd_cut.h. They count with the costs of isa/costs.h, which fit measurements at two
+// threads.
 #include "conv2d_winograd_cut.h"
 
 #include <algorithm>
@@ -13,14 +12,6 @@
 namespace fastcnn::cpu {
 namespace {
 
-constexpr double kL2 = 832 << 10, kL3 = 16 << 20;                 // of which a thread, or all, may fill this much
-constexpr double kNearBytesPerCycle = 12, kFarBytesPerCycle = 9;  // for a thread, from L3 and from memory
-constexpr double kPhaseCycles = 6000, kTaskCycles = 1000;         // until all threads have come; to begin a task
-
-// By the number of points to a tile's side: cycles to transform a tile of a vector of channels there and back. Tiles of
-// phases are read from scattered places.
-constexpr double kThere[] = {0, 0, 0, 80, 90, 0, 270, 270}, kBack[] = {0, 0, 0, 60, 90, 0, 270, 330};
-
 // Products and a stream of bytes that is fetched ahead of them: the longer one, and what they take from each other.
 double beside(double products, double stream) {
   return std::max(products, stream) + std::min(products, stream) / 4;
@@ -29,6 +20,7 @@ double beside(double products, double stream) {
 // One cut's cycles.
 double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t columns) {
   const KernelTable& table = kernels();
+  const MachineCosts& costs = table.costs;
   const int64_t blocks = ceil_div(sizes.tiles, tiles), parts = ceil_div(sizes.column_blocks, columns);
   const double points = sizes.side * sizes.side;
   const double channel_vectors = static_cast<double>(sizes.channel_vectors);
@@ -40,30 +32,34 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   // L2 holds the products of a column block and, of one point, the panel, the weights and those fetched ahead. All
   // threads' panels stay in L3.
   const double in_use = products_bytes + (panel_bytes + 2 * weight_bytes) / points;
-  if (tiles > table.micro_rows && (in_use > kL2 || panel_bytes * threads > kL3 / 2)) return INFINITY;
+  if (tiles > table.micro_rows && (in_use > costs.winograd.l2 || panel_bytes * threads > costs.winograd.l3 / 2))
+    return INFINITY;
 
   // Of one tile and vector of channels, in either direction; of one column block, where the sums of fewer than 4 tiles
   // wait for each other, and with what it takes to begin and end a micro-tile.
-  const double there = kThere[sizes.side] * (sizes.bf16_pairs ? 0.9 : 1) * (sizes.stride > 1 ? 2 : 1);
-  const double back = sizes.bf16_pairs ? 160 : kBack[sizes.side];
+  const double there = costs.winograd.there[sizes.side] * (sizes.bf16_pairs ? 0.9 : 1) *
+                       (sizes.stride > 1 ? costs.winograd.strided_there : 1);
+  const double back = sizes.bf16_pairs ? 160 : costs.winograd.back[sizes.side];
   const int64_t micro_tiles = ceil_div(tiles, table.micro_rows);
-  const double products = words * static_cast<double>(std::max(tiles, 4 * micro_tiles)) * 1.06 +
-                          (sizes.stride > 1 ? 45 * points * static_cast<double>(micro_tiles) : 0);
+  const double products =
+      words * static_cast<double>(std::max(tiles, 4 * micro_tiles)) *
+          (sizes.stride > 1 ? costs.winograd.strided_product : costs.winograd.product) +
+      (sizes.stride > 1 ? costs.winograd.strided_micro_tile * points * static_cast<double>(micro_tiles) : 0);
   // Of the blocks that a thread passes through with the same weights, the first reads them from memory, the others from
   // L3 if they fit there, or find them in L2.
   const double passes = static_cast<double>(parts < threads ? ceil_div(blocks, threads) : blocks);
-  const bool in_l2 = part * weight_bytes + panel_bytes + products_bytes < kL2;
-  const bool in_l3 = static_cast<double>(sizes.column_blocks) * weight_bytes < kL3;
-  const double again = in_l2 ? 0 : 1 / (in_l3 ? kNearBytesPerCycle : kFarBytesPerCycle);
-  const double weights = weight_bytes * (1 / kFarBytesPerCycle + (passes - 1) * again) / passes;
-  const double panel = panel_bytes + in_use < kL2 ? 0 : panel_bytes / kNearBytesPerCycle;
+  const bool in_l2 = part * weight_bytes + panel_bytes + products_bytes < costs.winograd.l2;
+  const bool in_l3 = static_cast<double>(sizes.column_blocks) * weight_bytes < costs.winograd.l3;
+  const double again = in_l2 ? 0 : 1 / (in_l3 ? costs.near_bytes_per_cycle : costs.far_bytes_per_cycle);
+  const double weights = weight_bytes * (1 / costs.far_bytes_per_cycle + (passes - 1) * again) / passes;
+  const double panel = panel_bytes + in_use < costs.winograd.l2 ? 0 : panel_bytes / costs.near_bytes_per_cycle;
   const double input_vectors = channel_vectors * (sizes.bf16_pairs ? 2 : 1);
   const double task = part * beside(products, weights + panel) +
                       block * (there * input_vectors + back * part * table.column_block / table.vector_width);
   // Brought into the caches once.
-  const double scratch = sizes.stride > 1 ? (panel_bytes + products_bytes) / kNearBytesPerCycle : 0;
-  return static_cast<double>(ceil_div(blocks * parts, threads)) * (task + kTaskCycles) + scratch +
-         (threads > 1 ? kPhaseCycles : 0);
+  const double scratch = sizes.stride > 1 ? (panel_bytes + products_bytes) / costs.near_bytes_per_cycle : 0;
+  return static_cast<double>(ceil_div(blocks * parts, threads)) * (task + costs.task) + scratch +
+         (threads > 1 ? costs.phase : 0);
 }
 
 // With few channels to a word of products, what counts is how the output is written: two column blocks together, as
@@ -105,6 +101,7 @@ WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
 double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int stride,
                      int tile, bool bf16) {
   const KernelTable& table = kernels();
+  const MachineCosts& costs = table.costs;
   constexpr int kThreads = 2;
   const int64_t columns = ceil_div(out_channels, table.column_block);
   if (tile > 0) {
@@ -119,8 +116,8 @@ double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int6
   }
   const int64_t words = ceil_div(filter * filter * in_channels, bf16 ? 2 : 1);  // of the reduction
   const double weight_values = static_cast<double>(words * columns * table.column_block);
-  const double products = static_cast<double>(n * p * q * words * columns) / kThreads * 1.14;
-  return beside(products, weight_values * 4 / kThreads / kFarBytesPerCycle) + kPhaseCycles;
+  const double products = static_cast<double>(n * p * q * words * columns) / kThreads * costs.direct.product;
+  return beside(products, weight_values * 4 / kThreads / costs.far_bytes_per_cycle) + costs.phase;
 }
 
 }  // namespace fastcnn::cpu

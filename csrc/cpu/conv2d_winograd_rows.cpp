@@ -1,5 +1,5 @@
-// Winograd convolution along rows on the CPU: the weights' transform, the cut into tasks and what it costs. The
-// arithmetic is in isa/conv2d_winograd_rows.cpp.
+// Winograd convolution along rows on the CPU: the weights' transform, the cut into tasks and what it costs
+// (isa/costs.h). The arithmetic is in isa/conv2d_winograd_rows.cpp.
 #include "conv2d_winograd_rows.h"
 
 #include <algorithm>
@@ -13,13 +13,6 @@
 
 namespace fastcnn::cpu {
 namespace {
-
-// The constants fit measurements with AVX-512 at two threads, as those of conv2d_winograd_cut.cpp.
-constexpr double kPanelBytes = 640 << 10, kProductBytes = 64 << 10;  // of L2, for a task's input and sums
-constexpr double kL2 = 832 << 10, kNearBytesPerCycle = 12, kFarBytesPerCycle = 9;
-constexpr double kThere = 36, kBack = 44;  // of a tile and a vector of words or output channels
-constexpr double kMicroTile = 40;          // to begin and end a chunk of sums
-constexpr double kTaskCycles = 1000, kPhaseCycles = 6000;
 
 struct Sizes {
   int64_t n, p, q, column_blocks;
@@ -37,6 +30,7 @@ struct Cut {
 
 Cut cut_of(const Sizes& sizes, int threads, int64_t rows, int64_t columns) {
   const KernelTable& table = kernels();
+  const MachineCosts& costs = table.costs;
   Cut cut;
   cut.threads = threads;
   cut.rows_per_task = rows;
@@ -46,33 +40,35 @@ Cut cut_of(const Sizes& sizes, int threads, int64_t rows, int64_t columns) {
   const int64_t row_bytes = tiles * sizes.side * sizes.block * 4;
   // Where the weights stay in L2, the products of a few rows, that they too are near; else as few passes over the
   // weights as there can be.
-  const bool weights_stay = weight_bytes < kL2 - kPanelBytes;
+  const bool weights_stay = weight_bytes < costs.rows.l2 - costs.rows.panel_bytes;
+  const int64_t sum_bytes = static_cast<int64_t>(costs.rows.sum_bytes);
   const int64_t least = ceil_div(table.micro_rows, tiles);
-  cut.rows_at_once = weights_stay ? std::min(rows, std::max<int64_t>(least, kProductBytes / 2 / row_bytes)) : rows;
+  cut.rows_at_once = weights_stay ? std::min(rows, std::max<int64_t>(least, sum_bytes / 2 / row_bytes)) : rows;
   cut.rows_at_once = ceil_div(cut.rows_at_once, sizes.unit) * sizes.unit;
-  cut.columns_at_once = std::clamp<int64_t>(2 * kProductBytes / (cut.rows_at_once * row_bytes), 1, columns);
+  cut.columns_at_once = std::clamp<int64_t>(2 * sum_bytes / (cut.rows_at_once * row_bytes), 1, columns);
 
   const int64_t blocks = sizes.n * ceil_div(sizes.p, rows), parts = ceil_div(sizes.column_blocks, columns);
   const int64_t input_rows = (rows - 1) * sizes.stride + sizes.filter;
   const int64_t vectors = ceil_div(sizes.words, table.vector_width);
   const int64_t pitch = table.vector_width == 16 && sizes.words <= 8 ? 8 : table.vector_width;
   const double panel_bytes = static_cast<double>(input_rows * tiles * vectors * pitch * sizes.side * 4);
-  if (rows > 1 && panel_bytes > kPanelBytes) return cut;  // with 0 cycles: none
+  if (rows > 1 && panel_bytes > costs.rows.panel_bytes) return cut;  // with 0 cycles: none
   const int64_t count = cut.rows_at_once * tiles, micro_tiles = ceil_div(count, table.micro_rows);
   const int64_t passes = ceil_div(rows, cut.rows_at_once);
   const double words = static_cast<double>(sizes.all_words);
   const double chunks = std::ceil(words / static_cast<double>(sizes.side) / 40);
   const double products = static_cast<double>(passes * columns * sizes.block) /
                           static_cast<double>(table.column_block) *
-                          (words * static_cast<double>(std::max(count, 4 * micro_tiles)) * 1.16 +
-                           kMicroTile * static_cast<double>(micro_tiles * sizes.side) * chunks);
-  const double again = weights_stay ? 0 : 1 / kNearBytesPerCycle;
+                          (words * static_cast<double>(std::max(count, 4 * micro_tiles)) * costs.rows.product +
+                           costs.rows.micro_tile * static_cast<double>(micro_tiles * sizes.side) * chunks);
+  const double again = weights_stay ? 0 : 1 / costs.near_bytes_per_cycle;
   const double per_thread = static_cast<double>(ceil_div(blocks * parts, threads));
-  const double stream = weight_bytes * (1 / kFarBytesPerCycle + (per_thread - 1) * again) / per_thread;
-  const double there = kThere * static_cast<double>(input_rows * tiles * vectors * pitch) / table.vector_width;
-  const double back = kBack * static_cast<double>(rows * tiles * columns * sizes.block) / table.vector_width;
-  const double task = std::max(products, stream) + std::min(products, stream) / 4 + there + back + kTaskCycles;
-  cut.cycles = per_thread * task + (threads > 1 ? kPhaseCycles : 0);
+  const double stream = weight_bytes * (1 / costs.far_bytes_per_cycle + (per_thread - 1) * again) / per_thread;
+  const double there =
+      costs.rows.there * static_cast<double>(input_rows * tiles * vectors * pitch) / table.vector_width;
+  const double back = costs.rows.back * static_cast<double>(rows * tiles * columns * sizes.block) / table.vector_width;
+  const double task = std::max(products, stream) + std::min(products, stream) / 4 + there + back + costs.task;
+  cut.cycles = per_thread * task + (threads > 1 ? costs.phase : 0);
   return cut;
 }
 

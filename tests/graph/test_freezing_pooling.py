@@ -45,8 +45,10 @@ def block(c: int, k: int, *, relu: bool = True, filter: int = 3) -> nn.Sequentia
 )
 @torch.no_grad()
 def test_has_the_bits_of_convolution_and_pooling(
-    shape: tuple[int, ...], k: int, filter: int, dtype: torch.dtype, relu: bool
+    shape: tuple[int, ...], k: int, filter: int, dtype: torch.dtype, relu: bool, monkeypatch
 ):
+    if filter == 6:  # where tiles of a row, which hold no windows, would be chosen with some instruction sets
+        monkeypatch.setattr(cpp, "_cheapest", lambda *args: "winograd4s2")
     torch.manual_seed(0)
     model, x = block(shape[1], k, relu=relu, filter=filter).eval(), torch.randn(shape)
     stride = model[0].stride = (2, 2) if filter == 6 else (1, 1)

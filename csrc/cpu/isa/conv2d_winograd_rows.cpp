@@ -24,11 +24,13 @@
 // Meanwhile the next task's input is fetched, and the next weights or, where these stay in L2, the output's lines.
 //
 // Kept in registers: the micro-tile's sums, two weight vectors, one broadcast. In L1: a point's weights where they are
-// few. In L2: the task's transformed input, the products of a few rows.
+// few. In L2: the task's transformed input, the products of a few rows. First layers' micro-tiles (stride 2 over three
+// channels) may go back one by one, from L1: conv2d_winograd_row_words.h.
 //
 // Floor: 2*side*R*s*P*ceil(Q/4)*C*K FLOPs at the FMA rate, less what infinity saves.
 #include "conv2d_winograd.h"
 #include "conv2d_winograd_row_groups.h"
+#include "conv2d_winograd_row_words.h"
 #include "variant.h"
 
 namespace fastcnn::cpu::FASTCNN_ISA {
@@ -224,6 +226,34 @@ struct RowProducts {
   Stream first, second;  // what is fetched into L2 meanwhile
 };
 
+// With few registers to a vector of words a step is so short that what it waits for shows.
+constexpr bool kUnrolls = kVectorWidth == 8;
+constexpr int64_t kWeightsAhead = 10 * kColumnBlock;  // that are fetched into L1
+
+// The products of a whole vector of words; meanwhile `next`, the tiles' vector after it, is fetched into L1.
+template <int Rows, int kPitch, int Vectors>
+static inline __attribute__((always_inline)) void add_vector(const float* from, const float* next, const float* weight,
+                                                             Vector (&sum)[Rows][Vectors]) {
+#pragma GCC unroll 8
+  for (int at = 0; at < Rows * kPitch; at += 16) __builtin_prefetch(next + at, 0, 3);
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kVectorWidth; ++lane) {
+    // Keeps the compiler from mixing steps, for which it has too few registers.
+    __asm__("" : "+r"(from), "+r"(weight));
+    __builtin_prefetch(weight + kWeightsAhead, 0, 3);
+    Vector w[Vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kVectorWidth);
+    weight += kColumnBlock;
+#pragma GCC unroll 32
+    for (int i = 0; i < Rows; ++i) {
+      const Vector x = broadcast(from[i * kPitch + lane]);
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = rounded(fused(x, w[j], sum[i][j]));
+    }
+  }
+}
+
 // sums[i][k] = sum_{r,c} panel[r][c][i] * weight[r][c][k] for Rows tiles.
 template <int Rows, int Vectors, int kPitch>
 static void row_micro_kernel(const RowProducts& p) {
@@ -242,7 +272,21 @@ static void row_micro_kernel(const RowProducts& p) {
     for (int64_t summed = 0; more && summed < p.chunk;) {
       const int64_t left = p.words - word, count = left < kVectorWidth ? left : kVectorWidth;
       const float* from = p.panel + phase * p.phase_stride + row * p.row_stride + word / kVectorWidth * p.vector_stride;
-      for (int64_t lane = 0; lane < count; ++lane) {
+      int64_t lane = 0;
+      if constexpr (kUnrolls && Vectors == 2) {
+        if (count == kVectorWidth) {
+          add_vector<Rows, kPitch, Vectors>(from, from + p.vector_stride, weight, sum);
+          weight += kVectorWidth * kColumnBlock;
+          for (int i = 0; i < 2; ++i) {
+            __builtin_prefetch(first, 0, 2);
+            first += kVectorWidth / 2 * first_step;
+            __builtin_prefetch(second, 0, 2);
+            second += kVectorWidth / 2 * second_step;
+          }
+          lane = count;
+        }
+      }
+      for (; lane < count; ++lane) {
         Vector w[Vectors];
 #pragma GCC unroll 2
         for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kVectorWidth);
@@ -466,6 +510,86 @@ static void finish_rows(const WinogradRowsProblem& problem, int64_t image, int64
   }
 }
 
+// ---- few words ------------------------------------------------------------------------------------------------------
+
+// Where a micro-tile's outputs go: of each tile the first pixel of the batch, and how many there are.
+struct RowWordsPlaces {
+  int64_t pixel[kMicroRows], width[kMicroRows];
+};
+
+// Outputs of `count` tiles of whole vectors of a column block's fp32 channels. products: [point][tile][kColumnBlock].
+template <int kSide>
+static void finish_tiles(const WinogradRowsProblem& problem, const RowWordsPlaces& places, int64_t count,
+                         int64_t column, const float* products) {
+  const TensorView y = problem.out, added = problem.residual;
+  const bool has_relu = problem.relu;
+  const int64_t first = column * kColumnBlock;
+  for (int64_t k = 0; k < kColumnBlock && first + k < y.c; k += kVectorWidth) {
+    const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t pixel = places.pixel[i];
+      Vector values[4];
+      tile_outputs<kSide>(products + i * kColumnBlock + k, kMicroRows * kColumnBlock, values);
+      float* out = static_cast<float*>(y.data) + pixel * y.pixel_stride + first + k;
+      const float* residual = nullptr;
+      if (added) residual = static_cast<const float*>(added.data) + pixel * added.pixel_stride + first + k;
+      const auto put = [&](int j) __attribute__((always_inline)) {
+        Vector value = values[j] * scale + bias;
+        if (residual != nullptr) value += load(residual + j * added.pixel_stride);
+        if (has_relu) value = relu(value);
+        store(out + j * y.pixel_stride, value);
+      };
+      if (places.width[i] == 4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) put(j);
+      } else {
+        for (int j = 0; j < places.width[i]; ++j) put(j);
+      }
+    }
+  }
+}
+
+// All `rows` rows of one column block, micro-tile by micro-tile: the products at all points, then the way back while
+// they are in L1, as the block's weights are. The outputs' lines are fetched meanwhile.
+template <int kSide, int kPitch>
+static void multiply_and_finish_rows(const WinogradRowsProblem& problem, const Panel<kPitch>& panel, const float* input,
+                                     int64_t image, int64_t p, int64_t rows, int64_t column) {
+  alignas(64) float products[kSide * kMicroRows * kColumnBlock];
+  const TensorView& y = problem.out;
+  const int64_t depth = problem.filter * problem.words, last_depth = problem.filter * problem.last_words;
+  const int64_t tiles = rows * problem.tiles, micro_tiles = (tiles + kMicroRows - 1) / kMicroRows;
+  RowWords words;
+  words.row_stride = panel.row(0, 1);
+  words.phase_stride = panel.row(1, 0);
+  words.filter = problem.filter;
+  int64_t row = 0, q = 0;
+  for (int64_t micro = 0, tile = 0; micro < micro_tiles; ++micro) {
+    const int64_t count = (tiles - tile + micro_tiles - micro - 1) / (micro_tiles - micro);
+    RowWordsPlaces places;
+    for (int64_t i = 0; i < count; ++i) {
+      places.pixel[i] = (image * y.h + p + row) * y.w + q;
+      places.width[i] = y.w - q < 4 ? y.w - q : 4;
+      q += 4;
+      if (q >= y.w) q = 0, ++row;
+    }
+    words.weight = problem.packed_weight + column * ((kSide - 1) * depth + last_depth) * kColumnBlock;
+    for (int point = 0; point < kSide; ++point) {
+      words.panel = input + point * panel.point_stride + tile * kPitch;
+      words.sums = products + point * kMicroRows * kColumnBlock;
+      if (point < count) {
+        const float* out =
+            static_cast<const float*>(y.data) + places.pixel[point] * y.pixel_stride + column * kColumnBlock;
+        for (int64_t j = 0; j < places.width[point]; ++j) __builtin_prefetch(out + j * y.pixel_stride, 1, 3);
+      }
+      const auto multiply = point == kSide - 1 ? kHalfRowWords.by_tiles[count] : kWholeRowWords.by_tiles[count];
+      multiply(words);
+      words.weight += depth * kColumnBlock;
+    }
+    finish_tiles<kSide>(problem, places, count, column, products);
+    tile += count;
+  }
+}
+
 // ---- tasks ----------------------------------------------------------------------------------------------------------
 
 // Scratch: the transformed input, the products, pixels of the tiles that are gathered.
@@ -491,6 +615,14 @@ static void run_rows(const WinogradRowsProblem& problem, int64_t index, float* s
   float* input = scratch;
   float* products = input + panel_floats<kPitch>(problem);
   fill_panel<T, kSide, kTile, kPitch>(problem, panel, image, p, rows, products + product_floats(problem), input);
+  if constexpr (kRowWords && kTile == 4) {
+    if (has_row_words(problem)) {
+      for (int64_t column = first; column < last; ++column) {
+        multiply_and_finish_rows<kSide, kPitch>(problem, panel, input, image, p, rows, column);
+      }
+      return;
+    }
+  }
 
   const TensorView &x = problem.input, &y = problem.out;
   const int64_t words = problem.filter * ((kSide - 1) * problem.words + problem.last_words);

@@ -1,6 +1,7 @@
 // The table of one instruction-set variant.
 #include "table.h"
 
+#include "machine_costs.h"
 #include "variant.h"
 #include "vector.h"
 
@@ -56,6 +57,7 @@ const KernelTable& kernel_table() {
       read_loop,
       nullptr,
       kShortFormat,
+      kMachineCosts,
   };
   return table;
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../../common/types.h"
+#include "costs.h"
 
 namespace fastcnn::cpu {
 
@@ -381,6 +382,7 @@ struct KernelTable {
   float (*read_loop)(const float* data, int64_t count);
   const Bf16Kernels* bf16;  // conv2d_bf16.h; null where the processor has no bf16 dot products
   ShortFormat short_format;
+  MachineCosts costs;
 };
 
 namespace portable {
