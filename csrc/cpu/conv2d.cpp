@@ -73,6 +73,11 @@ namespace {
 
 constexpr int64_t kStripBytes = 512 << 10;
 
+// Of output pixels, in a task.
+int64_t max_micro_tiles() {
+  return ceil_div(kMaxTaskPixels, kernels().micro_rows);
+}
+
 // Where the inner loop reads its input. Pixels a multiple of 4 KiB apart would meet in one set of L1, which holds fewer
 // lines than a micro-tile has rows.
 void choose_source(Conv2dProblem& problem) {
@@ -96,7 +101,7 @@ void choose_source(Conv2dProblem& problem) {
   problem.strip_pitch = ceil_div(problem.strip_pixels * problem.group_in, 16) * 16 + 16;
   // A micro-tile's pixels lie in one output row: narrow rows leave registers empty.
   const int64_t row_tiles = ceil_div(width, table.micro_rows);
-  const bool fits = problem.input_rows(1) * problem.strip_pitch * 4 <= kStripBytes && row_tiles <= kMaxMicroTiles &&
+  const bool fits = problem.input_rows(1) * problem.strip_pitch * 4 <= kStripBytes && row_tiles <= max_micro_tiles() &&
                     3 * width >= 2 * row_tiles * table.micro_rows;
   if (fits && g.dilation_w == 1 && !one_set(g.stride_w * problem.group_in)) {
     problem.source = ConvSource::strip;
@@ -159,14 +164,15 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
   problem.chunk = std::min<int64_t>(ceil_div(ceil_div(reduction, chunks), 16) * 16, table.max_chunk);
   constexpr int64_t kL2Bytes = 512 << 10;
   constexpr double kTaskCycles = 1000;
+  constexpr int64_t kMostTiles = 8;          // of pixels that are no strip
   constexpr double kLaterBytesPerCycle = 8;  // of weights that are not in L2
   const double vector_cycles = problem.source == ConvSource::in_place ? 0 : problem.has_prologue() ? 5 : 3;
   // Units of pixels that a task is made of: output rows of a strip, else micro-tiles.
   const int64_t row_tiles = ceil_div(problem.convolved(out.w), table.micro_rows);
   const int64_t units = strip ? out.h : ceil_div(out.pixels(), table.micro_rows);
   const int64_t most_units = narrow  ? 2 * table.micro_rows
-                             : strip ? std::max<int64_t>(1, kMaxMicroTiles / row_tiles)
-                                     : kMaxMicroTiles / 2;
+                             : strip ? std::max<int64_t>(1, max_micro_tiles() / row_tiles)
+                                     : kMostTiles;
   double best = 0;
   int64_t tasks = 0;
   for (int64_t wanted = 1; wanted <= std::min(most_units, units); ++wanted) {

@@ -20,9 +20,9 @@
 // not the filter's.
 //
 // Kept in registers: the micro-tile's accumulators, two weight vectors, one broadcast. In L1: the micro-tile's input
-// (14 rows x 384 floats = 21 KiB for AVX-512). In L2: the task's panel or strip and a run of weight blocks; the weights
-// of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums between chunks stay in L1,
-// those of a panel in a scratch array that only this task uses.
+// (14 rows x 384 floats = 21 KiB for AVX-512, 6 rows = 9 KiB for AVX2). In L2: the task's panel or strip and a run of
+// weight blocks; the weights of the block that follows, or the next task's pixels, are fetched meanwhile. Partial sums
+// between chunks stay in L1, those of a panel in a scratch array that only this task uses.
 //
 // Floor: 2*N*P*Q*K*R*S*C/groups FLOPs at the FMA rate; each weight is read once per task that needs it.
 
@@ -35,6 +35,8 @@
 
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
+
+constexpr int kMaxMicroTiles = (kMaxTaskPixels + kMicroRows - 1) / kMicroRows;
 
 static inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;

@@ -15,7 +15,7 @@ namespace fastcnn::cpu {
 
 // Where a direct convolution's inner loop reads its input: see isa/conv2d.cpp.
 enum class ConvSource : int32_t { in_place, strip, panel };
-constexpr int kMaxMicroTiles = 16;  // of output pixels, in a task
+constexpr int kMaxTaskPixels = 224;  // about as many output pixels a task has at most, in micro-tiles
 
 // One convolution, ready to run. Filled by conv2d.cpp.
 struct Conv2dProblem {

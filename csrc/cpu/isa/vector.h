@@ -38,6 +38,12 @@ constexpr int kMicroRows = 12;
 constexpr int kVectorWidth = 4;
 constexpr int kMicroRows = 6;
 #endif
+// Whether conv2d_micro.h takes four steps of the reduction at a time.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kStepsInFours = true;
+#else
+constexpr bool kStepsInFours = false;
+#endif
 #if defined(__AVX2__)
 constexpr bool kPermutes = true;
 #else
@@ -96,6 +102,16 @@ static inline Vector fused(Vector a, Vector b, Vector c) {
 }
 static inline Vector fused(float a, Vector b, Vector c) {
   return fused(broadcast(a), b, c);
+}
+
+// sum += a * b, in the register that holds the sum. Where there are 16 of them, a compiler that may put the result
+// where a factor was moves values about.
+static inline void add_product(Vector& sum, Vector a, Vector b) {
+#if defined(__AVX512F__) || !defined(__FMA__)
+  sum += a * b;
+#else
+  __asm__("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b));
+#endif
 }
 
 // max(x, bound) that lets a NaN in x through.
