@@ -27,11 +27,79 @@ struct Stream {
   int64_t step;  // bytes further with every channel
 };
 
+// What is fetched beside lane `lane` of a vector of channels: into L2 both streams, into L1 the next micro-tile's
+// values. The barrier keeps the compiler from moving prefetches and loads of unrolled steps together.
+template <int Rows>
+static inline __attribute__((always_inline)) void fetch_beside(int lane, const float* from, Stream& first,
+                                                               Stream& second) {
+  __builtin_prefetch(first.at, 0, 2);
+  first.at += first.step;
+  if (lane < (Rows * kVectorWidth + 15) / 16) {
+    __builtin_prefetch(from + Rows * kVectorWidth + lane * 16);
+  } else if (lane % 4 == 3) {
+    __builtin_prefetch(second.at, 0, 2);
+    second.at += 4 * second.step;
+  }
+  __asm__ volatile("" : "+r"(first.at) : : "memory");
+}
+
+// What one channel brings to tiles First to Last - 1 of a micro-tile of two vectors of columns.
+template <typename Products, int First, int Last, int Rows>
+static inline __attribute__((always_inline)) void add_channel(const float* from, const float* weight,
+                                                              Vector (&sum)[Rows][2]) {
+  const Vector w[2] = {load(weight), load(weight + kVectorWidth)};
+#pragma GCC unroll 8
+  for (int i = First; i < Last; ++i) {
+    const Vector x = Products::spread(from + i * kVectorWidth);
+    Products::accumulate(sum[i][0], x, w[0]);
+    Products::accumulate(sum[i][1], x, w[1]);
+  }
+}
+
+// A chunk's last vector of channels, and its sums, which go to memory few at a time: see kSpreadStores. Those of the
+// first half of the tiles, complete before the others, are stored between the other half's products.
+template <typename Products, int Rows>
+static inline __attribute__((always_inline)) void finish_chunk(const float* from, const float* weight, bool add,
+                                                               float* sums, Vector (&sum)[Rows][2], Stream& first,
+                                                               Stream& second) {
+  constexpr int kHalf = (Rows + 1) / 2;
+  const auto add_earlier = [&](int begin, int end) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = begin; i < end; ++i) {
+      sum[i][0] += load(sums + i * kColumnBlock);
+      sum[i][1] += load(sums + i * kColumnBlock + kVectorWidth);
+    }
+  };
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kVectorWidth; ++lane) {
+    add_channel<Products, 0, kHalf>(from + lane, weight + lane * kColumnBlock, sum);
+    fetch_beside<Rows>(lane, from, first, second);
+  }
+  if (add) add_earlier(0, kHalf);
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kVectorWidth; ++lane) {
+    add_channel<Products, kHalf, Rows>(from + lane, weight + lane * kColumnBlock, sum);
+    if (lane < 2 * kHalf) store(sums + lane * kVectorWidth, sum[lane / 2][lane % 2]);
+    __asm__ volatile("" ::: "memory");  // keeps the stores apart
+  }
+  if (add) add_earlier(kHalf, Rows);
+#pragma GCC unroll 8
+  for (int i = kHalf; i < Rows; ++i) {
+    store(sums + i * kColumnBlock, sum[i][0]);
+    store(sums + i * kColumnBlock + kVectorWidth, sum[i][1]);
+  }
+}
+
 // sums[i][k] = sum_c panel[c][i] * weight[c][k] for Rows tiles; the words of one point's runs. They are summed in
 // chunks that are then added up. Meanwhile what is needed later is fetched into L2.
 template <typename Products, int Rows, int Vectors>
 static void micro_kernel(const float* panel, int64_t vector_stride, const float* weight, const WinogradRun* runs,
                          int64_t run_count, float* sums, Stream first, Stream second) {
+  constexpr bool kSpread = kSpreadStores && Vectors == 2 && Rows > 3;
+  if constexpr (kSpread) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) __builtin_prefetch(sums + i * kColumnBlock, 1);
+  }
   for (int64_t begin = 0; begin < run_count; begin += Products::kChunkRuns) {
     const int64_t end = run_count - begin < Products::kChunkRuns ? run_count : begin + Products::kChunkRuns;
     Vector sum[Rows][Vectors];
@@ -40,8 +108,20 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector{};
     }
-    for (int64_t run = begin; run < end; ++run) {
+    const bool spread = kSpread && runs[end - 1].count == kVectorWidth;
+    for (int64_t run = begin; run < end - spread; ++run) {
       const float* from = panel + runs[run].vector * vector_stride + runs[run].first;
+      if constexpr (kSpread) {
+        if (runs[run].count == kVectorWidth) {
+#pragma GCC unroll 8
+          for (int lane = 0; lane < kVectorWidth; ++lane) {
+            add_channel<Products, 0, Rows>(from + lane, weight + lane * kColumnBlock, sum);
+            fetch_beside<Rows>(lane, from, first, second);
+          }
+          weight += kVectorWidth * kColumnBlock;
+          continue;
+        }
+      }
       for (int64_t lane = 0; lane < runs[run].count; ++lane) {
         Vector w[Vectors];
 #pragma GCC unroll 2
@@ -58,6 +138,14 @@ static void micro_kernel(const float* panel, int64_t vector_stride, const float*
         if (Vectors == 1) continue;  // where loads are as many as products, and half of a column block is zeros
         __builtin_prefetch(second.at, 0, 2);
         second.at += second.step;
+      }
+    }
+    if constexpr (kSpread) {
+      if (spread) {
+        const float* from = panel + runs[end - 1].vector * vector_stride + runs[end - 1].first;
+        finish_chunk<Products>(from, weight, begin > 0, sums, sum, first, second);
+        weight += kVectorWidth * kColumnBlock;
+        continue;
       }
     }
     if (begin > 0) {
@@ -265,14 +353,19 @@ static void multiply(const WinogradProblem& problem, const TileBlock& tiles, int
     const bool last_row = point / kTile == kTile - 1, last_column = point % kTile == kTile - 1;
     const WinogradRuns& runs = problem.runs[2 * last_row + last_column];
     int64_t row = 0;
+    Stream input{}, output{};
     for (int64_t micro = 0; micro < micro_tiles; ++micro) {
       const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
       const char* next =
           reinterpret_cast<const char*>(weight + (before[point + 1] + micro * count / micro_tiles) * kColumnBlock);
-      const int64_t turn = (part * words + before[point]) * micro_tiles + micro * count;
-      const int64_t turns = parts * words * micro_tiles;
-      const Stream input{ahead.input.part(turn, turns), ahead.input.step(turns)};
-      const Stream output{ahead.output.part(turn, turns), ahead.output.step(turns)};
+      if (kFewDivisions && micro > 0) {
+        input.at += count * input.step, output.at += count * output.step;
+      } else {
+        const int64_t turn = (part * words + before[point]) * micro_tiles + micro * count;
+        const int64_t turns = parts * words * micro_tiles;
+        input = {ahead.input.part(turn, turns), ahead.input.step(turns)};
+        output = {ahead.output.part(turn, turns), ahead.output.step(turns)};
+      }
       // Half of the second stream is not needed where micro-tiles share the weights.
       kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
                       weight + before[point] * kColumnBlock, runs.data, runs.count,
