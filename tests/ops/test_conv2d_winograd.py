@@ -621,8 +621,13 @@ def served(monkeypatch) -> list[str]:
     return seen
 
 
-# Of 3x3 filters with a stride over many channels: with AVX2 the plain sum is faster.
-BY_POINTS = "direct" if _native.cpu_instruction_set() == "avx2" else "winograd2s2"
+# Where the rule chooses otherwise for kernels of half as wide vectors and half as many registers.
+AVX2 = _native.cpu_instruction_set() == "avx2"
+BY_POINTS = "direct" if AVX2 else "winograd2s2"  # 3x3 filters with a stride over many channels
+GROUPS = "direct" if AVX2 else "winograd4_plain"
+FEW_TILES = "winograd2" if AVX2 else "winograd4_plain"  # with large weights
+FEW_PIXELS = "winograd2" if AVX2 else "direct"  # the way there and back outweighs the products
+WIDE_STRIDE = "winograd1x4s4" if AVX2 else "winograd4s4"
 
 
 @pytest.mark.parametrize(
@@ -630,22 +635,22 @@ BY_POINTS = "direct" if _native.cpu_instruction_set() == "avx2" else "winograd2s
     [
         ("winograd4", (1, 64, 28, 28), 64, {}),
         ("winograd4", (8, 16, 7, 7), 32, {}),
-        ("winograd4_plain", (1, 512, 7, 7), 512, {}),  # large weights for few tiles
-        ("winograd4_plain", (1, 1024, 7, 7), 1024, {"groups": 32}),
-        ("winograd4_plain", (8, 1024, 7, 7), 1024, {"groups": 32}),
-        ("winograd4_plain", (1, 96, 28, 28), 96, {"groups": 12}),
-        ("winograd4_plain", (2, 256, 14, 14), 256, {"groups": 16}),
+        (FEW_TILES, (1, 512, 7, 7), 512, {}),
+        (GROUPS, (1, 1024, 7, 7), 1024, {"groups": 32}),
+        (GROUPS, (8, 1024, 7, 7), 1024, {"groups": 32}),
+        (GROUPS, (1, 96, 28, 28), 96, {"groups": 12}),
+        (GROUPS, (2, 256, 14, 14), 256, {"groups": 16}),
         ("direct", (1, 96, 28, 28), 96, {"groups": 24}),  # groups of 4: the way there and back outweighs the products
         ("direct", (1, 96, 28, 28), 96, {"groups": 96}),
         ("winograd4", (8, 512, 7, 7), 512, {}),
-        ("direct", (1, 64, 4, 4), 64, {}),  # too little work for the way there and back
+        (FEW_PIXELS, (1, 64, 4, 4), 64, {}),
         ("direct", (1, 3, 28, 28), 64, {}),
         ("direct", (1, 64, 28, 28), 3, {}),
         ("direct", (1, 64, 3, 3), 64, {}),
         ("direct", (64, 64, 1, 1), 64, {}),  # nothing but overhanging tiles
         ("direct", (1, 64, 28, 28), 64, {"stride": 2}),
         ("winograd1x4s2", (1, 3, 112, 112), 64, {"filter": 7, "stride": 2}),  # tiles of 4x4: only when tuned
-        ("winograd4s4", (1, 3, 112, 112), 64, {"filter": 11, "stride": 4}),
+        (WIDE_STRIDE, (1, 3, 112, 112), 64, {"filter": 11, "stride": 4}),
         (BY_POINTS, (8, 256, 28, 28), 256, {"stride": 2}),
         ("winograd1x4s2", (1, 128, 56, 56), 128, {"stride": 2}),
         ("direct", (1, 512, 14, 14), 512, {"stride": 2}),  # large weights for few tiles

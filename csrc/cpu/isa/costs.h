@@ -23,6 +23,7 @@ struct MachineCosts {
     double product;             // cycles of a unit
     double strided_product;     // the same with a stride
     double strided_micro_tile;  // to begin and end one, at each point
+    double plain;               // plain weights' kernels (conv2d_winograd_plain.cpp), over AVX-512's
   } winograd;
 
   struct Rows {                         // conv2d_winograd_rows.cpp

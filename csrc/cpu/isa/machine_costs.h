@@ -12,11 +12,11 @@ constexpr MachineCosts kMachineCosts = {
     6000,  // phase
     1000,  // task
     12,    // near_bytes_per_cycle
-    9,     // far_bytes_per_cycle
+    7,     // far_bytes_per_cycle
     {1.14},
     // winograd: l2, l3, there, back, strided_there, product, strided_product,
-    // strided_micro_tile
-    {832 << 10, 16 << 20, {0, 0, 0, 80, 90, 0, 270, 270}, {0, 0, 0, 60, 90, 0, 270, 330}, 2, 1.06, 1.4, 45},
+    // strided_micro_tile, plain
+    {832 << 10, 16 << 20, {0, 0, 0, 80, 90, 0, 270, 270}, {0, 0, 0, 60, 90, 0, 270, 330}, 2, 1.06, 1.4, 45, 1.8},
     // rows: l2, panel_bytes, sum_bytes, there, back, product, micro_tile
     {416 << 10, 280 << 10, 48 << 10, 36, 44, 1.02, 40},
     // strassen: l2, near_input, near_sums, far_sums, end, form, step, product
@@ -32,8 +32,8 @@ constexpr MachineCosts kMachineCosts = {
     9,     // far_bytes_per_cycle
     {1.14},
     // winograd: l2, l3, there, back, strided_there, product, strided_product,
-    // strided_micro_tile
-    {832 << 10, 16 << 20, {0, 0, 0, 80, 90, 0, 270, 270}, {0, 0, 0, 60, 90, 0, 270, 330}, 2, 1.06, 1.06, 45},
+    // strided_micro_tile, plain
+    {832 << 10, 16 << 20, {0, 0, 0, 80, 90, 0, 270, 270}, {0, 0, 0, 60, 90, 0, 270, 330}, 2, 1.06, 1.06, 45, 1},
     // rows: l2, panel_bytes, sum_bytes, there, back, product, micro_tile
     {832 << 10, 640 << 10, 64 << 10, 36, 44, 1.16, 40},
     // strassen: l2, near_input, near_sums, far_sums, end, form, step, product
