@@ -227,7 +227,11 @@ class _Convolution(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", WINOGRAD)
-def test_winograd_steps_give_the_models_own_bits(form: str, dtype: torch.dtype) -> None:
+def test_winograd_steps_give_the_models_own_bits(
+    form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.float32:  # whatever pays with this instruction set
+        monkeypatch.setattr(cpp, "_cheapest", lambda *args: form.split()[0])
     batch, channels, out_channels, height, width = WINOGRAD[form]
     model = _Convolution(channels, out_channels).to(dtype)
     x = torch.randn(batch, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -70,6 +70,9 @@ CASES = [
     Case(1, 2, 3, 3, 4, 3, 3, 3, 3),  # windows that lie in the padding altogether
     Case(4, 16, 1, 1, 10, 1, 1),
     Case(2, 8, 1, 40, 8, 1, 9, 1, (0, 4)),
+    Case(1, 5, 3, 101, 24, 3, 3, 1, 1),  # wide rows, of one task up to 224 pixels
+    Case(1, 3, 4, 224, 20, 3, 3, 1, 1),
+    Case(1, 3, 3, 231, 7, 3, 3, 1, 1),
 ]
 
 

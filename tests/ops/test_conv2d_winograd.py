@@ -626,7 +626,6 @@ AVX2 = _native.cpu_instruction_set() == "avx2"
 BY_POINTS = "direct" if AVX2 else "winograd2s2"  # 3x3 filters with a stride over many channels
 GROUPS = "direct" if AVX2 else "winograd4_plain"
 FEW_TILES = "winograd2" if AVX2 else "winograd4_plain"  # with large weights
-FEW_PIXELS = "winograd2" if AVX2 else "direct"  # the way there and back outweighs the products
 WIDE_STRIDE = "winograd1x4s4" if AVX2 else "winograd4s4"
 
 
@@ -643,7 +642,7 @@ WIDE_STRIDE = "winograd1x4s4" if AVX2 else "winograd4s4"
         ("direct", (1, 96, 28, 28), 96, {"groups": 24}),  # groups of 4: the way there and back outweighs the products
         ("direct", (1, 96, 28, 28), 96, {"groups": 96}),
         ("winograd4", (8, 512, 7, 7), 512, {}),
-        (FEW_PIXELS, (1, 64, 4, 4), 64, {}),
+        ("direct", (1, 64, 4, 4), 64, {}),  # too little work for the way there and back
         ("direct", (1, 3, 28, 28), 64, {}),
         ("direct", (1, 64, 28, 28), 3, {}),
         ("direct", (1, 64, 3, 3), 64, {}),

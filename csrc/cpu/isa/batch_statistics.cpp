@@ -37,7 +37,7 @@ static inline void load_channels(const T* x, int64_t valid, bool whole, Vector* 
 }
 
 // One block of pixels, `valid` channels: their mean and sum of squares about it. `whole_pixels` of them may be read in
-// whole vectors without leaving the tensor.
+// whole vectors without leaving the tensor; the order of additions is the same for all.
 template <int Vectors, typename T>
 static void block_statistics(const T* x, int64_t stride, int64_t pixels, int64_t whole_pixels, int64_t valid,
                              float* mean, float* m2) {
@@ -51,9 +51,11 @@ static void block_statistics(const T* x, int64_t stride, int64_t pixels, int64_t
       sum[1][j] += load(x + (p + 1) * stride + j * kVectorWidth);
     }
   }
-  for (; p < pixels; ++p) {
-    load_channels<Vectors>(x + p * stride, valid, p < whole_pixels, value);
-    for (int j = 0; j < Vectors; ++j) sum[0][j] += value[j];
+  for (; p < pixels; p += 2) {
+    for (int i = 0; i < 2 && p + i < pixels; ++i) {
+      load_channels<Vectors>(x + (p + i) * stride, valid, p + i < whole_pixels, value);
+      for (int j = 0; j < Vectors; ++j) sum[i][j] += value[j];
+    }
   }
   const float inverse = 1.0f / static_cast<float>(pixels);
   Vector centre[Vectors], first[2][Vectors] = {}, second[2][Vectors] = {};
@@ -71,12 +73,14 @@ static void block_statistics(const T* x, int64_t stride, int64_t pixels, int64_t
       second[1][j] += b * b;
     }
   }
-  for (; p < pixels; ++p) {
-    load_channels<Vectors>(x + p * stride, valid, p < whole_pixels, value);
-    for (int j = 0; j < Vectors; ++j) {
-      const Vector d = value[j] - centre[j];
-      first[0][j] += d;
-      second[0][j] += d * d;
+  for (; p < pixels; p += 2) {
+    for (int i = 0; i < 2 && p + i < pixels; ++i) {
+      load_channels<Vectors>(x + (p + i) * stride, valid, p + i < whole_pixels, value);
+      for (int j = 0; j < Vectors; ++j) {
+        const Vector d = value[j] - centre[j];
+        first[i][j] += d;
+        second[i][j] += d * d;
+      }
     }
   }
   for (int j = 0; j < Vectors; ++j) {
