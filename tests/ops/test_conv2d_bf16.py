@@ -132,8 +132,10 @@ def test_every_prologue_and_epilogue(name: str):
              "groups of 2", "groups of 4", "depthwise"],
 )  # fmt: skip
 def test_special_values_reach_their_outputs_and_no_others(name: str, value: float):
-    """Also where a pair holds the last value of one pixel and the first of the next. Of plain sums: tiles of Winograd's,
-    which some instruction sets prefer here, share such values."""
+    """Also where a pair holds the last value of one pixel and the first of the next.
+
+    Of plain sums: tiles of Winograd's, which some instruction sets prefer here, share such values.
+    """
     with fastcnn.exact():
         check_special_values(name, value)
 
