@@ -143,8 +143,9 @@ Works conv2d_winograd_plain_work(const TensorView& out, const TensorView& input,
 double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels,
                                     int64_t groups) {
   const KernelTable& table = kernels();
-  const double width = table.vector_width, slower = table.costs.winograd.plain;
-  constexpr double kThreads = 2, kBytesPerCycle = 9, kPhaseCycles = 6000;
+  const MachineCosts& costs = table.costs;
+  const double width = table.vector_width, slower = costs.winograd.plain;
+  constexpr double kThreads = 2;
   constexpr double kThere = 300, kBack = 270;  // of one tile and vector of channels
   constexpr double kStep = 18, kPass = 60;     // of four tiles and six points: a channel, and a pass over 32
   constexpr double kFewTiles = 8;              // of more, weights that were transformed once cost less
@@ -157,17 +158,17 @@ double conv2d_winograd_plain_cycles(int64_t n, int64_t out_channels, int64_t p, 
     const double blocks = std::ceil(tiles / kGroupedTilesPerBlock);
     return slower * out_vectors * (tiles * (kTransforms + 36 * group * kProduct) + blocks * group * kFormed) /
                kThreads +
-           kPhaseCycles;
+           costs.phase;
   }
   if (groups == 1 && tiles > kFewTiles) return INFINITY;
   const double in_vectors = std::ceil(static_cast<double>(in_channels) / width);
   const double depth = in_vectors * width / static_cast<double>(groups);
   const double passes = 6 * std::ceil(tiles / 4);
   const double products = slower * out_vectors * passes * (depth * kStep + std::ceil(depth / 32) * kPass) / kThreads;
-  const double stream = out_vectors * width * depth * kTaps * 4 / kThreads / kBytesPerCycle;
+  const double stream = out_vectors * width * depth * kTaps * 4 / kThreads / costs.far_bytes_per_cycle;
   // Without groups each thread transforms the whole input for itself.
   const double there = kThere * in_vectors / (groups > 1 ? kThreads : 1), back = kBack * out_vectors / kThreads;
-  return std::max(products, stream) + std::min(products, stream) / 4 + tiles * (there + back) + kPhaseCycles;
+  return std::max(products, stream) + std::min(products, stream) / 4 + tiles * (there + back) + costs.phase;
 }
 
 }  // namespace fastcnn::cpu

@@ -71,14 +71,6 @@ struct Fp32Products {
   }
   static inline Vector spread(const float* word) { return broadcast(*word); }
   static inline void add(Vector& sum, Vector x, Vector w) { sum += x * w; }
-  // The same, always into the register that holds the sum: in long unrolled loops the compiler copies sums about.
-  static inline __attribute__((always_inline)) void accumulate(Vector& sum, Vector x, Vector w) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
-#else
-    sum += x * w;
-#endif
-  }
 };
 
 }  // namespace

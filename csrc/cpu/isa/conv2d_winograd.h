@@ -51,8 +51,8 @@ static inline __attribute__((always_inline)) void add_channel(const float* from,
 #pragma GCC unroll 8
   for (int i = First; i < Last; ++i) {
     const Vector x = Products::spread(from + i * kVectorWidth);
-    Products::accumulate(sum[i][0], x, w[0]);
-    Products::accumulate(sum[i][1], x, w[1]);
+    add_product(sum[i][0], x, w[0]);
+    add_product(sum[i][1], x, w[1]);
   }
 }
 

@@ -62,8 +62,8 @@ static void row_words_kernel(const RowWords& p) {
 #pragma GCC unroll 6
         for (int i = 0; i < Tiles; ++i) {
           const Vector x = broadcast(from[i * kVectorWidth + word]);
-          sum[i][0] = rounded(fused(x, w[0], sum[i][0]));
-          sum[i][1] = rounded(fused(x, w[1], sum[i][1]));
+          add_product(sum[i][0], x, w[0]);
+          add_product(sum[i][1], x, w[1]);
         }
       }
       const float* after = from + row_stride;

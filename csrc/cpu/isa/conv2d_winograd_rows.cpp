@@ -249,7 +249,7 @@ static inline __attribute__((always_inline)) void add_vector(const float* from, 
     for (int i = 0; i < Rows; ++i) {
       const Vector x = broadcast(from[i * kPitch + lane]);
 #pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = rounded(fused(x, w[j], sum[i][j]));
+      for (int j = 0; j < Vectors; ++j) add_product(sum[i][j], x, w[j]);
     }
   }
 }

@@ -57,26 +57,6 @@ static void for_tiles(const LinearProblem& problem, int64_t first, int64_t last,
   }
 }
 
-// All products of columns [first, last) for more input rows than a tile's: four weight rows at a time, a piece of which
-// stays in L1 while the tiles of input rows go by. Returns the depth.
-template <typename T>
-static int64_t multiply_in_l1(const LinearProblem& problem, int64_t first, int64_t last, float* sums) {
-  const T* x = static_cast<const T*>(problem.input);
-  const T* w = static_cast<const T*>(problem.weight);
-  for (int64_t k = first; k < last; k += kTileColumns) {
-    const int64_t end = k + kTileColumns < last ? k + kTileColumns : last;
-    for (int64_t c = 0; c < problem.depth; c += kL1Depth) {
-      const int64_t depth = problem.depth - c < kL1Depth ? problem.depth - c : kL1Depth;
-      for_tiles(problem, k, end, sums + (k - first) * problem.rows * kVectorWidth, [&](const Tile& t) {
-        Dot<T>::kernel(t.height, t.width)(x + t.m * problem.input_stride + c, problem.input_stride,
-                                          w + t.k * problem.weight_stride + c, problem.weight_stride, depth, t.sums,
-                                          c > 0);
-      });
-    }
-  }
-  return problem.depth;
-}
-
 template <typename T>
 static void run_few_rows(const LinearProblem& problem, int64_t index) {
   const int64_t first = index * problem.columns_per_task;
@@ -86,21 +66,23 @@ static void run_few_rows(const LinearProblem& problem, int64_t index) {
   const T* w = static_cast<const T*>(problem.weight);
   T* out = static_cast<T*>(problem.out);
   alignas(64) float sums[kLinearFewRows * kLinearFewRowsColumns * kVectorWidth];
-  // Passes over the reduction, so that the rows of a pass stay in L2 while all columns go by.
+  // Passes over the reduction: the rows of a pass stay in L2 while all columns go by, or, where several tiles of input
+  // rows meet a piece of four weight rows, that piece stays in L1.
   constexpr int64_t kPassBytes = 256 << 10;
-  const int64_t whole = kPassBytes / (problem.rows * static_cast<int64_t>(sizeof(T)));
+  const bool in_l1 = kWeightsInL1 && problem.rows > kTileRows;
+  const int64_t whole = in_l1 ? kL1Depth : kPassBytes / (problem.rows * static_cast<int64_t>(sizeof(T)));
   const int64_t pass = problem.depth <= whole ? problem.depth : whole / kVectorWidth * kVectorWidth;
-  int64_t c = 0;
-  if constexpr (kWeightsInL1) {
-    if (problem.rows > kTileRows) c = multiply_in_l1<T>(problem, first, last, sums);
-  }
-  for (; c < problem.depth; c += pass) {
-    const int64_t depth = problem.depth - c < pass ? problem.depth - c : pass;
-    for_tiles(problem, first, last, sums, [&](const Tile& t) {
-      Dot<T>::kernel(t.height, t.width)(x + t.m * problem.input_stride + c, problem.input_stride,
-                                        w + t.k * problem.weight_stride + c, problem.weight_stride, depth, t.sums,
-                                        c > 0);
-    });
+  const int64_t columns = in_l1 ? kTileColumns : last - first;
+  for (int64_t k = first; k < last; k += columns) {
+    const int64_t end = k + columns < last ? k + columns : last;
+    for (int64_t c = 0; c < problem.depth; c += pass) {
+      const int64_t depth = problem.depth - c < pass ? problem.depth - c : pass;
+      for_tiles(problem, k, end, sums + (k - first) * problem.rows * kVectorWidth, [&](const Tile& t) {
+        Dot<T>::kernel(t.height, t.width)(x + t.m * problem.input_stride + c, problem.input_stride,
+                                          w + t.k * problem.weight_stride + c, problem.weight_stride, depth, t.sums,
+                                          c > 0);
+      });
+    }
   }
   for_tiles(problem, first, last, sums, [&](const Tile& t) {
     if (kVectorWidth > kRowTileColumns && t.width == kRowTileColumns) {

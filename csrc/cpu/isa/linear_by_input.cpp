@@ -82,32 +82,41 @@ static inline void store_aligned(float* p, Vector v) {
   *reinterpret_cast<AlignedVector*>(p) = v;
 }
 
-#if defined(__AVX512BW__)
-using Decoder = ShortFloatDecoder;
+// Of every value of a lane from `from` on, `count` in all: those that are not zero, and their positions from `position`
+// on. Returns how many.
+static int64_t list_lane(const float* from, int64_t count, int64_t position, float* values, int32_t* places);
 
 static void list_values(const LinearByInputProblem& problem, Values& list) {
-  const __m512i lane_numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i apart = _mm512_maskz_slli_epi32(kAll, lane_numbers, 4);  // every 16th value
   int64_t listed = 0, position = 0;
   for (int i = 0; i < kLanes; ++i) {
-    const int lane = kLinearLaneOrder[i];
+    const int lane = kLinearLaneOrder[i] * kLanes / 16;
     const int64_t count = (problem.depth - lane + kLanes - 1) / kLanes;  // not positive where a lane has no value
-    for (int64_t at = 0; at < count; at += kLanes) {
-      const __mmask16 live = count - at < kLanes ? first_lanes(count - at) : kAll;
-      const float* from = problem.input + at * kLanes + lane;
-      const __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), live, apart, from, 4);
-      const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);  // NaN is kept
-      const __m512i positions =
-          _mm512_maskz_add_epi32(kAll, lane_numbers, _mm512_set1_epi32(static_cast<int>(position + at)));
-      _mm512_storeu_ps(list.value + listed, _mm512_maskz_compress_ps(kept, x));
-      _mm512_storeu_si512(list.position + listed, _mm512_maskz_compress_epi32(kept, positions));
-      listed += __builtin_popcount(kept);
-    }
+    listed += list_lane(problem.input + lane, count, position, list.value + listed, list.position + listed);
     if (count > 0) position += count;
     list.end[i] = listed;
   }
   // What is fetched ahead at the end: the last row once more.
   for (int i = 0; i < kRowsAtOnce; ++i) list.position[listed + i] = listed > 0 ? list.position[listed - 1] : 0;
+}
+
+#if defined(__AVX512BW__)
+using Decoder = ShortFloatDecoder;
+
+static int64_t list_lane(const float* from, int64_t count, int64_t position, float* values, int32_t* places) {
+  const __m512i lane_numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i apart = _mm512_maskz_slli_epi32(kAll, lane_numbers, 4);  // every 16th value
+  int64_t listed = 0;
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const __mmask16 live = count - at < kLanes ? first_lanes(count - at) : kAll;
+    const __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), live, apart, from + at * kLanes, 4);
+    const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);  // NaN is kept
+    const __m512i positions =
+        _mm512_maskz_add_epi32(kAll, lane_numbers, _mm512_set1_epi32(static_cast<int>(position + at)));
+    _mm512_storeu_ps(values + listed, _mm512_maskz_compress_ps(kept, x));
+    _mm512_storeu_si512(places + listed, _mm512_maskz_compress_epi32(kept, positions));
+    listed += __builtin_popcount(kept);
+  }
+  return listed;
 }
 
 // sum[k] += sum over `Rows` values x of x * w[k], in this order.
@@ -144,8 +153,6 @@ static void add_rows(const Decoder& decoder, const uint8_t* weights, int64_t row
 #else
 using Decoder = ShortWordDecoder;
 
-// Every 8th value from `from` on, `count` in all: those that are not zero, and their positions from `position` on.
-// Returns how many.
 static int64_t list_lane(const float* from, int64_t count, int64_t position, float* values, int32_t* places) {
   int64_t listed = 0;
   for (int64_t at = 0; at < count; ++at) {
@@ -155,19 +162,6 @@ static int64_t list_lane(const float* from, int64_t count, int64_t position, flo
     listed += x != 0.0f;  // NaN is kept
   }
   return listed;
-}
-
-static void list_values(const LinearByInputProblem& problem, Values& list) {
-  int64_t listed = 0, position = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    const int lane = kLinearLaneOrder[i] * kLanes / 16;
-    const int64_t count = (problem.depth - lane + kLanes - 1) / kLanes;  // not positive where a lane has no value
-    listed += list_lane(problem.input + lane, count, position, list.value + listed, list.position + listed);
-    if (count > 0) position += count;
-    list.end[i] = listed;
-  }
-  // What is fetched ahead at the end: the last row once more.
-  for (int i = 0; i < kRowsAtOnce; ++i) list.position[listed + i] = listed > 0 ? list.position[listed - 1] : 0;
 }
 
 // sum[k] += x * weight[k] of a unit.

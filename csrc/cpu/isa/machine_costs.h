@@ -6,40 +6,24 @@
 
 namespace fastcnn::cpu::FASTCNN_ISA {
 
+// The portable kernels have those of AVX-512.
+static constexpr MachineCosts machine_costs() {
+  MachineCosts costs;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// Zen 3: two 256-bit FMA units, 512 KiB of L2, 32 MiB of L3 shared, memory at some 8 bytes a cycle
-// for both threads: the choices are right with 7 for each, as other weights wait in L3.
-constexpr MachineCosts kMachineCosts = {
-    6000,  // phase
-    1000,  // task
-    12,    // near_bytes_per_cycle
-    7,     // far_bytes_per_cycle
-    {1.14},
-    // winograd: l2, l3, there, back, strided_there, product, strided_product,
-    // strided_micro_tile, plain
-    {832 << 10, 16 << 20, {0, 0, 0, 80, 90, 0, 270, 270}, {0, 0, 0, 60, 90, 0, 270, 330}, 2, 1.06, 1.4, 45, 1.8},
-    // rows: l2, panel_bytes, sum_bytes, there, back, product, micro_tile
-    {416 << 10, 280 << 10, 48 << 10, 36, 44, 1.02, 40},
-    // strassen: l2, near_input, near_sums, far_sums, end, form, step, product
-    {350 << 10, 1 << 20, 5, 10, 3, 2.5, 30, 1.35},
-};
-#else
-// Measured with AVX-512 on Zen 5: two 512-bit FMA units, 1 MiB of L2, 32 MiB of L3 shared, memory at some 12 bytes a
-// cycle. The portable kernels have them too.
-constexpr MachineCosts kMachineCosts = {
-    6000,  // phase
-    1000,  // task
-    12,    // near_bytes_per_cycle
-    9,     // far_bytes_per_cycle
-    {1.14},
-    // winograd: l2, l3, there, back, strided_there, product, strided_product,
-    // strided_micro_tile, plain
-    {832 << 10, 16 << 20, {0, 0, 0, 80, 90, 0, 270, 270}, {0, 0, 0, 60, 90, 0, 270, 330}, 2, 1.06, 1.06, 45, 1},
-    // rows: l2, panel_bytes, sum_bytes, there, back, product, micro_tile
-    {832 << 10, 640 << 10, 64 << 10, 36, 44, 1.16, 40},
-    // strassen: l2, near_input, near_sums, far_sums, end, form, step, product
-    {700 << 10, 2 << 20, 5, 10, 3, 2.5, 30, 1.04},
-};
+  // Zen 3: two 256-bit FMA units, 512 KiB of L2, 32 MiB of L3 shared, memory at some 8 bytes a cycle for both threads:
+  // the choices are right with 7 for each, as other weights wait in L3.
+  costs.far_bytes_per_cycle = 7;
+  costs.winograd.strided_product = 1.4;
+  costs.winograd.plain = 1.8;
+  costs.rows.l2 = 416 << 10;
+  costs.rows.panel_bytes = 280 << 10;
+  costs.rows.sum_bytes = 48 << 10;
+  costs.rows.product = 1.02;
+  costs.strassen.l2 = 350 << 10;
+  costs.strassen.near_input = 1 << 20;
+  costs.strassen.product = 1.35;
 #endif
+  return costs;
+}
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -57,7 +57,7 @@ const KernelTable& kernel_table() {
       read_loop,
       nullptr,
       kShortFormat,
-      kMachineCosts,
+      machine_costs(),
   };
   return table;
 }
