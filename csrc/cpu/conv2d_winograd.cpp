@@ -142,13 +142,18 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.point_words = weight.point_words().data();
   p.column_blocks = weight.column_blocks;
   p.max_pool = max_pool;
-  p.tiles_h = ceil_div(max_pool ? 2 * out.h : out.h, weight.tile);
-  p.tiles_w = ceil_div(max_pool ? 2 * out.w : out.w, weight.tile);
+  const int64_t out_h = max_pool ? 2 * out.h : out.h, out_w = max_pool ? 2 * out.w : out.w;  // before pooling
+  p.tiles_h = ceil_div(out_h, weight.tile);
+  p.tiles_w = ceil_div(out_w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
+  if (!max_pool) {  // windows lie in tiles that begin at whole ones' places
+    p.short_h = short_tiles(out.h, weight.tile);
+    p.short_w = short_tiles(out.w, weight.tile);
+  }
 
-  const WinogradCut cut = cheapest_cut(
-      {p.side, p.stride, p.tiles, p.channel_vectors, weight.point_words().back(), p.column_blocks, weight.bf16_pairs},
-      threads);
+  const WinogradCut cut = cheapest_cut(winograd_sizes(out.n, out_h, out_w, p.column_blocks, weight.phases, p.tile,
+                                                      p.stride, weight.bf16_pairs, max_pool),
+                                       threads);
   p.tiles_per_block = cut.tiles_per_block;
   p.blocks = ceil_div(p.tiles, p.tiles_per_block);
   p.columns_per_task = cut.columns_per_task;

@@ -3,17 +3,29 @@
 
 #include <cstdint>
 
+#include "conv2d_winograd_phases.h"
+
 namespace fastcnn::cpu {
 
+// Points are of four kinds: in a tile's last row (2), in its last column (1), in both (3), in neither (0). The last
+// ones are at infinity, and a tile that is an output short has none of them.
 struct WinogradSizes {
   int side;  // points to a tile's side
   int stride;
   int64_t tiles;  // in the batch
   int64_t channel_vectors;
-  int64_t words;  // of the reduction, over all points
+  int64_t words[4];  // of the reduction, over all points of a kind
+  double having[4];  // the share of the tiles that have such points
   int64_t column_blocks;
   bool bf16_pairs;  // vectors hold pairs of channels
+
+  int64_t all_words() const { return words[0] + words[1] + words[2] + words[3]; }
+  int64_t points(int kind) const { return (kind & 1 ? 1 : side - 1) * (kind & 2 ? 1 : side - 1); }
 };
+
+// Of a convolution's p x q outputs in n images. whole: no tile is an output short.
+WinogradSizes winograd_sizes(int64_t n, int64_t p, int64_t q, int64_t column_blocks, const WinogradPhases& phases,
+                             int tile, int stride, bool bf16_pairs, bool whole);
 
 // A task is a block of tiles and some column blocks: see isa/conv2d_winograd.cpp.
 struct WinogradCut {
@@ -22,6 +34,12 @@ struct WinogradCut {
   int64_t columns_at_once = 1;  // of them, those whose products are formed before they go back
   double cycles = 0;            // estimated, of the busiest thread
 };
+
+// Of the tiles that cover `size` outputs, those that may be an output short: 14 = 4 + 4 + 3 + 3.
+constexpr int64_t short_tiles(int64_t size, int64_t tile) {
+  const int64_t tiles = (size + tile - 1) / tile, beyond = tiles * tile - size;
+  return beyond < tiles ? beyond : tiles;
+}
 
 // Whether the products of a bf16 weight are formed in bf16, on a processor with bf16 dot products: in 4x4 tiles the
 // transforms would enlarge its rounding too much, and of few channels pairs fill no fewer vectors than single values.

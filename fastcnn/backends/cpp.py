@@ -106,9 +106,13 @@ def algorithms(
     return (DIRECT, *names, WINOGRAD4_PLAIN) if plain else (DIRECT, *names)
 
 
-def may_pool(algorithm: str) -> bool:
-    """Whether an algorithm's way back can take the maximum of 2x2 windows: where tiles hold whole ones."""
-    return algorithm in _TILES or algorithm in (WINOGRAD_1X2, WINOGRAD4_PLAIN)
+def may_pool(algorithm: str, size: Pair) -> bool:
+    """Whether an algorithm's way back can take the maximum of 2x2 windows of a picture of that height and width: where
+    tiles hold whole ones. Of two tiles that are an output short the second begins within a window."""
+    if algorithm not in _TILES:
+        return algorithm in (WINOGRAD_1X2, WINOGRAD4_PLAIN)
+    tile = _TILES[algorithm].size
+    return all(side <= tile or -side % tile <= 1 for side in size)
 
 
 def _served(algorithm: str) -> str:

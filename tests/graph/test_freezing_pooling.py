@@ -33,13 +33,13 @@ def block(c: int, k: int, *, relu: bool = True, filter: int = 3) -> nn.Sequentia
     ("shape", "k", "filter"),
     [
         ((1, 64, 32, 32), 64, 3),
-        ((2, 24, 65, 63), 40, 3),  # odd: the last row and column are in no window
-        ((1, 19, 37, 66), 33, 3),  # channels that fill no vector
+        ((2, 24, 64, 63), 40, 3),  # odd: the last column is in no window
+        ((1, 19, 35, 68), 33, 3),  # channels that fill no vector
         ((1, 512, 7, 7), 512, 3),  # tiles of 2x2
         ((1, 64, 27, 29), 192, 5),
         ((1, 6, 14, 14), 16, 5),  # along rows
         ((2, 5, 31, 27), 20, 5),
-        ((1, 3, 131, 122), 64, 6),  # with stride 2
+        ((1, 3, 133, 126), 64, 6),  # with stride 2
     ],
     ids=str,
 )
@@ -64,6 +64,18 @@ def test_has_the_bits_of_convolution_and_pooling(
     assert torch.equal(frozen(x), nn.functional.max_pool2d(whole, 2))
     if dtype == torch.float32:
         assert relative_error(frozen(x), model.double()(x.double())) <= 3e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 14, 28), (2, 64, 28, 14), (1, 64, 13, 13), (1, 64, 29, 28)], ids=str)
+@torch.no_grad()
+def test_windows_that_no_tile_holds_are_pooled_by_themselves(shape: tuple[int, ...], monkeypatch):
+    """14 = 4 + 4 + 3 + 3 outputs: the last tile begins within a window."""
+    monkeypatch.setattr(cpp, "_cheapest", lambda *args: "winograd4")
+    model, x = block(64, 64).eval(), torch.randn(shape)
+    frozen = fastcnn.freeze(model, x)
+    assert POOLED not in steps_of(frozen)
+    assert torch.equal(frozen(x), nn.functional.max_pool2d(fastcnn.freeze(model[:-1], x)(x), 2))
+    assert relative_error(frozen(x), model.double()(x.double())) <= 3e-6
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])

@@ -379,6 +379,28 @@ def test_the_same_bits_on_any_number_of_threads(case: Case, form: Form, dtype: t
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, Form(4, 7, 2), Form(2, 3, 2)], ids=str)
+def test_tiles_that_are_an_output_short(form: Form, dtype: torch.dtype):
+    """They have no products at infinity, where memory holds what an earlier call left: NaN."""
+    generator = torch.Generator().manual_seed(0)
+    w, bias = torch.randn(40, 24, form.filter, form.filter, generator=generator).to(dtype), torch.randn(40)
+    for p in range(1, 15):
+        for q in (1, 2, 3, 5, 6, 7, 8, 13, 14):
+            case = Case(2, 24, (p - 1) * form.stride + 1, (q - 1) * form.stride + 1, 40, stride=form.stride)
+            x = torch.randn(case.n, case.c, case.h, case.w, generator=generator).to(dtype)
+            given = Arguments(x.contiguous(memory_format=torch.channels_last), w, None, bias, None, None, None, False)
+            out = GuardedSlice(case.out_shape, dtype)
+            given._replace(x=torch.full_like(given.x, float("nan"))).run(case, form, out.view, 1)
+            given.run(case, form, out.view, 1)
+            out.assert_guards_intact()
+            exact = given.reference(case, torch.float64)
+            if dtype == torch.float32:
+                assert relative_error(out.view, exact) <= form.usual, (p, q)
+            else:
+                assert_accurate(out.view, given.reference(case, torch.float32).to(dtype), exact)
+
+
 @pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("form", FORMS + STRIDED + ROWS, ids=str)
 def test_an_image_does_not_depend_on_its_batch(form: Form, channels: int):

@@ -247,8 +247,8 @@ static void transform_output(const WinogradProblem& problem, const TilePlace& pl
   // Copies: a store of a vector may be to anything, as far as the compiler knows.
   const TensorView y = problem.out, added = problem.residual;
   const bool has_relu = problem.relu;
-  const int64_t rows = y.h - place.p < M ? y.h - place.p : M;
-  const int64_t columns = y.w - place.q < M ? y.w - place.q : M;
+  const int64_t rows = y.h - place.p < place.height ? y.h - place.p : place.height;
+  const int64_t columns = y.w - place.q < place.width ? y.w - place.q : place.width;
   const int64_t pixel = (place.image * y.h + place.p) * y.w + place.q;
   T* out = static_cast<T*>(y.data) + pixel * y.pixel_stride + channel;
   const T* residual = added ? static_cast<const T*>(added.data) + pixel * added.pixel_stride + channel : nullptr;
@@ -332,47 +332,54 @@ struct Ahead {
   bool weights_stay;
 };
 
-// The products of one column block of one tile block, number `part` of the task's `parts`.
+// The products of `columns` column blocks from `column` on, of one tile block: point by point, so that a point's part
+// of the panel comes into the near caches once for all of them. Of its `parts` column blocks the task had `part`
+// before.
 template <typename Products, int kTile>
-static void multiply(const WinogradProblem& problem, const TileBlock& tiles, int64_t column, const float* panel,
-                     float* products, const Ahead& ahead, int64_t part, int64_t parts) {
+static void multiply(const WinogradProblem& problem, const TileOrder& order, int64_t column, int64_t columns,
+                     const float* panel, int64_t panel_tiles, float* products, const Ahead& ahead, int64_t part,
+                     int64_t parts) {
   constexpr int kPoints = kTile * kTile;
   const int64_t* before = problem.point_words;
-  const int64_t words = before[kPoints];
+  const int64_t words = before[kPoints], block_weights = words * kColumnBlock;
   const int64_t panel_stride = input_point_stride(problem), product_stride = product_point_stride(problem);
-  const float* weight = problem.packed_weight + column * words * kColumnBlock;
-  const int64_t columns = problem.out.c - column * kColumnBlock;
-  const bool narrow = columns <= kVectorWidth;
-  const MicroKernel* kernels = narrow ? kOneVector<Products>.by_rows : kTwoVectors<Products>.by_rows;
-  // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next point's
-  // weights, so that reading them from memory takes its time beside the products, not before.
-  const int64_t most = narrow ? MicroKernels<Products, 1>::kRows : MicroKernels<Products, 2>::kRows;
-  const int64_t micro_tiles = (tiles.count + most - 1) / most;
+  const float* weights = problem.packed_weight + column * block_weights;
   for (int point = 0; point < kPoints; ++point) {
     const int64_t count = before[point + 1] - before[point];
     const bool last_row = point / kTile == kTile - 1, last_column = point % kTile == kTile - 1;
     const WinogradRuns& runs = problem.runs[2 * last_row + last_column];
-    int64_t row = 0;
-    Stream input{}, output{};
-    for (int64_t micro = 0; micro < micro_tiles; ++micro) {
-      const int64_t height = (tiles.count - row + micro_tiles - micro - 1) / (micro_tiles - micro);
-      const char* next =
-          reinterpret_cast<const char*>(weight + (before[point + 1] + micro * count / micro_tiles) * kColumnBlock);
-      if (kFewDivisions && micro > 0) {
-        input.at += count * input.step, output.at += count * output.step;
-      } else {
-        const int64_t turn = (part * words + before[point]) * micro_tiles + micro * count;
-        const int64_t turns = parts * words * micro_tiles;
-        input = {ahead.input.part(turn, turns), ahead.input.step(turns)};
-        output = {ahead.output.part(turn, turns), ahead.output.step(turns)};
+    const int64_t begin = order.begin(last_column), end = order.end(last_row, last_column);
+    for (int64_t at = 0; at < columns; ++at) {
+      const bool narrow = problem.out.c - (column + at) * kColumnBlock <= kVectorWidth;
+      const MicroKernel* kernels = narrow ? kOneVector<Products>.by_rows : kTwoVectors<Products>.by_rows;
+      // Micro-tiles of nearly equal height: 16 tiles are 8 + 8, not 14 + 2. Each fetches its part of the next weights,
+      // so that reading them from memory takes its time beside the products, not before.
+      const int64_t most = narrow ? MicroKernels<Products, 1>::kRows : MicroKernels<Products, 2>::kRows;
+      const int64_t micro_tiles = (end - begin + most - 1) / most;
+      const float* weight = weights + at * block_weights + before[point] * kColumnBlock;
+      const float* following = at + 1 < columns      ? weight + block_weights
+                               : point + 1 < kPoints ? weights + before[point + 1] * kColumnBlock
+                                                     : weights + columns * block_weights;
+      int64_t row = begin;
+      Stream input{}, output{};
+      for (int64_t micro = 0; micro < micro_tiles; ++micro) {
+        const int64_t height = (end - row + micro_tiles - micro - 1) / (micro_tiles - micro);
+        const char* next = reinterpret_cast<const char*>(following + micro * count / micro_tiles * kColumnBlock);
+        if (kFewDivisions && micro > 0) {
+          input.at += count * input.step, output.at += count * output.step;
+        } else {
+          const int64_t turn = (part * words + columns * before[point] + at * count) * micro_tiles + micro * count;
+          const int64_t turns = parts * words * micro_tiles;
+          input = {ahead.input.part(turn, turns), ahead.input.step(turns)};
+          output = {ahead.output.part(turn, turns), ahead.output.step(turns)};
+        }
+        // Half of the second stream is not needed where micro-tiles share the weights.
+        kernels[height](panel + point * panel_stride + row * kVectorWidth, panel_tiles * kVectorWidth, weight,
+                        runs.data, runs.count, products + (at * kPoints + point) * product_stride + row * kColumnBlock,
+                        ahead.weights_stay ? output : Stream{next, kColumnBlock * 4 / micro_tiles},
+                        ahead.weights_stay || micro_tiles > 1 ? input : Stream{next + 64, kColumnBlock * 4});
+        row += height;
       }
-      // Half of the second stream is not needed where micro-tiles share the weights.
-      kernels[height](panel + point * panel_stride + row * kVectorWidth, tiles.count * kVectorWidth,
-                      weight + before[point] * kColumnBlock, runs.data, runs.count,
-                      products + point * product_stride + row * kColumnBlock,
-                      ahead.weights_stay ? output : Stream{next, kColumnBlock * 4 / micro_tiles},
-                      ahead.weights_stay || micro_tiles > 1 ? input : Stream{next + 64, kColumnBlock * 4});
-      row += height;
     }
   }
 }
@@ -380,17 +387,17 @@ static void multiply(const WinogradProblem& problem, const TileBlock& tiles, int
 // The way back, for `columns` column blocks from `column` on: tile by tile, so that what is adjacent is written
 // together.
 template <int M, int kTile>
-static void finish(const WinogradProblem& problem, const TileBlock& tiles, int64_t column, int64_t columns,
-                   const float* products) {
+static void finish(const WinogradProblem& problem, const TileBlock& tiles, TileOrder order, int64_t column,
+                   int64_t columns, const float* products) {
   const int64_t point_stride = product_point_stride(problem), first = column * kColumnBlock;
   const int64_t left = problem.out.c - first;
   const int64_t channels = left < columns * kColumnBlock ? left : columns * kColumnBlock;
   TilePlace place = place_of(problem, tiles.first);
   for (int64_t i = 0; i < tiles.count; ++i) {
+    const float* tile = products + order.take(place) * kColumnBlock;
     for (int64_t k = 0; k < channels; k += kVectorWidth) {
       const Vector scale = load(problem.scale + first + k), bias = load(problem.bias + first + k);
-      const float* from =
-          products + k / kColumnBlock * kTile * kTile * point_stride + i * kColumnBlock + k % kColumnBlock;
+      const float* from = tile + k / kColumnBlock * kTile * kTile * point_stride + k % kColumnBlock;
       if (problem.out.dtype == DType::f32) {
         transform_output<float, M, kTile>(problem, place, first + k, channels - k, scale, bias, from, point_stride);
       } else {
@@ -414,21 +421,19 @@ static void run(const WinogradProblem& problem, int64_t index, float* panel) {
   const int64_t block = index % problem.blocks, first = index / problem.blocks * problem.columns_per_task;
   const int64_t beyond = first + problem.columns_per_task;
   const int64_t last = beyond < problem.column_blocks ? beyond : problem.column_blocks;
-  const int64_t product_floats = point_count(problem) * product_point_stride(problem);
   float* products = panel + panel_floats(problem);
   const TileBlock tiles = tile_block(problem, block);
-  transform_block<Products, kTile>(problem, tiles, panel);
+  const TileOrder order(problem, tiles);
+  transform_block<Products, kTile>(problem, tiles, order, panel);
   const int64_t weight_bytes = problem.columns_per_task * problem.point_words[kTile * kTile] * kColumnBlock * 4;
   const bool another = block + 1 < problem.blocks && !problem.one_task_each;
   const Ahead ahead = {input_rows(problem, another ? block + 1 : block), output_rows(problem, block),
                        weight_bytes <= kWeightsInL2};
   for (int64_t column = first; column < last; column += problem.columns_at_once) {
     const int64_t left = last - column, columns = left < problem.columns_at_once ? left : problem.columns_at_once;
-    for (int64_t i = 0; i < columns; ++i) {
-      multiply<Products, kTile>(problem, tiles, column + i, panel, products + i * product_floats, ahead,
-                                column + i - first, last - first);
-    }
-    finish<M, kTile>(problem, tiles, column, columns, products);
+    multiply<Products, kTile>(problem, order, column, columns, panel, tiles.count, products, ahead, column - first,
+                              last - first);
+    finish<M, kTile>(problem, tiles, order, column, columns, products);
   }
 }
 

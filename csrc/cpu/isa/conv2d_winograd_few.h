@@ -150,7 +150,8 @@ static void finish_group(const WinogradProblem& problem, const TileBlock& tiles,
   }
   TilePlace place = place_of(problem, tiles.first);
   for (int64_t i = 0; i < tiles.count; ++i, place = place_after(problem, place)) {
-    const bool inside = place.p + kFewOutputs <= height && place.q + kFewOutputs <= width;
+    const bool inside = place.height == kFewOutputs && place.p + kFewOutputs <= height && place.width == kFewOutputs &&
+                        place.q + kFewOutputs <= width;
     const int64_t pixel = (place.image * height + place.p) * width + place.q;
     for (int k = 0; k < Out; ++k) {
       const int64_t channel = k * kVectorWidth;

@@ -37,23 +37,78 @@ static int64_t point_count(const WinogradProblem& problem) {
 // ---- input transform ----------------------------------------------------------------------------------------------
 
 struct TilePlace {
-  int64_t image, p, q;  // first output row and column
+  int64_t image, p, q;    // first output row and column
+  int64_t height, width;  // outputs, of which some may lie beyond the end
 };
 
+// Where short tiles begin, in outputs of a row or column of tiles.
+static int64_t short_from_p(const WinogradProblem& problem) {
+  return (problem.tiles_h - problem.short_h) * problem.tile;
+}
+static int64_t short_from_q(const WinogradProblem& problem) {
+  return (problem.tiles_w - problem.short_w) * problem.tile;
+}
+
 static TilePlace place_of(const WinogradProblem& problem, int64_t tile) {
-  const int64_t column = tile % problem.tiles_w, row = tile / problem.tiles_w;
-  return {row / problem.tiles_h, row % problem.tiles_h * problem.tile, column * problem.tile};
+  const int64_t column = tile % problem.tiles_w, row = tile / problem.tiles_w % problem.tiles_h;
+  const int64_t late_rows = row - (problem.tiles_h - problem.short_h),
+                late = column - (problem.tiles_w - problem.short_w);
+  TilePlace place = {tile / problem.tiles_w / problem.tiles_h, row * problem.tile, column * problem.tile, problem.tile,
+                     problem.tile};
+  if (late_rows >= 0) place.p -= late_rows, --place.height;
+  if (late >= 0) place.q -= late, --place.width;
+  return place;
 }
 
 // The next tile's.
 static TilePlace place_after(const WinogradProblem& problem, TilePlace place) {
-  place.q += problem.tile;
-  if (place.q < problem.tiles_w * problem.tile) return place;
+  place.q += place.width;
+  if (place.q < problem.tiles_w * problem.tile - problem.short_w) {
+    if (place.q == short_from_q(problem)) --place.width;
+    return place;
+  }
   place.q = 0;
-  place.p += problem.tile;
-  if (place.p < problem.tiles_h * problem.tile) return place;
-  return {place.image + 1, 0, 0};
+  place.width = problem.tile - (problem.short_w == problem.tiles_w);
+  place.p += place.height;
+  if (place.p < problem.tiles_h * problem.tile - problem.short_h) {
+    if (place.p == short_from_p(problem)) --place.height;
+    return place;
+  }
+  return {place.image + 1, 0, 0, problem.tile - (problem.short_h == problem.tiles_h), place.width};
 }
+
+// The order of a block's tiles in its panel and products: first those that are short in width alone, then whole ones,
+// then those short in height alone, then those short in both. So the tiles that have a point lie side by side.
+class TileOrder {
+ public:
+  TileOrder(const WinogradProblem& problem, const TileBlock& tiles) : tile_(problem.tile), count_(tiles.count) {
+    int64_t of_kind[4] = {tiles.count, 0, 0, 0};
+    if (problem.short_h + problem.short_w > 0) {
+      of_kind[kWhole] = 0;
+      TilePlace place = place_of(problem, tiles.first);
+      for (int64_t i = 0; i < tiles.count; ++i, place = place_after(problem, place)) ++of_kind[kind(place)];
+    }
+    next_[kShortWidth] = 0;
+    next_[kWhole] = whole_ = of_kind[kShortWidth];
+    next_[kShortHeight] = short_height_ = whole_ + of_kind[kWhole];
+    next_[kShortBoth] = short_both_ = short_height_ + of_kind[kShortHeight];
+  }
+  // The place of the next tile, when all are asked for one after the other.
+  int64_t take(const TilePlace& place) { return next_[kind(place)]++; }
+  // The tiles that have a point of the last row, of the last column, of both.
+  int64_t begin(bool last_column) const { return last_column ? whole_ : 0; }
+  int64_t end(bool last_row, bool last_column) const {
+    return last_row ? short_height_ : last_column ? short_both_ : count_;
+  }
+
+ private:
+  enum Kind { kWhole, kShortWidth, kShortHeight, kShortBoth };
+  Kind kind(const TilePlace& place) const {
+    return static_cast<Kind>(2 * (place.height < tile_) + (place.width < tile_));
+  }
+  int64_t tile_, count_, whole_, short_height_, short_both_;
+  int64_t next_[4];
+};
 
 template <typename T>
 static inline Vector load_lanes(const T* from, int64_t lanes) {
@@ -310,12 +365,12 @@ static inline __attribute__((always_inline)) void transform_phase(const Reader& 
 }
 
 template <typename Products, int kTile, typename T>
-static void transform_block_of(const WinogradProblem& problem, const TileBlock& tiles, float* to) {
+static void transform_block_of(const WinogradProblem& problem, const TileBlock& tiles, TileOrder order, float* to) {
   const int64_t vector_stride = tiles.count * kVectorWidth, point_stride = input_point_stride(problem);
   const int stride = problem.stride;
   TilePlace place = place_of(problem, tiles.first);
   for (int64_t i = 0; i < tiles.count; ++i, place = place_after(problem, place)) {
-    float* first = to + i * kVectorWidth;  // of the first point
+    float* first = to + order.take(place) * kVectorWidth;  // of the first point
     if (problem.rows_per_vector > 0) {
       for (int row = 0; row < stride; row += problem.rows_per_vector, first += vector_stride) {
         transform_phase<kTile>(RowReader<T, kTile>(problem, place, row),
@@ -335,11 +390,11 @@ static void transform_block_of(const WinogradProblem& problem, const TileBlock& 
 }
 
 template <typename Products, int kTile>
-static void transform_block(const WinogradProblem& problem, const TileBlock& tiles, float* to) {
+static void transform_block(const WinogradProblem& problem, const TileBlock& tiles, const TileOrder& order, float* to) {
   if (problem.input.dtype == DType::f32) {
-    transform_block_of<Products, kTile, float>(problem, tiles, to);
+    transform_block_of<Products, kTile, float>(problem, tiles, order, to);
   } else {
-    transform_block_of<Products, kTile, uint16_t>(problem, tiles, to);
+    transform_block_of<Products, kTile, uint16_t>(problem, tiles, order, to);
   }
 }
 

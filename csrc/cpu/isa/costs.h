@@ -18,6 +18,7 @@ struct MachineCosts {
 
   struct Winograd {                        // conv2d_winograd_cut.cpp
     double l2 = 832 << 10, l3 = 16 << 20;  // bytes of which a thread, or all, may fill this much
+    double panel_l2 = 832 << 10;           // a panel and what is used beside it stay in L2 up to here
     // By the number of points to a tile's side: cycles to transform a tile of a vector of channels there and back.
     double there[8] = {0, 0, 0, 80, 90, 0, 270, 270}, back[8] = {0, 0, 0, 60, 90, 0, 270, 330};
     double strided_there = 2;        // times that: tiles of phases are read from scattered places
@@ -25,6 +26,7 @@ struct MachineCosts {
     double strided_product = 1.06;   // the same with a stride
     double strided_micro_tile = 45;  // to begin and end one, at each point
     double plain = 1;                // plain weights' kernels (conv2d_winograd_plain.cpp), over AVX-512's
+    int columns_at_once = 1;         // column blocks that may be formed together, at most
   } winograd;
 
   struct Rows {  // conv2d_winograd_rows.cpp

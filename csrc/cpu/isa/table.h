@@ -89,7 +89,9 @@ struct WinogradProblem {
   bool max_pool;  // `out` is the maximum of each 2x2 window of the convolution's output; no residual then
   // How the work is cut: see isa/conv2d_winograd.cpp.
   int64_t tiles_h, tiles_w;  // in an image's height and width
-  int64_t tiles;             // in the batch
+  // Of them the last ones that are an output short, and have no point at infinity: see isa/conv2d_winograd.cpp.
+  int64_t short_h = 0, short_w = 0;
+  int64_t tiles;  // in the batch
   int64_t tiles_per_block, blocks, columns_per_task;
   int64_t columns_at_once;  // column blocks whose products are formed before they go back
   // No thread has a task after its first: what others will read is not brought from their caches.
