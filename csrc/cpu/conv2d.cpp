@@ -209,8 +209,10 @@ int64_t cut_dense(Conv2dProblem& problem, int threads) {
       }
     }
   }
-  // Where no thread has a second task, the next one's pixels are for another core.
-  problem.prefetch_input &= tasks > threads && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
+  // Where no thread has a second task, the next one's pixels are for another core; and of the next rows a group reads
+  // but its own channels.
+  problem.prefetch_input &=
+      g.groups == 1 && tasks > threads && problem.blocks_per_task * reduction * table.column_block * 4 <= kL2Bytes;
   return tasks;
 }
 

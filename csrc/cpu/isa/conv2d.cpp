@@ -42,15 +42,24 @@ static inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// What a task owns. Column tasks vary slowest, so that threads that run side by side share weights.
+// Whether tasks pass from group to group of the same rows: what they read lies side by side there, in the same pages.
+static bool goes_by_groups(const Conv2dProblem& problem) {
+  return problem.geometry.groups > 1 && problem.source == ConvSource::strip;
+}
+
+// What a task owns. Column tasks vary slowest, so that threads that run side by side share weights; but groups fastest
+// where strips of rows are copied.
 struct Task {
   int64_t row_task, row_tasks, group, first_block, last_block;
 
   Task(const Conv2dProblem& problem, int64_t index) : row_tasks(problem.row_tasks) {
     const int64_t column_tasks = (problem.column_blocks + problem.blocks_per_task - 1) / problem.blocks_per_task;
-    row_task = index % row_tasks;
-    group = index / row_tasks / column_tasks;
-    first_block = index / row_tasks % column_tasks * problem.blocks_per_task;
+    const bool by_groups = goes_by_groups(problem);
+    const int64_t all_columns = problem.geometry.groups * column_tasks;  // of all groups
+    row_task = by_groups ? index / all_columns : index % row_tasks;
+    const int64_t column_task = by_groups ? index % all_columns : index / row_tasks;
+    group = column_task / column_tasks;
+    first_block = column_task % column_tasks * problem.blocks_per_task;
     last_block = smaller(first_block + problem.blocks_per_task, problem.column_blocks);
   }
 };
@@ -77,7 +86,8 @@ static const MicroKernel* kernels_for(const MicroTarget& target) {
 
 // The next task's weights: its own first block again, or the first behind this task's.
 static const float* weights_after(const Conv2dProblem& problem, const Task& task) {
-  return weights_of(problem, task.group, task.row_task + 1 < task.row_tasks ? task.first_block : task.last_block);
+  const bool again = !goes_by_groups(problem) && task.row_task + 1 < task.row_tasks;
+  return weights_of(problem, task.group, again ? task.first_block : task.last_block);
 }
 
 // ---- in place, panel ----------------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ static void fill_strip(const Conv2dProblem& problem, int64_t n, int64_t h, int64
   const int64_t pad = problem.geometry.pad_left, left = pad < width ? pad : width;
   const int64_t inside = x.w < width - left ? x.w : width - left;  // input pixels that are read
   const bool has_prologue = problem.has_prologue();
+  const bool next_group = channel0 + channels < x.c;  // which the next task reads
   const ChannelPrologue prologue = {problem.input_scale ? problem.input_scale + channel0 : nullptr,
                                     problem.input_shift ? problem.input_shift + channel0 : nullptr, problem.input_relu};
   for (int64_t i = 0; i < rows; ++i, ++h, strip += problem.strip_pitch) {
@@ -169,6 +170,7 @@ static void fill_strip(const Conv2dProblem& problem, int64_t n, int64_t h, int64
       copy_run(to, from, inside * channels);
     } else {
       for (int64_t w = 0; w < inside; ++w, from += x.pixel_stride) {
+        if (next_group) __builtin_prefetch(from + channels, 0, 2);
         if (has_prologue) {
           copy_run(to + w * channels, from, channels, prologue);
         } else {

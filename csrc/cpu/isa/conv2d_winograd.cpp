@@ -15,24 +15,33 @@
 // for every (c, k) where the sum costs 49, an 11x11 filter with stride 4 529/16 where the sum costs 121, a 3x3 filter
 // with stride 2 25/4 (F(2x2, 2x2)) where the sum costs 9.
 //
+// Short tiles: only a tile's last outputs need its products at infinity. So a tile that is an output short in height or
+// width has none of them there: 14 outputs are 4 + 4 + 3 + 3, with 6 + 6 + 5 + 5 points, and 14x14 costs 484 products
+// where four whole tiles a side cost 576. Of an output's tiles in a row the last ones are short, as many as fit it best
+// (13 = 4 + 3 + 3 + 3). Where windows of max pooling are taken on the way back, tiles are whole, as windows must lie in
+// them; freezing asks for that only where they begin at the same places (fastcnn/backends/cpp.py:may_pool).
+//
 // Points: t = 7 interpolates at +-3/8, +-7/8, +-7/4 and infinity, t = 6 at 0, +-5/8, +-3/2 and infinity, t = 4 at 0,
 // +-1 and infinity, t = 3 at +-1 and infinity. The textbook's 0, +-1, +-2 make the transforms' coefficients whole
 // numbers but cost twice the error: what counts is that the powers of the points stay near 1, on both sides. All
 // coefficients here are exact in fp32.
 //
 // Layouts, with L lanes to a vector:
-//   transformed input  [tile block][point][channel vector][tile][L], points padded apart to an odd number of vectors
+//   transformed input  [tile block][point][channel vector][tile][L], tiles in the order of TileOrder, so that those
+//   that
+//                      have a point lie side by side; points padded apart to an odd number of vectors
 //                      so that a tile's t*t stores do not meet in the same sets of the cache; a vector holds channels
 //                      of one phase or, where they are few, of several
 //   weights            [column block][point][channel][kColumnBlock], transformed in double by conv2d_winograd.cpp,
 //                      without the channels that are zero at a point
-//   products           [column block][point][tile][kColumnBlock], of one tile block and one or two column blocks
+//   products           [column block][point][tile][kColumnBlock], of one tile block and one, two or four column blocks
 //
 // Work: tiles of all images are numbered in one row and cut into blocks of `tiles_per_block`. A task is one block and
 // `columns_per_task` column blocks. It transforms the block's input into its own scratch, vector of channels by vector
-// of channels (gather, zero padding, strides, prologue and bf16 are dealt with there); for each of its column blocks
-// the t*t matrix products are formed by the register-blocked micro-kernel, then transformed back, finished and stored.
-// So weights are read once for each block. Where there are few tiles, threads share out the column blocks instead, and
+// of channels (gather, zero padding, strides, prologue and bf16 are dealt with there); for one or some of its column
+// blocks at a time the t*t matrix products are formed by the register-blocked micro-kernel, then transformed back,
+// finished and stored. So weights are read once for each block, and a panel that L2 does not hold once for the column
+// blocks that are formed together. Where there are few tiles, threads share out the column blocks instead, and
 // each transforms the input for itself: that costs less than to wait for each other's transforms and fetch them from
 // another core's cache. Meanwhile the next block's input and, where the weights stay in L2, this one's output are
 // fetched.
