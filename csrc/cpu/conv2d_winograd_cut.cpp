@@ -16,6 +16,12 @@ double beside(double products, double stream) {
   return std::max(products, stream) + std::min(products, stream) / 4;
 }
 
+// Bytes a cycle of a layer's weights when they are met first.
+double weights_rate(double bytes) {
+  const MachineCosts& costs = kernels().costs;
+  return bytes <= costs.near_weights ? costs.near_bytes_per_cycle : costs.far_bytes_per_cycle;
+}
+
 // One cut's cycles.
 double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t columns, int64_t at_once) {
   const KernelTable& table = kernels();
@@ -52,9 +58,10 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   const double passes = static_cast<double>(parts < threads ? ceil_div(blocks, threads) : blocks);
   const bool in_l2 =
       part * weight_bytes + panel_bytes + static_cast<double>(at_once) * products_bytes < costs.winograd.l2;
-  const bool in_l3 = static_cast<double>(sizes.column_blocks) * weight_bytes < costs.winograd.l3;
+  const double all_weights = static_cast<double>(sizes.column_blocks) * weight_bytes;
+  const bool in_l3 = all_weights < costs.winograd.l3;
   const double again = in_l2 ? 0 : 1 / (in_l3 ? costs.near_bytes_per_cycle : costs.far_bytes_per_cycle);
-  const double weights = weight_bytes * (1 / costs.far_bytes_per_cycle + (passes - 1) * again) / passes;
+  const double weights = weight_bytes * (1 / weights_rate(all_weights) + (passes - 1) * again) / passes;
   const double panel = panel_bytes + in_use < costs.winograd.panel_l2
                            ? 0
                            : panel_bytes / costs.near_bytes_per_cycle / static_cast<double>(at_once);
@@ -139,9 +146,9 @@ double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int6
     return cheapest_cut(winograd_sizes(n, p, q, columns, phases, tile, stride, pairs, false), kThreads).cycles;
   }
   const int64_t words = ceil_div(filter * filter * in_channels, bf16 ? 2 : 1);  // of the reduction
-  const double weight_values = static_cast<double>(words * columns * table.column_block);
+  const double weight_bytes = static_cast<double>(words * columns * table.column_block * 4);
   const double products = static_cast<double>(n * p * q * words * columns) / kThreads * costs.direct.product;
-  return beside(products, weight_values * 4 / kThreads / costs.far_bytes_per_cycle) + costs.phase;
+  return beside(products, weight_bytes / kThreads / weights_rate(weight_bytes)) + costs.phase;
 }
 
 }  // namespace fastcnn::cpu

@@ -13,6 +13,7 @@ static constexpr MachineCosts machine_costs() {
   // Zen 3: two 256-bit FMA units, 512 KiB of L2, 32 MiB of L3 shared, memory at some 8 bytes a cycle for both threads:
   // the choices are right with 7 for each, as other weights wait in L3.
   costs.far_bytes_per_cycle = 7;
+  costs.near_weights = 640 << 10;
   costs.winograd.strided_product = 1.46;
   costs.winograd.plain = 1.8;
   costs.winograd.panel_l2 = 384 << 10;
