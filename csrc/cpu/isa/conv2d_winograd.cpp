@@ -27,11 +27,10 @@
 // coefficients here are exact in fp32.
 //
 // Layouts, with L lanes to a vector:
-//   transformed input  [tile block][point][channel vector][tile][L], tiles in the order of TileOrder, so that those
-//   that
-//                      have a point lie side by side; points padded apart to an odd number of vectors
-//                      so that a tile's t*t stores do not meet in the same sets of the cache; a vector holds channels
-//                      of one phase or, where they are few, of several
+//   transformed input  [tile block][point][channel vector][tile][L], tiles in the order of TileOrder (those that have
+//                      a point are adjacent), points padded apart to an odd number of vectors so that a tile's t*t
+//                      stores do not meet in the same sets of the cache; a vector holds channels of one phase or,
+//                      where they are few, of several
 //   weights            [column block][point][channel][kColumnBlock], transformed in double by conv2d_winograd.cpp,
 //                      without the channels that are zero at a point
 //   products           [column block][point][tile][kColumnBlock], of one tile block and one, two or four column blocks
