@@ -114,7 +114,7 @@ bool is_narrow(const Conv2dProblem& problem) {
   const KernelTable& table = kernels();
   const int64_t reduction = problem.geometry.filter_h * problem.geometry.filter_w * problem.group_in;
   return table.permutes && problem.source == ConvSource::strip && problem.geometry.groups == 1 &&
-         2 * problem.group_out <= table.vector_width && problem.out.pixel_stride == problem.group_out &&
+         problem.group_out <= narrow_channels(table.vector_width) && problem.out.pixel_stride == problem.group_out &&
          problem.out.dtype == DType::f32 && !problem.residual && reduction <= table.max_chunk;
 }
 

@@ -1,4 +1,4 @@
-// Direct convolution into few output channels, at most half a vector: output pixels across the lanes.
+// Direct convolution into few output channels, at most half a vector (6 of AVX2's 8): output pixels across the lanes.
 //
 // A micro-tile of conv2d_micro.h puts output channels across the lanes: of 16 lanes the 6 channels of a first layer
 // (LeNet-5) leave 10 idle. Here a vector is 16 pixels of one output channel, adjacent ones of a row. Input rows lie in
@@ -28,7 +28,7 @@
 namespace fastcnn::cpu::FASTCNN_ISA {
 namespace {
 
-constexpr int kNarrowChannels = kVectorWidth / 2 > 0 ? kVectorWidth / 2 : 1;
+constexpr int kNarrowChannels = narrow_channels(kVectorWidth);
 
 // Lane f is lane index[f] of x and, behind it, y; where that is no lane, of `otherwise`.
 static inline Vector merged(Vector otherwise, Vector x, Vector y, Words index) {
@@ -215,7 +215,13 @@ static int64_t narrow_scratch_floats(const Conv2dProblem& problem) {
 // One channel's even and odd pixels.
 static inline void take_pairs_apart(const float* from, int64_t count, float* even, float* odd) {
   int64_t at = 0;
-#if FASTCNN_HAS_SHUFFLE && defined(__AVX512F__)
+#if FASTCNN_HAS_SHUFFLE && defined(__AVX2__) && !defined(__AVX512F__)
+  for (; at + 2 * kVectorWidth <= count; at += 2 * kVectorWidth) {
+    const Vector a = load(from + at), b = load(from + at + kVectorWidth);
+    store(even + at / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+    store(odd + at / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+  }
+#elif FASTCNN_HAS_SHUFFLE && defined(__AVX512F__)
   for (; at + 2 * kVectorWidth <= count; at += 2 * kVectorWidth) {
     const Vector a = load(from + at), b = load(from + at + kVectorWidth);
     store(even + at / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));

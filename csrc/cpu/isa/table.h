@@ -98,6 +98,12 @@ struct WinogradProblem {
   bool one_task_each = false;
 };
 
+// Output channels that isa/conv2d_narrow.h serves at most: those whose sums of two vectors of pixels fit the registers,
+// and which leave lanes idle where channels lie across them.
+constexpr int narrow_channels(int vector_width) {
+  return vector_width == 8 ? 6 : vector_width > 1 ? vector_width / 2 : 1;
+}
+
 // Outputs of a row that make a tile of isa/conv2d_winograd_rows.cpp, by the stride.
 constexpr int winograd_row_tile(int stride) {
   return stride == 1 ? 2 : 4;
