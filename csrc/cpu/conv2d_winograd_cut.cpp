@@ -16,10 +16,12 @@ double beside(double products, double stream) {
   return std::max(products, stream) + std::min(products, stream) / 4;
 }
 
-// Bytes a cycle of a layer's weights when they are met first.
-double weights_rate(double bytes) {
+// Bytes a cycle of a layer's weights when they are met first: of few weights, what lies halfway between the rates of L3
+// and of memory. Of a picture smaller than 7x7 that has been found too hopeful.
+double weights_rate(double bytes, int64_t outputs) {
   const MachineCosts& costs = kernels().costs;
-  return bytes <= costs.near_weights ? costs.near_bytes_per_cycle : costs.far_bytes_per_cycle;
+  const double far = costs.far_bytes_per_cycle;
+  return bytes <= costs.near_weights && outputs >= 49 ? (costs.near_bytes_per_cycle + far) / 2 : far;
 }
 
 // One cut's cycles.
@@ -61,7 +63,7 @@ double cycles_of(const WinogradSizes& sizes, int threads, int64_t tiles, int64_t
   const double all_weights = static_cast<double>(sizes.column_blocks) * weight_bytes;
   const bool in_l3 = all_weights < costs.winograd.l3;
   const double again = in_l2 ? 0 : 1 / (in_l3 ? costs.near_bytes_per_cycle : costs.far_bytes_per_cycle);
-  const double weights = weight_bytes * (1 / weights_rate(all_weights) + (passes - 1) * again) / passes;
+  const double weights = weight_bytes * (1 / weights_rate(all_weights, sizes.outputs) + (passes - 1) * again) / passes;
   const double panel = panel_bytes + in_use < costs.winograd.panel_l2
                            ? 0
                            : panel_bytes / costs.near_bytes_per_cycle / static_cast<double>(at_once);
@@ -90,6 +92,7 @@ WinogradSizes winograd_sizes(int64_t n, int64_t p, int64_t q, int64_t column_blo
   const int64_t rows = ceil_div(p, tile), columns = ceil_div(q, tile);
   sizes.side = tile + phases.taps() - 1;
   sizes.stride = stride;
+  sizes.outputs = n * p * q;
   sizes.tiles = n * rows * columns;
   sizes.channel_vectors = phases.vectors();
   const auto share = [&](int64_t size, int64_t tiles) {
@@ -148,7 +151,7 @@ double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int6
   const int64_t words = ceil_div(filter * filter * in_channels, bf16 ? 2 : 1);  // of the reduction
   const double weight_bytes = static_cast<double>(words * columns * table.column_block * 4);
   const double products = static_cast<double>(n * p * q * words * columns) / kThreads * costs.direct.product;
-  return beside(products, weight_bytes / kThreads / weights_rate(weight_bytes)) + costs.phase;
+  return beside(products, weight_bytes / kThreads / weights_rate(weight_bytes, n * p * q)) + costs.phase;
 }
 
 }  // namespace fastcnn::cpu

@@ -12,7 +12,7 @@ namespace fastcnn::cpu {
 struct WinogradSizes {
   int side;  // points to a tile's side
   int stride;
-  int64_t tiles;  // in the batch
+  int64_t outputs, tiles;  // in the batch; outputs of a channel
   int64_t channel_vectors;
   int64_t words[4];  // of the reduction, over all points of a kind
   double having[4];  // the share of the tiles that have such points
