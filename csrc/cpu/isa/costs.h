@@ -11,7 +11,7 @@ namespace fastcnn::cpu {
 struct MachineCosts {
   double phase = 6000, task = 1000;                           // until all threads have come; to begin a task
   double near_bytes_per_cycle = 12, far_bytes_per_cycle = 9;  // for a thread, from L3 and from memory
-  double near_weights = 0;  // bytes: layers of so few weights are those of small networks, which L3 holds as a whole
+  double near_weights = 0;  // bytes: so few come at a rate between the two, as L3 holds all of a small network's
 
   struct Direct {
     double product = 1.14;  // cycles of a unit
