@@ -158,8 +158,9 @@ void require_winograd(const int64_t shape[4], int tile, int stride) {
   }
   if (!cpu::winograd_has(tile, static_cast<int>(taps))) {
     throw py::value_error("tile must be " +
-                          std::string(taps == 3   ? "2 or 4"
+                          std::string(taps == 3   ? "2, 4 or 6"
                                       : taps == 4 ? "4"
+                                      : taps == 5 ? "2 or 4"
                                                   : "2") +
                           " for " + std::to_string(taps) + " taps a phase, is " + std::to_string(tile));
   }
@@ -477,6 +478,7 @@ PYBIND11_MODULE(_native, m) {
       .def_static("from_packed", &packed_conv2d_winograd_weight_from, py::arg("packed"), py::arg("shape"),
                   py::arg("tile"), py::arg("stride"), py::arg("dtype"))
       .def("packed", &packed_bytes<cpu::PackedConv2dWinogradWeight>)
+      .def("may_pool", &cpu::PackedConv2dWinogradWeight::may_pool, py::arg("height"), py::arg("width"))
       .def_property_readonly("bytes", &cpu::PackedConv2dWinogradWeight::bytes);
   m.def("cpu_conv2d_winograd", &cpu_conv2d_winograd, py::arg("out"), py::arg("input"), py::arg("weight"),
         py::arg("scale"), py::arg("bias"), py::arg("residual"), py::arg("input_scale"), py::arg("input_shift"),

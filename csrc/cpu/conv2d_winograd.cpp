@@ -48,6 +48,11 @@ PackedConv2dWinogradWeight::PackedConv2dWinogradWeight(DType dtype, int64_t out_
   data_.reset(static_cast<float*>(allocate_aligned(bytes_)));
 }
 
+bool PackedConv2dWinogradWeight::may_pool(int64_t height, int64_t width) const {
+  // Of two tiles that are an output short the second begins within a window.
+  return short_tiles(height, tile, side()) <= 1 && short_tiles(width, tile, side()) <= 1;
+}
+
 void PackedConv2dWinogradWeight::assign(const void* packed) {
   std::memcpy(data_.get(), packed, static_cast<size_t>(bytes_));
 }
@@ -147,8 +152,8 @@ Works conv2d_winograd_work(const TensorView& out, const TensorView& input, const
   p.tiles_w = ceil_div(out_w, weight.tile);
   p.tiles = out.n * p.tiles_h * p.tiles_w;
   if (!max_pool) {  // windows lie in tiles that begin at whole ones' places
-    p.short_h = short_tiles(out.h, weight.tile);
-    p.short_w = short_tiles(out.w, weight.tile);
+    p.short_h = short_tiles(out.h, weight.tile, p.side);
+    p.short_w = short_tiles(out.w, weight.tile, p.side);
   }
 
   const WinogradCut cut = cheapest_cut(winograd_sizes(out.n, out_h, out_w, p.column_blocks, weight.phases, p.tile,

@@ -96,7 +96,7 @@ WinogradSizes winograd_sizes(int64_t n, int64_t p, int64_t q, int64_t column_blo
   sizes.tiles = n * rows * columns;
   sizes.channel_vectors = phases.vectors();
   const auto share = [&](int64_t size, int64_t tiles) {
-    return whole ? 1 : 1 - static_cast<double>(short_tiles(size, tile)) / static_cast<double>(tiles);
+    return whole ? 1 : 1 - static_cast<double>(short_tiles(size, tile, sizes.side)) / static_cast<double>(tiles);
   };
   const double tall = share(p, rows), wide = share(q, columns);
   for (int kind = 0; kind < 4; ++kind) {
@@ -119,7 +119,7 @@ WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads) {
   const auto consider = [&](int team, int64_t blocks, int64_t parts) {
     const int64_t tiles = ceil_div(sizes.tiles, blocks), columns = ceil_div(sizes.column_blocks, parts);
     const bool pairs = writes_by_pairs(sizes, tiles, columns);
-    const int64_t most = std::min<int64_t>(columns, table.costs.winograd.columns_at_once);
+    const int64_t most = pairs ? 1 : std::min<int64_t>(columns, table.costs.winograd.columns_at_once);
     for (int64_t at_once = 1; at_once <= most; at_once *= 2) {
       const double cycles = cycles_of(sizes, team, tiles, columns, at_once);
       if (best.cycles == 0 || cycles < best.cycles) best = {team, tiles, columns, pairs ? 2 : at_once, cycles};

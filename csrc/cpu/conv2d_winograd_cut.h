@@ -35,10 +35,11 @@ struct WinogradCut {
   double cycles = 0;            // estimated, of the busiest thread
 };
 
-// Of the tiles that cover `size` outputs, those that may be an output short: 14 = 4 + 4 + 3 + 3.
-constexpr int64_t short_tiles(int64_t size, int64_t tile) {
-  const int64_t tiles = (size + tile - 1) / tile, beyond = tiles * tile - size;
-  return beyond < tiles ? beyond : tiles;
+// Of the tiles that cover `size` outputs, those that are an output short: 14 = 4 + 4 + 3 + 3. None where they would
+// save less than a point in 64: behind whole tiles pooling has all its windows in one.
+constexpr int64_t short_tiles(int64_t size, int64_t tile, int64_t side) {
+  const int64_t tiles = (size + tile - 1) / tile, beyond = tiles * tile - size, count = beyond < tiles ? beyond : tiles;
+  return count * 64 < tiles * side ? 0 : count;
 }
 
 // Whether the products of a bf16 weight are formed in bf16, on a processor with bf16 dot products: in 4x4 tiles the

@@ -16,8 +16,10 @@ std::vector<double> finite_points(int side) {
       return {0.375, -0.375, 1.25, -1.25};
     case 6:
       return {0, 0.625, -0.625, 1.5, -1.5};
-    default:
+    case 7:
       return {0.375, -0.375, 0.875, -0.875, 1.75, -1.75};
+    default:
+      return {0, 0.5, -0.5, 1, -1, 2, -2};
   }
 }
 

@@ -18,7 +18,7 @@ namespace fastcnn::cpu {
 
 // Tiles of tile x tile outputs that there are kernels for, under filters of taps x taps.
 constexpr bool winograd_has(int tile, int taps) {
-  return tile == 2 ? taps == 2 || taps == 3 || taps == 5 : tile == 4 && (taps == 3 || taps == 4);
+  return tile == 2 ? taps == 2 || taps == 3 || taps == 5 : tile == 4 ? taps >= 3 && taps <= 5 : tile == 6 && taps == 3;
 }
 
 class WinogradPhases {

@@ -72,6 +72,8 @@ class PackedConv2dWinogradWeight {
   WinogradPhases phases;
   int64_t column_blocks;
   int side() const { return tile + phases.taps() - 1; }  // of a tile's points, and its input in one phase
+  // Whether tiles of a picture of that size hold whole 2x2 windows, so that their maxima may be formed on the way back.
+  bool may_pool(int64_t height, int64_t width) const;
   const std::vector<int64_t>& point_words() const { return point_words_; }  // before each point, and all
   const float* data() const { return data_.get(); }
   int64_t bytes() const { return bytes_; }

@@ -44,9 +44,9 @@ class Tiles(NamedTuple):
 # How conv2d is computed: the plain sum, or Winograd's algorithm, where winogradMsS is for stride S; in tiles of 4x4
 # also with weights that stay plain in memory and are transformed while they are used; winograd1x4sS and winograd1x2 in
 # tiles of a row; or, of 1x1 filters, Strassen's algorithm.
-DIRECT, WINOGRAD4, WINOGRAD2, WINOGRAD4_PLAIN = "direct", "winograd4", "winograd2", "winograd4_plain"
-STRASSEN = "strassen"
-_TILES = {WINOGRAD4: Tiles(4, 1), WINOGRAD2: Tiles(2, 1)}
+DIRECT, WINOGRAD4_PLAIN, STRASSEN = "direct", "winograd4_plain", "strassen"
+WINOGRAD6, WINOGRAD4, WINOGRAD2 = "winograd6", "winograd4", "winograd2"
+_TILES = {WINOGRAD6: Tiles(6, 1), WINOGRAD4: Tiles(4, 1), WINOGRAD2: Tiles(2, 1)}
 _TILES.update({f"winograd{size}s{stride}": Tiles(size, stride) for stride in (2, 3, 4) for size in (4, 2)})
 WINOGRAD_1X2 = "winograd1x2"
 _ROWS = {WINOGRAD_1X2: 1, **{f"winograd1x4s{stride}": stride for stride in (2, 3, 4)}}
@@ -54,17 +54,20 @@ ALGORITHMS = (DIRECT, *_TILES, *_ROWS, WINOGRAD4_PLAIN, STRASSEN)
 # A fully connected weight in fewer bits, without loss; and so that what meets a zero input is not read.
 SHORT, SHORT_BY_INPUT = "short", "short_by_input"
 # By the taps of a phase, to a side: those of filters with stride 1 are the filter's.
-_SIZES = {1: {3: (4, 2), 5: (2,)}, 2: {2: (2,), 3: (4, 2), 4: (4,)}}
+_SIZES = {1: {3: (6, 4, 2), 5: (4, 2)}, 2: {2: (2,), 3: (4, 2), 4: (4,)}}
 _SIZES[3] = _SIZES[4] = _SIZES[2]
 # What those of fixed filters cover.
 _SERVES = {
-    WINOGRAD4: "3x3 filters with stride 1 and one group",
+    WINOGRAD6: "3x3 filters with stride 1 and one group",
+    WINOGRAD4: "3x3 and 5x5 filters with stride 1 and one group",
     WINOGRAD2: "3x3 and 5x5 filters with stride 1 and one group",
     WINOGRAD_1X2: "5x5 filters with stride 1 and one group",
     WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group, groups of whole vectors, or of 4 to a vector's channels",
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
-_WORTHWHILE = 1.08  # by how much the estimate must favour Strassen's algorithm: it is off by as much
+# By how much the estimate must favour an algorithm: it is off by as much, and tiles of 6x6 round four times as much as
+# those of 4x4.
+_WORTHWHILE = {STRASSEN: 1.08, WINOGRAD6: 1.08}
 # Tiles of 4x4 under filters of 4 taps a phase have 7x7 points, which costs digits at the first layer of deep networks
 # (GoogLeNet's logits went from 1.0e-5 to 1.7e-5 off on white noise, PyTorch's are 9e-6): only the tuner and
 # freeze(tune=True) use them. Tiles of a row lose half as much.
@@ -106,13 +109,12 @@ def algorithms(
     return (DIRECT, *names, WINOGRAD4_PLAIN) if plain else (DIRECT, *names)
 
 
-def may_pool(algorithm: str, size: Pair) -> bool:
-    """Whether an algorithm's way back can take the maximum of 2x2 windows of a picture of that height and width: where
-    tiles hold whole ones. Of two tiles that are an output short the second begins within a window."""
-    if algorithm not in _TILES:
-        return algorithm in (WINOGRAD_1X2, WINOGRAD4_PLAIN)
-    tile = _TILES[algorithm].size
-    return all(side <= tile or -side % tile <= 1 for side in size)
+def may_pool(weight: PackedWeight, algorithm: str, size: Pair) -> bool:
+    """Whether a Winograd algorithm's way back can take the maximum of 2x2 windows of a picture of that height and
+    width: where its tiles hold whole ones."""
+    if isinstance(weight, _native.PackedConv2dWinogradWeight):
+        return weight.may_pool(*size)
+    return algorithm in (WINOGRAD_1X2, WINOGRAD4_PLAIN)
 
 
 def _served(algorithm: str) -> str:
@@ -190,11 +192,11 @@ def _cheapest(
         if name in _ROWS:
             return _native.cpu_conv2d_winograd_rows_cycles(out, in_channels, filter, stride)
         if name == STRASSEN:
-            return _WORTHWHILE * _native.cpu_conv2d_strassen_cycles(out, in_channels)
+            return _native.cpu_conv2d_strassen_cycles(out, in_channels)
         tile = 0 if name == DIRECT else _TILES[name].size
         return _native.cpu_conv2d_cycles(out, in_channels, filter, stride, tile, bf16)
 
-    return min(covering, key=cycles)
+    return min(covering, key=lambda name: _WORTHWHILE.get(name, 1) * cycles(name))
 
 
 def fast_algorithm(operator: str, *args: Any) -> str | None:

@@ -202,10 +202,10 @@ def operators_of(frozen: fastcnn.graph.freezing.FrozenModel) -> list[str]:
 
 
 # Batch, channels in and out, height and width. Many blocks of tiles; few, so that threads share out the output
-# channels; tiles of 2x2; weights that stay plain.
+# channels; tiles of 2x2; weights that stay plain; tiles of 6x6.
 WINOGRAD = {
     "winograd4": (2, 40, 33, 61, 53), "winograd4 columns": (2, 256, 300, 16, 11), "winograd2": (1, 256, 128, 10, 10),
-    "winograd4_plain": (1, 512, 300, 7, 6),
+    "winograd4_plain": (1, 512, 300, 7, 6), "winograd6": (2, 40, 33, 61, 53),
 }  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def test_exact_rules_winograd_out_of_a_frozen_model() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tuning_takes_the_fastest_algorithm_that_is_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {"direct": 3.0, "winograd4": 1.0, "winograd2": 2.0, "winograd4_plain": 2.5}
+    taken = {"direct": 3.0, "winograd6": 1.5, "winograd4": 1.0, "winograd2": 2.0, "winograd4_plain": 2.5}
     monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: taken[layer.algorithm])
     monkeypatch.setattr(choosing, "is_faster", lambda candidate, usual: True)
     model = _Convolution(16, 24).to(dtype)
@@ -283,7 +283,7 @@ def test_tuning_takes_the_fastest_algorithm_that_is_right(dtype: torch.dtype, mo
         return plain(weight * (1 + 2e-5) if algorithm == "winograd4" else weight, groups, algorithm)
 
     monkeypatch.setattr(cpp, "pack_weight", wrong)
-    assert chosen() == {"winograd2"}
+    assert chosen() == {"winograd6"}
     usual = cpp.conv2d_algorithm(unfrozen(model, x).shape, (24, 16, 3, 3), (1, 1), (1, 1), 1, dtype)
     taken.update(dict.fromkeys(taken, 1.0))
     taken["direct" if usual == "winograd2" else "winograd2"] = 0.99  # too little to matter
@@ -350,7 +350,7 @@ def test_tuning_measures_strided_convolutions_too(monkeypatch: pytest.MonkeyPatc
 def test_a_tuned_model_is_taken_where_it_is_faster_as_a_whole(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _Convolution(16, 24), images(1, 16, 12).contiguous(memory_format=torch.channels_last)
     usual = fastcnn.freeze(model, x)
-    taken = {algorithm: 2.0 for algorithm in ("direct", "winograd4", "winograd2", "winograd4_plain")}
+    taken = {algorithm: 2.0 for algorithm in ("direct", "winograd6", "winograd4", "winograd2", "winograd4_plain")}
     other = "direct" if "winograd" in usual._recipe.weights[0][2] else "winograd4"
     monkeypatch.setattr(choosing._Layer, "seconds", lambda layer: (taken | {other: 1.0})[layer.algorithm])
     compared: list[Any] = []

@@ -37,6 +37,7 @@ def block(c: int, k: int, *, relu: bool = True, filter: int = 3) -> nn.Sequentia
         ((1, 19, 35, 68), 33, 3),  # channels that fill no vector
         ((1, 512, 7, 7), 512, 3),  # tiles of 2x2
         ((1, 64, 27, 29), 192, 5),
+        ((1, 40, 112, 119), 70, 3),  # tiles of 6x6: whole ones, although some hang over the edge
         ((1, 6, 14, 14), 16, 5),  # along rows
         ((2, 5, 31, 27), 20, 5),
         ((1, 3, 133, 126), 64, 6),  # with stride 2
@@ -49,6 +50,8 @@ def test_has_the_bits_of_convolution_and_pooling(
 ):
     if filter == 6:  # where tiles of a row, which hold no windows, would be chosen with some instruction sets
         monkeypatch.setattr(cpp, "_cheapest", lambda *args: "winograd4s2")
+    if shape[2] == 112 and dtype == torch.float32:
+        monkeypatch.setattr(cpp, "_cheapest", lambda *args: "winograd6")
     torch.manual_seed(0)
     model, x = block(shape[1], k, relu=relu, filter=filter).eval(), torch.randn(shape)
     stride = model[0].stride = (2, 2) if filter == 6 else (1, 1)
@@ -66,11 +69,18 @@ def test_has_the_bits_of_convolution_and_pooling(
         assert relative_error(frozen(x), model.double()(x.double())) <= 3e-6
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 14, 28), (2, 64, 28, 14), (1, 64, 13, 13), (1, 64, 29, 28)], ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "shape"),
+    [
+        ("winograd4", (1, 64, 14, 28)), ("winograd4", (2, 64, 28, 14)), ("winograd4", (1, 64, 13, 13)),
+        ("winograd4", (1, 64, 29, 28)), ("winograd6", (1, 64, 28, 112)),
+    ],
+    ids=str,
+)  # fmt: skip
 @torch.no_grad()
-def test_windows_that_no_tile_holds_are_pooled_by_themselves(shape: tuple[int, ...], monkeypatch):
+def test_windows_that_no_tile_holds_are_pooled_by_themselves(algorithm: str, shape: tuple[int, ...], monkeypatch):
     """14 = 4 + 4 + 3 + 3 outputs: the last tile begins within a window."""
-    monkeypatch.setattr(cpp, "_cheapest", lambda *args: "winograd4")
+    monkeypatch.setattr(cpp, "_cheapest", lambda *args: algorithm)
     model, x = block(64, 64).eval(), torch.randn(shape)
     frozen = fastcnn.freeze(model, x)
     assert POOLED not in steps_of(frozen)

@@ -72,7 +72,7 @@ def test_has_the_bits_of_the_unfrozen_model(form: str, shape: tuple[int, ...], d
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["winograd4", "winograd2", "winograd4_plain", "winograd2s2", "winograd1x4s2", "strassen"]
+    "algorithm", ["winograd6", "winograd4", "winograd2", "winograd4_plain", "winograd2s2", "winograd1x4s2", "strassen"]
 )
 @torch.no_grad()
 def test_every_algorithm_reads_before_it_writes(algorithm: str):

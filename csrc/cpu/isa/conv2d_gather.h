@@ -198,8 +198,8 @@ static bool reads_rows_in_place(const Conv2dProblem& problem, int64_t h, int64_t
 }
 
 // As fill_strip(): in `strip`, or in place. beyond: whether what lies behind a row is read, too.
-static StripRows bring_rows(const Conv2dProblem& problem, int64_t n, int64_t h, int64_t rows, int64_t channel0,
-                            bool beyond, float* strip) {
+[[maybe_unused]] static StripRows bring_rows(const Conv2dProblem& problem, int64_t n, int64_t h, int64_t rows,
+                                             int64_t channel0, bool beyond, float* strip) {
   const TensorView& x = problem.input;
   if (!beyond && reads_rows_in_place(problem, h, rows)) {
     const int64_t pitch = x.w * x.pixel_stride;

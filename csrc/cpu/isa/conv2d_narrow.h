@@ -215,17 +215,18 @@ static int64_t narrow_scratch_floats(const Conv2dProblem& problem) {
 // One channel's even and odd pixels.
 static inline void take_pairs_apart(const float* from, int64_t count, float* even, float* odd) {
   int64_t at = 0;
-#if FASTCNN_HAS_SHUFFLE && defined(__AVX2__) && !defined(__AVX512F__)
+#if FASTCNN_HAS_SHUFFLE && defined(__AVX512F__)
+#define FASTCNN_EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define FASTCNN_ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif FASTCNN_HAS_SHUFFLE && defined(__AVX2__)
+#define FASTCNN_EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define FASTCNN_ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#endif
+#ifdef FASTCNN_EVEN_LANES
   for (; at + 2 * kVectorWidth <= count; at += 2 * kVectorWidth) {
     const Vector a = load(from + at), b = load(from + at + kVectorWidth);
-    store(even + at / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-    store(odd + at / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
-  }
-#elif FASTCNN_HAS_SHUFFLE && defined(__AVX512F__)
-  for (; at + 2 * kVectorWidth <= count; at += 2 * kVectorWidth) {
-    const Vector a = load(from + at), b = load(from + at + kVectorWidth);
-    store(even + at / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-    store(odd + at / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+    store(even + at / 2, __builtin_shufflevector(a, b, FASTCNN_EVEN_LANES));
+    store(odd + at / 2, __builtin_shufflevector(a, b, FASTCNN_ODD_LANES));
   }
 #endif
   for (; at + 1 < count; at += 2) even[at / 2] = from[at], odd[at / 2] = from[at + 1];

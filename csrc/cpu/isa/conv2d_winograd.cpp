@@ -72,7 +72,7 @@ struct Fp32Products {
                                int64_t point_stride, float* to) {
     const auto put = [&](int i, int j, Vector value)
                          __attribute__((always_inline)) { store(to + (i * kTile + j) * point_stride, value); };
-    if constexpr (kTile == 4 || kTile == 6) {
+    if constexpr (kTile % 2 == 0) {
       if (problem.stride == 1) return transform_vector<T, kTile>(problem, place, channel, put);
     }
     transform_phase<kTile>(ChannelReader<T, kTile>(problem, place, phase, channel), put);
@@ -95,7 +95,9 @@ void winograd_task(const WinogradProblem& problem, int64_t index, void* scratch)
   if (is(2, 4)) return run<Fp32Products, 2, 4>(problem, index, memory);
   if (is(2, 6)) return run<Fp32Products, 2, 6>(problem, index, memory);
   if (is(4, 6)) return run<Fp32Products, 4, 6>(problem, index, memory);
-  run<Fp32Products, 4, 7>(problem, index, memory);
+  if (is(4, 7)) return run<Fp32Products, 4, 7>(problem, index, memory);
+  if (is(4, 8)) return run<Fp32Products, 4, 8>(problem, index, memory);
+  run<Fp32Products, 6, 8>(problem, index, memory);
 }
 
 }  // namespace fastcnn::cpu::FASTCNN_ISA

@@ -218,7 +218,7 @@ static void transform_output_pooled(const WinogradProblem& problem, const TilePl
     Points<kTile>::output(half[2 * i], above);
     Points<kTile>::output(half[2 * i + 1], below);
     T* out = static_cast<T*>(y.data) + ((place.image * y.h + p + i) * y.w + q) * y.pixel_stride + channel;
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int j = 0; j < M / 2; ++j) {
       if (q + j >= y.w) break;
       const Vector top = larger(above[2 * j] * scale + bias, above[2 * j + 1] * scale + bias);
@@ -262,13 +262,13 @@ static void transform_output(const WinogradProblem& problem, const TilePlace& pl
       store(out + j * y.pixel_stride, value);
     }
   };
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
     if (i == rows) break;
     Vector across[M];
     Points<kTile>::output(half[i], across);
     if (columns == M) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int j = 0; j < M; ++j) finish(across[j], j);
     } else {
       for (int j = 0; j < columns; ++j) finish(across[j], j);
@@ -337,8 +337,7 @@ struct Ahead {
 // before.
 template <typename Products, int kTile>
 static void multiply(const WinogradProblem& problem, const TileOrder& order, int64_t column, int64_t columns,
-                     const float* panel, int64_t panel_tiles, float* products, const Ahead& ahead, int64_t part,
-                     int64_t parts) {
+                     const float* panel, float* products, const Ahead& ahead, int64_t part, int64_t parts) {
   constexpr int kPoints = kTile * kTile;
   const int64_t* before = problem.point_words;
   const int64_t words = before[kPoints], block_weights = words * kColumnBlock;
@@ -374,7 +373,7 @@ static void multiply(const WinogradProblem& problem, const TileOrder& order, int
           output = {ahead.output.part(turn, turns), ahead.output.step(turns)};
         }
         // Half of the second stream is not needed where micro-tiles share the weights.
-        kernels[height](panel + point * panel_stride + row * kVectorWidth, panel_tiles * kVectorWidth, weight,
+        kernels[height](panel + point * panel_stride + row * kVectorWidth, order.count() * kVectorWidth, weight,
                         runs.data, runs.count, products + (at * kPoints + point) * product_stride + row * kColumnBlock,
                         ahead.weights_stay ? output : Stream{next, kColumnBlock * 4 / micro_tiles},
                         ahead.weights_stay || micro_tiles > 1 ? input : Stream{next + 64, kColumnBlock * 4});
@@ -431,8 +430,7 @@ static void run(const WinogradProblem& problem, int64_t index, float* panel) {
                        weight_bytes <= kWeightsInL2};
   for (int64_t column = first; column < last; column += problem.columns_at_once) {
     const int64_t left = last - column, columns = left < problem.columns_at_once ? left : problem.columns_at_once;
-    multiply<Products, kTile>(problem, order, column, columns, panel, tiles.count, products, ahead, column - first,
-                              last - first);
+    multiply<Products, kTile>(problem, order, column, columns, panel, products, ahead, column - first, last - first);
     finish<M, kTile>(problem, tiles, order, column, columns, products);
   }
 }

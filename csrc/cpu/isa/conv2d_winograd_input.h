@@ -95,6 +95,7 @@ class TileOrder {
   }
   // The place of the next tile, when all are asked for one after the other.
   int64_t take(const TilePlace& place) { return next_[kind(place)]++; }
+  int64_t count() const { return count_; }
   // The tiles that have a point of the last row, of the last column, of both.
   int64_t begin(bool last_column) const { return last_column ? whole_ : 0; }
   int64_t end(bool last_row, bool last_column) const {
@@ -123,11 +124,11 @@ static inline __attribute__((always_inline)) void transform_rows(const float* fr
   Vector down[2][kTile];
   constexpr int kHalf = kTile / 2;
   const float* x[2] = {from, from + kHalf * row_stride};
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int j = 0; j < kTile; ++j) {
     __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(row_stride));  // keeps the compiler from making a pointer for every pixel
     Vector column[kTile];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i) column[i] = load(x[i / kHalf] + i % kHalf * row_stride);
     Points<kTile>::template input<Pair>(column, down[0][j], down[1][j]);
     x[0] += column_stride, x[1] += column_stride;
@@ -136,7 +137,7 @@ static inline __attribute__((always_inline)) void transform_rows(const float* fr
   for (int row = 0; row < 2; ++row) {
     Vector across[kTile];
     input_transform<kTile>(down[row], across);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j) put(Points<kTile>::kPairs[Pair][row], j, across[j]);
   }
 }
@@ -157,13 +158,13 @@ static void gather_tile(const WinogradProblem& problem, const TilePlace& place, 
   if (lanes >= kVectorWidth && !has_prologue) {
     // Without branches, which would be mispredicted at every edge: what lies outside is read from `zeros`.
     uintptr_t inside[kTile];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j) inside[j] = outside(w0 + j, x.w) ? 0 : ~uintptr_t{0};
     const uintptr_t nothing = reinterpret_cast<uintptr_t>(zeros);
     for (int i = 0; i < kTile; ++i, from += x.w * x.pixel_stride) {
       const uintptr_t row = reinterpret_cast<uintptr_t>(from) - nothing;
       const uintptr_t row_inside = outside(h0 + i, x.h) ? 0 : ~uintptr_t{0};
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j, to += kVectorWidth) {
         const uintptr_t pixel = row + static_cast<uintptr_t>(j * x.pixel_stride) * sizeof(T);
         store(to, load(reinterpret_cast<const T*>(nothing + (pixel & inside[j] & row_inside))));
@@ -210,7 +211,8 @@ static inline __attribute__((always_inline)) void transform_vector(const Winogra
   if (!in_place) gather_tile<T, kTile>(problem, place, channel, gathered);
   transform_rows<kTile, 0>(from, row_stride, column_stride, put);
   transform_rows<kTile, 1>(from, row_stride, column_stride, put);
-  if constexpr (kTile == 6) transform_rows<kTile, 2>(from, row_stride, column_stride, put);
+  if constexpr (kTile >= 6) transform_rows<kTile, 2>(from, row_stride, column_stride, put);
+  if constexpr (kTile == 8) transform_rows<kTile, 3>(from, row_stride, column_stride, put);
 }
 
 // ---- with a stride

@@ -134,6 +134,43 @@ struct Points<7> {
   }
 };
 
+// 0, +-1/2, +-1, +-2, infinity.
+template <>
+struct Points<8> {
+  static constexpr float p = 0.5f, r = 2, pp = p * p, rr = r * r;  // and 1
+  static constexpr int kPairs[4][2] = {{0, 7}, {1, 2}, {3, 4}, {5, 6}};
+  template <int Pair>
+  static inline void input(const Vector (&a)[8], Vector& first, Vector& second) {
+    if constexpr (Pair == 0) {
+      constexpr float middle = 1 + pp + rr;  // of both (x^2 - pp)(x^2 - 1)(x^2 - rr)'s inner terms, as pp * rr is 1
+      first = (a[6] - a[0]) - middle * (a[4] - a[2]);
+      second = (a[7] - a[1]) - middle * (a[5] - a[3]);
+    } else {
+      // Of the other two pairs: the sum and the product of their squares.
+      constexpr float own = Pair == 1 ? p : Pair == 2 ? 1 : r, square = own * own;
+      constexpr float sum = 1 + pp + rr - square, product = 1 / square;
+      const Vector even = (a[6] - sum * a[4]) + product * a[2], odd = (a[5] - sum * a[3]) + product * a[1];
+      first = even + own * odd;
+      second = even - own * odd;
+    }
+  }
+  // For 6 outputs and 4.
+  template <int Outputs>
+  static inline void output(const Vector (&a)[8], Vector (&b)[Outputs]) {
+    const Vector sum_p = a[1] + a[2], sum_1 = a[3] + a[4], sum_r = a[5] + a[6];
+    const Vector difference_p = a[1] - a[2], difference_1 = a[3] - a[4], difference_r = a[5] - a[6];
+    b[0] = a[0] + (sum_p + sum_1 + sum_r);
+    b[1] = fused(r, difference_r, fused(p, difference_p, difference_1));
+    b[2] = fused(rr, sum_r, fused(pp, sum_p, sum_1));
+    b[3] = fused(r * rr, difference_r, fused(p * pp, difference_p, difference_1));
+    if constexpr (Outputs == 6) {
+      b[4] = fused(rr * rr, sum_r, fused(pp * pp, sum_p, sum_1));
+      b[5] = fused(r * rr * rr, difference_r, fused(p * pp * pp, difference_p, difference_1));
+    }
+    b[Outputs - 1] += a[7];
+  }
+};
+
 // b = B^T a as a whole.
 template <int Side>
 static inline void input_transform(const Vector (&a)[Side], Vector (&b)[Side]) {
@@ -143,7 +180,8 @@ static inline void input_transform(const Vector (&a)[Side], Vector (&b)[Side]) {
     constexpr auto& pairs = Points<Side>::kPairs;
     Points<Side>::template input<0>(a, b[pairs[0][0]], b[pairs[0][1]]);
     Points<Side>::template input<1>(a, b[pairs[1][0]], b[pairs[1][1]]);
-    if constexpr (Side == 6) Points<Side>::template input<2>(a, b[pairs[2][0]], b[pairs[2][1]]);
+    if constexpr (Side >= 6) Points<Side>::template input<2>(a, b[pairs[2][0]], b[pairs[2][1]]);
+    if constexpr (Side == 8) Points<Side>::template input<3>(a, b[pairs[3][0]], b[pairs[3][1]]);
   }
 }
 

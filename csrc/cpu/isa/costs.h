@@ -21,7 +21,7 @@ struct MachineCosts {
     double l2 = 832 << 10, l3 = 16 << 20;  // bytes of which a thread, or all, may fill this much
     double panel_l2 = 832 << 10;           // a panel and what is used beside it stay in L2 up to here
     // By the number of points to a tile's side: cycles to transform a tile of a vector of channels there and back.
-    double there[8] = {0, 0, 0, 80, 90, 0, 270, 270}, back[8] = {0, 0, 0, 60, 90, 0, 270, 330};
+    double there[9] = {0, 0, 0, 80, 90, 0, 270, 270, 820}, back[9] = {0, 0, 0, 60, 90, 0, 270, 330, 480};
     double strided_there = 2;        // times that: tiles of phases are read from scattered places
     double product = 1.06;           // cycles of a unit
     double strided_product = 1.06;   // the same with a stride

@@ -56,7 +56,7 @@ def _can_pool(program: Program, convolution: Step, pooling: Step) -> bool:
     packed = program.weights[convolution.weight]
     if convolution.operator == "conv2d_winograd":
         height, width = convolution.out.shape[2:]
-        return cpp.may_pool(packed.algorithm, (height, width))
+        return cpp.may_pool(packed.packed, packed.algorithm, (height, width))
     weight, input, out = packed.packed, convolution.inputs[0], pooling.out
     stride, padding, dilation = cast("tuple[tuple[int, int], ...]", convolution.attributes[-3:])
     assert isinstance(weight, _native.PackedConv2dWeight)
