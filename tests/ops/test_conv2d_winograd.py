@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -344,11 +345,10 @@ def test_small_weights_are_packed_in_twice_the_bytes_where_registers_allow_it():
 
 
 def check_kernels() -> None:
-    """Everything once, for whichever instruction set is in use."""
-    for case, form in COMBINATIONS:
-        for dtype in (torch.float32, torch.bfloat16):
-            for full in (False, True):
-                check(case, form, dtype, full, threads=1 if full else 3)
+    """For whichever instruction set is in use: every case of every form, in one dtype or the other, plain or full."""
+    variants = itertools.cycle(itertools.product((torch.float32, torch.bfloat16), (False, True)))
+    for (case, form), (dtype, full) in zip(COMBINATIONS, variants, strict=False):
+        check(case, form, dtype, full, threads=1 if full else 3)
     for case, groups in GROUPED:
         check(case, PLAIN, torch.float32, True, threads=3, groups=groups)
     for case in FEW:

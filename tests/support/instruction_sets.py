@@ -13,7 +13,8 @@ from fastcnn import _native
 
 
 def check_kernels_under(isa: str, file: str) -> None:
-    """Call the test module's ``check_kernels()`` there; skipped where the processor or the build lacks it."""
+    """Call the test module's ``check_kernels()`` there; skipped where the kernels use it anyway, or the processor or the
+    build lacks it."""
     _require(isa)
     path = Path(file)
     paths = [str(path.parent), str(path.parent.parent)]
@@ -21,16 +22,16 @@ def check_kernels_under(isa: str, file: str) -> None:
 
 
 def run_tests_under(isa: str, file: str, selection: str) -> None:
-    """Run a file's tests that ``pytest -k`` selects there; skipped where the kernels use it anyway, too."""
+    """Run a file's tests that ``pytest -k`` selects there; skipped as above."""
     _require(isa)
-    if _native.cpu_instruction_set() == isa:
-        pytest.skip("that is the one in use")
     _run(isa, ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection])
 
 
 def _require(isa: str) -> None:
     if isa not in _native.cpu_instruction_sets():
         pytest.skip(f"this processor or build has no {isa}")
+    if _native.cpu_instruction_set() == isa:
+        pytest.skip(f"{isa} is the one in use")
 
 
 def _run(isa: str, arguments: list[str]) -> None:
