@@ -51,7 +51,7 @@ class Form(NamedTuple):
         """The largest error in these cases. Of a large filter's taps all but one may lie in the padding: what they
         were rounded by is then measured against one product."""
         if self.points == 8:
-            return 4.5e-6
+            return 4.5e-6 if self.filter == 3 else 7e-6
         if self.filter == 3:
             return USUAL
         return 3e-6 if self.stride == 1 else 5e-6  # with a stride fewer outputs share it: four of a case's are not zero
@@ -391,7 +391,8 @@ def test_the_same_bits_on_any_number_of_threads(case: Case, form: Form, dtype: t
 def test_tiles_that_are_an_output_short(form: Form, dtype: torch.dtype):
     """They have no products at infinity, where memory holds what an earlier call left: NaN."""
     generator = torch.Generator().manual_seed(0)
-    w, bias = torch.randn(40, 24, form.filter, form.filter, generator=generator).to(dtype), torch.randn(40)
+    w = torch.randn(40, 24, form.filter, form.filter, generator=generator).to(dtype)
+    bias = torch.randn(40, generator=generator)
     for p in range(1, 15):
         for q in (1, 2, 3, 5, 6, 7, 8, 13, 14):
             case = Case(2, 24, (p - 1) * form.stride + 1, (q - 1) * form.stride + 1, 40, stride=form.stride)
