@@ -1,7 +1,7 @@
 .PHONY: test test-gpu lint format bench cuda
 
 test:
-	pytest
+	pytest -n 2 --dist loadfile
 
 test-gpu:
 	pytest tests/gpu -m gpu
