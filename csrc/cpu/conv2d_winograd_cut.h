@@ -50,7 +50,7 @@ bool winograd_by_pairs(int64_t in_channels, int filter, int tile, int stride);
 WinogradCut cheapest_cut(const WinogradSizes& sizes, int threads);
 
 // Estimated cycles of a convolution with filter x filter taps on two threads whose weights come from
-// memory, as those of a network do: direct (tile 0) or by Winograd in tiles of 4x4 or 2x2. bf16: of a bf16 tensor,
+// memory, as those of a network do: direct (tile 0) or by Winograd in tiles of 6x6, 4x4 or 2x2. bf16: of a bf16 tensor,
 // where the processor has bf16 dot products.
 double conv2d_cycles(int64_t n, int64_t out_channels, int64_t p, int64_t q, int64_t in_channels, int filter, int stride,
                      int tile, bool bf16);

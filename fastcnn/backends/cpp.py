@@ -145,14 +145,14 @@ def conv2d_algorithm(
     """Which algorithm serves a convolution: a function of its form, of :func:`fastcnn.exact`, of whether a gradient
     is recorded and of the processor's instruction set, nothing else. ``out`` and ``weight`` are shapes.
 
-    Where Winograd is allowed and covers the form, from 8 channels in (with a stride: any) and out and 16 output pixels:
-    what an estimate of cycles prefers. 5x5 filters over 5 to 7 channels with stride 1, into more than 8: tiles of a row
-    (1x2). 4x4 tiles need the fewest products, but their transformed weights are 4 times as
-    large as the weights, in 2x2 tiles 1.8 times: for few tiles, reading them takes longest. Tiles that hang over the
-    edge of a narrow output waste products. With a stride s the filter is one of r/s taps with stride 1 over s*s phases
-    of the input; up to 3 taps are chosen by themselves, 4 in tiles of a row (1x4), which need more products and round
-    less. In bf16, on a processor with bf16 dot products, those serve the
-    plain sum and 2x2 tiles of 3x3 filters with stride 1; all else is computed in fp32.
+    Where Winograd is allowed and covers the form, from 8 channels in (with a stride: any) and out and 16 output
+    pixels: what an estimate of cycles prefers. 5x5 filters over 5 to 7 channels with stride 1, into more than 8: tiles
+    of a row (1x2). Larger tiles need fewer products, but their transformed weights are, of 3x3 filters, 7 times as
+    large as the weights in 6x6 tiles, 4 times in 4x4 tiles, 1.8 times in 2x2 tiles: for few tiles, reading them takes
+    longest. Tiles that hang over the edge of a narrow output waste products. With a stride s the filter is one of r/s
+    taps with stride 1 over s*s phases of the input; up to 3 taps are chosen by themselves, 4 in tiles of a row (1x4),
+    which need more products and round less. In bf16, on a processor with bf16 dot products, those serve the plain sum
+    and 2x2 tiles of 3x3 filters with stride 1; all else is computed in fp32.
 
     1x1 filters in fp32 (and fp16): Strassen's algorithm, which takes 7 products where the plain sum takes 8 and the
     same weights, where the estimate prefers it: large layers with some 128 channels in and out or more.

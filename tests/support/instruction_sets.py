@@ -13,8 +13,8 @@ from fastcnn import _native
 
 
 def check_kernels_under(isa: str, file: str) -> None:
-    """Call the test module's ``check_kernels()`` there; skipped where the kernels use it anyway, or the processor or the
-    build lacks it."""
+    """Call the test module's ``check_kernels()`` there; skipped where the kernels use it anyway, or the processor or
+    the build lacks it."""
     _require(isa)
     path = Path(file)
     paths = [str(path.parent), str(path.parent.parent)]

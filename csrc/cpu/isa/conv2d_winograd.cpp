@@ -1,5 +1,6 @@
-// Convolution on the CPU by Winograd's minimal filtering, for square filters with dilation 1: F(4x4, 3x3), F(2x2, 3x3)
-// and F(2x2, 5x5), and with a stride these, F(4x4, 4x4) and F(2x2, 2x2) of the input's phases.
+// Convolution on the CPU by Winograd's minimal filtering, for square filters with dilation 1: F(6x6, 3x3), F(4x4, 3x3),
+// F(2x2, 3x3), F(4x4, 5x5) and F(2x2, 5x5), and with a stride F(4x4, 3x3), F(2x2, 3x3), F(4x4, 4x4), F(2x2, 2x2) and
+// F(2x2, 5x5) of the input's phases.
 //
 //   Y = A^T [ sum_c (G w[k,c] G^T) . (B^T pro(x)[c] B) ] A      for each m x m tile of the output and each k
 //   y = act(scale[k] * Y + bias[k] + residual)
@@ -7,7 +8,8 @@
 // (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015; points after Barabasz et al., "Error
 // Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2020.) With t = m + r - 1 a
 // tile of m x m outputs under r x r filters costs t*t products for every (c, k) where the sum costs r*r*m*m: 4 times
-// fewer for F(4x4, 3x3), 2.25 times for F(2x2, 3x3), 2.78 times for F(2x2, 5x5).
+// fewer for F(4x4, 3x3), 5.06 times for F(6x6, 3x3), 2.25 times for F(2x2, 3x3), 6.25 times for F(4x4, 5x5), 2.78 times
+// for F(2x2, 5x5).
 //
 // Strides: a convolution of stride s is one of stride 1 over the s*s phases of its input, each with channels of its own
 // and a filter of ceil(r/s) taps a side (conv2d_winograd_phases.h). Where a phase has one tap less, its filter is zero
@@ -18,13 +20,14 @@
 // Short tiles: only a tile's last outputs need its products at infinity. So a tile that is an output short in height or
 // width has none of them there: 14 outputs are 4 + 4 + 3 + 3, with 6 + 6 + 5 + 5 points, and 14x14 costs 484 products
 // where four whole tiles a side cost 576. Of an output's tiles in a row the last ones are short, as many as fit it best
-// (13 = 4 + 3 + 3 + 3). Where windows of max pooling are taken on the way back, tiles are whole, as windows must lie in
-// them; freezing asks for that only where they begin at the same places (fastcnn/backends/cpp.py:may_pool).
+// (13 = 4 + 3 + 3 + 3), none where that saves next to nothing. Where windows of max pooling are taken on the way back,
+// tiles are whole, as windows must lie in them; freezing asks for that only where they begin at the same places
+// (PackedConv2dWinogradWeight::may_pool).
 //
-// Points: t = 7 interpolates at +-3/8, +-7/8, +-7/4 and infinity, t = 6 at 0, +-5/8, +-3/2 and infinity, t = 4 at 0,
-// +-1 and infinity, t = 3 at +-1 and infinity. The textbook's 0, +-1, +-2 make the transforms' coefficients whole
-// numbers but cost twice the error: what counts is that the powers of the points stay near 1, on both sides. All
-// coefficients here are exact in fp32.
+// Points: t = 8 interpolates at 0, +-1/2, +-1, +-2 and infinity, t = 7 at +-3/8, +-7/8, +-7/4 and infinity, t = 6 at 0,
+// +-5/8, +-3/2 and infinity, t = 4 at 0, +-1 and infinity, t = 3 at +-1 and infinity. For t = 6 the textbook's 0, +-1,
+// +-2 make the transforms' coefficients whole numbers but cost twice the error: what counts is that the powers of the
+// points stay near 1, on both sides. All coefficients here are exact in fp32.
 //
 // Layouts, with L lanes to a vector:
 //   transformed input  [tile block][point][channel vector][tile][L], tiles in the order of TileOrder (those that have

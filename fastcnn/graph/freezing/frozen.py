@@ -280,8 +280,8 @@ def freeze(
             dtypes matter.
         dtype: ``torch.float32``, ``torch.bfloat16`` or, on a GPU, ``torch.float16``: freeze a converted copy, for
             inputs of this dtype.
-        tune: on the CPU, measure which algorithm (direct, Winograd in 4x4 or 2x2 tiles, Strassen) is fastest here for
-            each 1x1, 3x3, 5x5 or strided convolution, for the number of threads now set, instead of going by the
+        tune: on the CPU, measure which algorithm (direct, Winograd in 6x6, 4x4 or 2x2 tiles, Strassen) is fastest here
+            for each 1x1, 3x3, 5x5 or strided convolution, for the number of threads now set, instead of going by the
             backend's estimate, and whether the model is then faster as a whole; if not, it stays as estimated. Takes
             some seconds. Results may then differ from the unfrozen model's within what fast algorithms may be off.
 

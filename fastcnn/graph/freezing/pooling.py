@@ -1,7 +1,7 @@
 """Takes the maximum of 2x2 windows where a convolution's output is still in registers.
 
-A Winograd tile of 4x4 or 2x2 outputs holds whole windows, one of 1x4 does not; so do two rows of a plain sum into few
-channels. So ``max_pool2d(conv2d(x))`` becomes one step, and the picture before pooling is never written.
+A Winograd tile of 6x6, 4x4 or 2x2 outputs holds whole windows, one of 1x4 does not; so do two rows of a plain sum into
+few channels. So ``max_pool2d(conv2d(x))`` becomes one step, and the picture before pooling is never written.
 """
 
 from __future__ import annotations
