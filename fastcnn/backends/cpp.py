@@ -65,13 +65,14 @@ _SERVES = {
     WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group, groups of whole vectors, or of 4 to a vector's channels",
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
-# By how much the estimate must favour an algorithm: it is off by as much, and tiles of 6x6 round four times as much as
-# those of 4x4.
-_WORTHWHILE = {STRASSEN: 1.08, WINOGRAD6: 1.08}
+_WORTHWHILE = {STRASSEN: 1.08}  # by how much the estimate must favour it: it is off by as much
 # Tiles of 4x4 under filters of 4 taps a phase have 7x7 points, which costs digits at the first layer of deep networks
 # (GoogLeNet's logits went from 1.0e-5 to 1.7e-5 off on white noise, PyTorch's are 9e-6): only the tuner and
 # freeze(tune=True) use them. Tiles of a row lose half as much.
 _MOST_TAPS_BY_RULE = 3
+# Tiles of 6x6 round four times as much as those of 4x4, and took GoogLeNet's logits on white noise from 1e-5 to 2e-5 off:
+# only the tuner and freeze(tune=True) use them, too.
+_WHEN_TUNED = (WINOGRAD6,)
 _LEAST_CHANNELS_ALONG_ROWS = 5  # in, with stride 1: what fewer save in products, transforms cost
 
 
@@ -147,12 +148,12 @@ def conv2d_algorithm(
 
     Where Winograd is allowed and covers the form, from 8 channels in (with a stride: any) and out and 16 output
     pixels: what an estimate of cycles prefers. 5x5 filters over 5 to 7 channels with stride 1, into more than 8: tiles
-    of a row (1x2). Larger tiles need fewer products, but their transformed weights are, of 3x3 filters, 7 times as
-    large as the weights in 6x6 tiles, 4 times in 4x4 tiles, 1.8 times in 2x2 tiles: for few tiles, reading them takes
-    longest. Tiles that hang over the edge of a narrow output waste products. With a stride s the filter is one of r/s
-    taps with stride 1 over s*s phases of the input; up to 3 taps are chosen by themselves, 4 in tiles of a row (1x4),
-    which need more products and round less. In bf16, on a processor with bf16 dot products, those serve the plain sum
-    and 2x2 tiles of 3x3 filters with stride 1; all else is computed in fp32.
+    of a row (1x2). Larger tiles need fewer products, but their transformed weights are, of 3x3 filters, 4 times as
+    large as the weights in 4x4 tiles, 1.8 times in 2x2 tiles: for few tiles, reading them takes longest. Tiles that
+    hang over the edge of a narrow output waste products. 6x6 tiles, which round more, are for the tuner. With a stride
+    s the filter is one of r/s taps with stride 1 over s*s phases of the input; up to 3 taps are chosen by themselves, 4
+    in tiles of a row (1x4), which need more products and round less. In bf16, on a processor with bf16 dot products,
+    those serve the plain sum and 2x2 tiles of 3x3 filters with stride 1; all else is computed in fp32.
 
     1x1 filters in fp32 (and fp16): Strassen's algorithm, which takes 7 products where the plain sum takes 8 and the
     same weights, where the estimate prefers it: large layers with some 128 channels in and out or more.
@@ -180,7 +181,7 @@ def _cheapest(
     if stride == 1 and in_channels < 8:
         along_rows = WINOGRAD_1X2 in covering and in_channels >= _LEAST_CHANNELS_ALONG_ROWS and k > 8 and not bf16
         return WINOGRAD_1X2 if along_rows else DIRECT
-    covering = tuple(name for name in covering if name != WINOGRAD_1X2)
+    covering = tuple(name for name in covering if name != WINOGRAD_1X2 and name not in _WHEN_TUNED)
     if stride > 1 and -(-filter // stride) > _MOST_TAPS_BY_RULE:
         covering = tuple(name for name in covering if name not in _TILES)
     if bf16:  # tiles of a row are computed in fp32
