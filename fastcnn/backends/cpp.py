@@ -70,7 +70,7 @@ _WORTHWHILE = {STRASSEN: 1.08}  # by how much the estimate must favour it: it is
 # (GoogLeNet's logits went from 1.0e-5 to 1.7e-5 off on white noise, PyTorch's are 9e-6): only the tuner and
 # freeze(tune=True) use them. Tiles of a row lose half as much.
 _MOST_TAPS_BY_RULE = 3
-# Tiles of 6x6 round four times as much as those of 4x4, and took GoogLeNet's logits on white noise from 1e-5 to 2e-5 off:
+# Tiles of 6x6 round four times as much as those of 4x4, and took GoogLeNet's logits on white noise from 1e-5 to 2e-5:
 # only the tuner and freeze(tune=True) use them, too.
 _WHEN_TUNED = (WINOGRAD6,)
 _LEAST_CHANNELS_ALONG_ROWS = 5  # in, with stride 1: what fewer save in products, transforms cost
