@@ -65,7 +65,7 @@ _SERVES = {
     WINOGRAD4_PLAIN: "3x3 filters with stride 1 and one group, groups of whole vectors, or of 4 to a vector's channels",
     STRASSEN: "1x1 filters with one group, an even number of input channels, stride 1, no padding, fp32 or fp16",
 }
-_WORTHWHILE = {STRASSEN: 1.08}  # by how much the estimate must favour it: it is off by as much
+_WORTHWHILE = 1.08  # by how much the estimate must favour Strassen's algorithm: it is off by as much
 # Tiles of 4x4 under filters of 4 taps a phase have 7x7 points, which costs digits at the first layer of deep networks
 # (GoogLeNet's logits went from 1.0e-5 to 1.7e-5 off on white noise, PyTorch's are 9e-6): only the tuner and
 # freeze(tune=True) use them. Tiles of a row lose half as much.
@@ -193,11 +193,11 @@ def _cheapest(
         if name in _ROWS:
             return _native.cpu_conv2d_winograd_rows_cycles(out, in_channels, filter, stride)
         if name == STRASSEN:
-            return _native.cpu_conv2d_strassen_cycles(out, in_channels)
+            return _WORTHWHILE * _native.cpu_conv2d_strassen_cycles(out, in_channels)
         tile = 0 if name == DIRECT else _TILES[name].size
         return _native.cpu_conv2d_cycles(out, in_channels, filter, stride, tile, bf16)
 
-    return min(covering, key=lambda name: _WORTHWHILE.get(name, 1) * cycles(name))
+    return min(covering, key=cycles)
 
 
 def fast_algorithm(operator: str, *args: Any) -> str | None:

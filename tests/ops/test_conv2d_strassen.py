@@ -247,7 +247,7 @@ def served(monkeypatch) -> list[str]:
 @pytest.fixture
 def chosen_wherever_it_can(monkeypatch) -> None:
     """The rule prefers Strassen's algorithm for every large layer, whatever the instruction set."""
-    monkeypatch.setitem(cpp._WORTHWHILE, cpp.STRASSEN, 0.5)
+    monkeypatch.setattr(cpp, "_WORTHWHILE", 0.5)
     monkeypatch.setattr(cpp, "_cheapest", cpp._cheapest.__wrapped__)
 
 
